@@ -1,0 +1,158 @@
+"""Triton `python` backend model: one ONNX Runtime session on the CPU behind the contract of docs/design.md.
+
+Published as `<version>/model.py` beside `<version>/model.onnx`; it reads nothing but that folder and config.pbtxt.
+Every request runs alone: the session reads the request's own memory (no concatenation, no copy), so that a row's bits
+never depend on its neighbours, and one bad request is answered with its own error while the others of the call go on.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+CONTRACT = "1"
+# Triton's type name → ONNX Runtime's, for the types of the contract.
+ORT_TYPES = {"TYPE_UINT8": "tensor(uint8)", "TYPE_INT32": "tensor(int32)", "TYPE_FP32": "tensor(float)"}
+THRESHOLDS = ("score_threshold", "iou_threshold")
+
+
+class TritonPythonModel:
+    """What the backend calls: `initialize` once per instance, `execute` per call, `finalize` at the end."""
+
+    def initialize(self, args):
+        """Loads the session, checks it against config.pbtxt and runs one blank image through it.
+
+        Args:
+            args: Triton's strings: `model_config` (JSON), `model_repository`, `model_version`, ...
+
+        Raises:
+            TritonModelException: the model cannot be served as configured; Triton reports the text as the load failure.
+        """
+        config = json.loads(args["model_config"])
+        path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
+        try:
+            self._session = _session(path, config)
+            _check_contract(self._session, config)
+            self._warm_up(config)
+        except _RefusedError as error:
+            raise pb_utils.TritonModelException(f"{config['name']} version {args['model_version']}: {error}") from None
+        except Exception as error:
+            message = f"{config['name']} version {args['model_version']}: ONNX Runtime cannot run {path}: {error}"
+            raise pb_utils.TritonModelException(message) from error
+
+    def execute(self, requests):
+        """Answers every request, each with its result or with its own error."""
+        return [self._answer(request) for request in requests]
+
+    def finalize(self):
+        """Frees the session before the interpreter goes."""
+        self._session = None
+
+    def _answer(self, request):
+        try:
+            feeds = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            for name in THRESHOLDS:
+                if name in feeds:
+                    _check_threshold(name, feeds[name])
+            arrays = self._session.run(self._outputs, feeds)
+            tensors = [pb_utils.Tensor(name, array) for name, array in zip(self._outputs, arrays, strict=True)]
+            return pb_utils.InferenceResponse(output_tensors=tensors)
+        except _RefusedError as error:
+            return _failed(str(error), pb_utils.TritonError.INVALID_ARG)
+        except Exception as error:
+            pb_utils.Logger.log_error(f"request {request.request_id() or '(no id)'} failed: {error}")
+            return _failed(f"ONNX Runtime failed on this request: {error}", pb_utils.TritonError.INTERNAL)
+
+    def _warm_up(self, config):
+        """One blank image: the first client does not pay for first allocations, and what cannot run does not load."""
+        self._outputs = [output["name"] for output in config["output"]]
+        feeds = {
+            entry["name"]: np.zeros([1, *map(int, entry["dims"])], pb_utils.triton_string_to_numpy(entry["data_type"]))
+            for entry in config["input"]
+        }
+        for entry, array in zip(config["output"], self._session.run(self._outputs, feeds), strict=True):
+            expected = [1, *map(int, entry["dims"])]
+            if list(array.shape) != expected:
+                raise _RefusedError(
+                    f"output {entry['name']} has shape {list(array.shape)}, config.pbtxt says {expected}"
+                )
+
+
+class _RefusedError(Exception):
+    """A finding of this file, worded for the person who reads it."""
+
+
+def _failed(message, code):
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def _session(path, config):
+    """The session of one instance, with as many threads as config.pbtxt's parameter `threads` gives each instance."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise _RefusedError(
+            f"the Python that the server runs models with ({sys.prefix}) cannot import onnxruntime ({error}): install "
+            "it there, or put the bin folder of the environment that has it first on PATH"
+        ) from error
+    if not path.is_file():
+        raise _RefusedError(f"{path} is missing: publish the model again")
+    threads = _threads(config)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    # An explicit number also keeps ONNX Runtime from pinning its threads: instances would be pinned to the same cores.
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Idle threads that spin take their core from the server's own threads and from the other instances.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _threads(config):
+    text = config.get("parameters", {}).get("threads", {}).get("string_value", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise _RefusedError(f"parameter threads is {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def _check_contract(session, config):
+    """Compares names, types and shapes of config.pbtxt with the ONNX file's, and the version of the contract.
+
+    Raises:
+        _RefusedError: naming the first difference.
+    """
+    contract = config.get("parameters", {}).get("contract", {}).get("string_value", "")
+    if contract != CONTRACT:
+        raise _RefusedError(
+            f"config.pbtxt speaks contract {contract!r}, this model.py speaks {CONTRACT!r}: publish again"
+        )
+    sides = (("input", config["input"], session.get_inputs()), ("output", config["output"], session.get_outputs()))
+    for side, entries, found in sides:
+        held = {tensor.name: tensor for tensor in found}
+        named = {entry["name"] for entry in entries}
+        if named != set(held):
+            raise _RefusedError(f"config.pbtxt has the {side}s {sorted(named)}, model.onnx has {sorted(held)}")
+        for entry in entries:
+            name, tensor = entry["name"], held[entry["name"]]
+            if tensor.type != ORT_TYPES.get(entry["data_type"]):
+                raise _RefusedError(
+                    f"{side} {name} is {entry['data_type']} in config.pbtxt and {tensor.type} in model.onnx"
+                )
+            # ONNX Runtime gives a name or None in place of a size that the file leaves open; the first is the batch.
+            sizes = [int(size) for size in entry["dims"]]
+            batch, *rest = tensor.shape
+            same = len(rest) == len(sizes) and all(
+                not isinstance(size, int) or size == wanted for size, wanted in zip(rest, sizes, strict=True)
+            )
+            if not same or isinstance(batch, int):
+                raise _RefusedError(
+                    f"{side} {name} is [batch, *{sizes}] in config.pbtxt and {tensor.shape} in model.onnx"
+                )
+
+
+def _check_threshold(name, values):
+    if not ((values >= 0) & (values <= 1)).all():  # false for NaN as well
+        raise _RefusedError(f"{name} must lie in 0..1, got {values.ravel().tolist()}")
