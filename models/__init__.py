@@ -1,0 +1,1 @@
+"""Source models: each folder holds an ONNX with raw heads, its spec, labels, anchors and how it was made."""
