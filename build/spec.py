@@ -1,0 +1,313 @@
+"""spec.toml → frozen, checked dataclasses: the model's files, its input, how its boxes are filtered, how it is served.
+
+`load("models/shapes/spec.toml")` gives a `Spec`, or one `SpecError` that names the file, the table and key, the value
+found and what would be right. The dataclasses are the one list of keys, defaults and ranges; docs/spec.md explains them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import sys
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from build.errors import SpecError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Floats3 = tuple[float, float, float]
+Floats4 = tuple[float, float, float, float]
+
+_TYPE_NAMES: dict[Any, str] = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    Floats3: "a list of 3 numbers",
+    Floats4: "a list of 4 numbers",
+}
+
+
+def _key(
+    default: Any = MISSING,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    choices: tuple[str, ...] = (),
+    pattern: str = "",
+) -> Any:
+    """A field with what it allows: low ≤ value ≤ high, value > above, one of choices, a full match of pattern."""
+    rule = {"low": low, "high": high, "above": above, "choices": choices, "pattern": pattern}
+    return field(default=default, metadata=rule)
+
+
+class _WrongValueError(ValueError):
+    """A key and what is wrong with its value; `load` adds file and table."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        self.key, self.problem = key, problem
+        super().__init__(f"{key} {problem}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of spec.toml. Checks its own values, so that one made in Python is as right as one that was read.
+
+    Raises:
+        ValueError: a value is of the wrong type or out of its range.
+    """
+
+    def __post_init__(self) -> None:
+        types = get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            value = _converted(getattr(self, item.name), types[item.name])
+            if value is None:
+                raise _WrongValueError(
+                    item.name, f"is {getattr(self, item.name)!r}, but must be {_TYPE_NAMES[types[item.name]]}"
+                )
+            rule = item.metadata
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, (int, float)) and not (
+                    rule["low"] <= number <= rule["high"] and number > rule["above"] and math.isfinite(number)
+                ):
+                    raise _WrongValueError(item.name, f"is {getattr(self, item.name)!r}, but must be {_range(rule)}")
+            if rule["choices"] and value not in rule["choices"]:
+                near = difflib.get_close_matches(str(value), rule["choices"], 1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise _WrongValueError(
+                    item.name, f"is {value!r}, but must be one of {', '.join(rule['choices'])}{hint}"
+                )
+            if rule["pattern"] and not re.fullmatch(rule["pattern"], value):
+                raise _WrongValueError(item.name, f"is {value!r}, but must match {rule['pattern']}")
+            object.__setattr__(self, item.name, value)
+
+
+def _converted(value: Any, to: Any) -> Any:
+    """The value as the field's type, or None where it is of another type; whole numbers count as numbers."""
+    if to in (Floats3, Floats4):
+        size = 3 if to is Floats3 else 4
+        if not isinstance(value, (list, tuple)) or len(value) != size:
+            return None
+        numbers = tuple(_converted(number, float) for number in value)
+        return None if None in numbers else numbers
+    if to is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value if type(value) is to else None
+
+
+def _range(rule: Any) -> str:
+    """The allowed range in words."""
+    if rule["above"] != -math.inf:
+        return f"greater than {rule['above']:g}"
+    if rule["high"] == math.inf:
+        return f"at least {rule['low']:g}" if rule["low"] != -math.inf else "a finite number"
+    return f"in {rule['low']:g}..{rule['high']:g}"
+
+
+@dataclass(frozen=True)
+class Model(Table):
+    """[model]: the files of the source model, relative to spec.toml."""
+
+    name: str = _key(pattern="[A-Za-z0-9][A-Za-z0-9_-]*")
+    onnx: str = _key("model.onnx", pattern=".+")
+    labels: str = _key("labels.txt", pattern=".+")
+    anchors: str = _key("anchors.npy", pattern=".+")
+
+
+@dataclass(frozen=True)
+class Input(Table):
+    """[input]: the picture that the model takes; mean and std are in pixel values, in the order of `color_order`."""
+
+    width: int = _key(low=1, high=8192)
+    height: int = _key(low=1, high=8192)
+    color_order: str = _key("RGB", choices=("RGB", "BGR"))
+    resize: str = _key("stretch", choices=("stretch", "letterbox"))
+    resample: str = _key("bilinear", choices=("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"))
+    pad_value: int = _key(114, low=0, high=255)
+    mean: Floats3 = _key((0.0, 0.0, 0.0))  # noqa: RUF009
+    std: Floats3 = _key((255.0, 255.0, 255.0), above=0)  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class Nms(Table):
+    """[nms]: the attributes of the SSDNMS node (docs/design.md), and whether the thresholds are inputs, too."""
+
+    score_threshold: float = _key(0.05, low=0, high=1)
+    iou_threshold: float = _key(0.45, low=0, high=1)
+    max_detections: int = _key(100, low=1, high=2**31 - 1)
+    topk_per_class: int = _key(0, low=0, high=2**31 - 1)
+    background_class: int = _key(0, low=-1, high=2**31 - 1)
+    score_activation: str = _key("softmax", choices=("softmax", "sigmoid", "none"))
+    box_coding: str = _key("center_size", choices=("center_size", "corner"))
+    box_scales: Floats4 = _key((10.0, 10.0, 5.0, 5.0), above=0)  # noqa: RUF009
+    clip_boxes: bool = _key(True)
+    class_agnostic: bool = _key(False)
+    runtime_thresholds: bool = _key(False)
+
+
+@dataclass(frozen=True)
+class Serving(Table):
+    """[serving]: how tritonserver runs it; 0 leaves the choice to the number of cores."""
+
+    max_batch_size: int = _key(32, low=1, high=4096)
+    instances: int = _key(0, low=0, high=1024)
+    threads: int = _key(0, low=0, high=1024)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A whole spec.toml, with its labels read.
+
+    Attributes:
+        path: the spec.toml itself.
+        labels: the foreground labels, in the order of `detection_classes`.
+    """
+
+    path: Path
+    model: Model
+    input: Input
+    nms: Nms
+    serving: Serving
+    labels: tuple[str, ...]
+
+    @property
+    def onnx_path(self) -> Path:
+        """The source model."""
+        return self.path.parent / self.model.onnx
+
+    @property
+    def labels_path(self) -> Path:
+        """The text file with one foreground label per line."""
+        return self.path.parent / self.model.labels
+
+    @property
+    def anchors_path(self) -> Path:
+        """The .npy file with the anchors."""
+        return self.path.parent / self.model.anchors
+
+    @property
+    def classes(self) -> int:
+        """C: what the model's `class_logits` must have in its last dimension."""
+        return len(self.labels) + (self.nms.background_class >= 0)
+
+    def load_anchors(self) -> NDArray[np.float32]:
+        """The anchors: FP32 [N,4], cx,cy,w,h in units of the image's width and height.
+
+        Raises:
+            SpecError: the file is no .npy, or not an array of finite numbers [N,4] with w and h above 0.
+        """
+        import numpy as np
+
+        try:
+            anchors = np.load(self.anchors_path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise SpecError(
+                f"{self.anchors_path}: no readable .npy array: {error}",
+                why="the file is truncated, of another kind, or holds pickled objects",
+                fix="write it again with numpy.save, FP32 [N,4] of cx,cy,w,h",
+            ) from None
+        good_kind = isinstance(anchors, np.ndarray) and anchors.dtype.kind == "f"
+        if not good_kind or anchors.ndim != 2 or anchors.shape[1] != 4 or not len(anchors):
+            found = f"{anchors.dtype} {list(anchors.shape)}" if isinstance(anchors, np.ndarray) else "an archive"
+            raise SpecError(f"{self.anchors_path}: anchors must be a float array [N,4] of cx,cy,w,h, got {found}")
+        if not np.isfinite(anchors).all() or not (anchors[:, 2:] > 0).all():
+            bad = int(np.argmax(~(np.isfinite(anchors).all(1) & (anchors[:, 2:] > 0).all(1))))
+            raise SpecError(
+                f"{self.anchors_path}: anchor {bad} is {anchors[bad].tolist()}",
+                fix="make all four finite, and w and h greater than 0",
+            )
+        return np.ascontiguousarray(anchors, np.float32)
+
+
+_TABLES: dict[str, type[Table]] = {"model": Model, "input": Input, "nms": Nms, "serving": Serving}
+_T = TypeVar("_T", bound=Table)
+
+
+def load(path: str | Path) -> Spec:
+    """Reads and checks a spec.toml and the labels that it names; the other files must exist.
+
+    Args:
+        path: a spec.toml, or the folder that holds one.
+
+    Raises:
+        SpecError: anything missing, unreadable, unknown, of the wrong type or out of range.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path /= "spec.toml"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}", fix="give the path of a spec.toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: no valid TOML: {error}", fix="mend the line that is named (docs/spec.md)") from None
+    for name, value in content.items():
+        if name not in _TABLES or not isinstance(value, dict):
+            where = f"a table [{name}]" if isinstance(value, dict) else f"a key {name!r} outside its tables"
+            raise SpecError(f"{path}: has {where}, which is unknown", fix=_nearest(name, list(_TABLES), "[{}]"))
+    tables = {name: _table(path, name, table, content.get(name, {})) for name, table in _TABLES.items()}
+    spec = Spec(path, labels=(), **tables)  # type: ignore[arg-type]
+    spec = dataclasses.replace(spec, labels=_labels(spec))
+    for key in ("onnx", "anchors"):
+        file = path.parent / getattr(spec.model, key)
+        if not file.is_file():
+            raise SpecError(
+                f"{path}: [model] {key} names {file}, which is not there", fix="put the file there or correct the name"
+            )
+    labels, background = len(spec.labels), spec.nms.background_class
+    if background > labels:
+        raise SpecError(
+            f"{path}: [nms] background_class is {background}, but must be in -1..{labels}",
+            why=f"{spec.labels_path} has {labels} labels, so that with a background there are {labels + 1} classes",
+        )
+    return spec
+
+
+def _table(path: Path, name: str, kind: type[_T], values: dict[str, Any]) -> _T:
+    keys = {item.name: item for item in dataclasses.fields(kind)}
+    for key in values:
+        if key not in keys:
+            raise SpecError(f"{path}: [{name}] {key} is an unknown key", fix=_nearest(key, list(keys), "{}"))
+    missing = [key for key, item in keys.items() if item.default is MISSING and key not in values]
+    if missing:
+        raise SpecError(f"{path}: [{name}] {missing[0]} is missing", fix=f"add it under [{name}] (docs/spec.md)")
+    try:
+        return kind(**values)
+    except _WrongValueError as wrong:
+        raise SpecError(f"{path}: [{name}] {wrong.key} {wrong.problem}", fix="see docs/spec.md") from None
+
+
+def _nearest(wrong: str, known: list[str], form: str) -> str:
+    near = difflib.get_close_matches(wrong, known, 1)
+    choice = ", ".join(form.format(name) for name in known)
+    return (f"did you mean {form.format(near[0])}? " if near else "") + f"known are {choice}"
+
+
+def _labels(spec: Spec) -> tuple[str, ...]:
+    try:
+        labels = spec.labels_path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(
+            f"{spec.path}: [model] labels names {spec.labels_path}, which cannot be read: {error}",
+            fix="write one foreground label per line, UTF-8, without the background",
+        ) from None
+    if not labels:
+        raise SpecError(f"{spec.labels_path}: has no labels", fix="write one foreground label per line")
+    for number, label in enumerate(labels, 1):
+        if not label.strip() or label != label.strip():
+            raise SpecError(f"{spec.labels_path}: line {number} is {label!r}", fix="a text without spaces around it")
+        if label in labels[: number - 1]:
+            raise SpecError(f"{spec.labels_path}: line {number} repeats the label {label!r}")
+    return tuple(labels)
