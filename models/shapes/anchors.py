@@ -1,4 +1,4 @@
-"""The classic 8,732 anchors of SSD300 over six maps (Liu et al. 2016, section 2.2, with the scales of its COCO model)."""
+"""The classic 8,732 anchors of SSD300 over six maps (Liu et al. 2016, section 2.2, box sizes of its COCO model)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network of the shapes model: a light SSD300 in PyTorch, and its export with Conv, BatchNormalization and Relu separate."""
+"""The network of the shapes model: a light SSD300 in PyTorch, and its export to ONNX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ CLASSES = len(LABELS) + 1  # class 0 is the background
 
 # (channels out, kernel, stride, padding); a map that the heads read ends each group.
 GROUPS = (
-    ((24, 3, 2, 1), (32, 3, 2, 1), (48, 3, 1, 1), (64, 3, 2, 1), (64, 3, 1, 1), (64, 3, 1, 1), (96, 3, 1, 1)),  # 38 × 38
+    (
+        (24, 3, 2, 1),
+        (32, 3, 2, 1),
+        (48, 3, 1, 1),
+        (64, 3, 2, 1),
+        (64, 3, 1, 1),
+        (64, 3, 1, 1),
+        (96, 3, 1, 1),
+    ),  # 38 × 38
     ((128, 3, 2, 1), (128, 3, 1, 1), (128, 3, 1, 1)),  # 19 × 19
     ((128, 3, 2, 1), (128, 3, 1, 1)),  # 10 × 10
     ((96, 1, 1, 0), (128, 3, 2, 1)),  # 5 × 5

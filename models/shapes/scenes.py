@@ -1,14 +1,19 @@
 """Seeded synthetic scenes with exact boxes: the data set of the shapes model.
 
-`Scene` number i of a seed is the same picture on every machine: `numpy.random.default_rng([seed, i])` decides everything.
+Scene number i of a seed is the same picture on every machine: `numpy.random.default_rng([seed, i])` decides everything.
 Splits are seeds (`SPLIT_SEEDS`), so a held-out scene can never have been trained on.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,7 +71,9 @@ def scene(split: str, index: int) -> Scene:
             classes.append(placed[0])
             boxes.append(placed[1])
     if rng.random() < 0.3:
-        blurred = Image.fromarray(canvas.astype(np.uint8)).filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.8))))
+        blurred = Image.fromarray(canvas.astype(np.uint8)).filter(
+            ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.8)))
+        )
         canvas = np.asarray(blurred, np.float32).copy()
     canvas += rng.normal(0.0, rng.uniform(0.0, 5.0), canvas.shape).astype(np.float32)
     return Scene(
@@ -82,7 +89,7 @@ def scenes(split: str, count: int) -> Iterator[Scene]:
 
 
 def coco_ground_truth(split: str, count: int) -> dict[str, Any]:
-    """The first `count` scenes as a COCO `instances` dictionary: image id = index + 1, category id = class index + 1."""
+    """The first `count` scenes as a COCO `instances` dictionary: image id = index + 1, category = class + 1."""
     annotations = []
     for image_id, one in enumerate(scenes(split, count), start=1):
         for box, class_index in zip(one.boxes.tolist(), one.classes.tolist(), strict=True):
@@ -99,10 +106,39 @@ def coco_ground_truth(split: str, count: int) -> dict[str, Any]:
             )
     return {
         "info": {"description": f"shapes, split {split}, first {count} scenes"},
-        "images": [{"id": i + 1, "width": SIZE, "height": SIZE, "file_name": f"{split}/{i:05d}.png"} for i in range(count)],
+        "images": [{"id": i + 1, "width": SIZE, "height": SIZE, "file_name": f"{i:05d}.png"} for i in range(count)],
         "categories": [{"id": i + 1, "name": label} for i, label in enumerate(LABELS)],
         "annotations": annotations,
     }
+
+
+def write_split(folder: Path, split: str, count: int) -> tuple[list[Path], dict[str, Any]]:
+    """Writes the first `count` scenes of a split as PNG files with COCO ground truth, unless they are there.
+
+    Returns:
+        The pictures in order (image id = position + 1) and the COCO `instances` dictionary.
+    """
+    home = folder / f"{split}-{count}-{_source_digest()}"
+    pictures = [home / f"{index:05d}.png" for index in range(count)]
+    truth = home / "instances.json"
+    if not truth.exists():  # written last: its presence says that the folder is whole
+        home.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(
+            os.cpu_count()
+        ) as pool:  # numpy and Pillow release the interpreter lock where it counts
+            list(pool.map(_write_scene, pictures, [split] * count, range(count)))
+        partial = truth.with_suffix(".tmp")
+        partial.write_text(json.dumps(coco_ground_truth(split, count)))
+        partial.replace(truth)
+    return pictures, json.loads(truth.read_text())
+
+
+def _write_scene(path: Path, split: str, index: int) -> None:
+    scene(split, index).image.save(path, compress_level=1)
+
+
+def _source_digest() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 
 
 def _color(rng: np.random.Generator) -> NDArray[np.float32]:
@@ -140,7 +176,9 @@ def _background(rng: np.random.Generator) -> NDArray[np.float32]:
 
 def _polygon(points: list[Point], side: float, angle: float) -> list[Point]:
     """Points of the unit disc, turned and scaled so that the longer side of their box is `side`; box starts at 0,0."""
-    turned = [(px * math.cos(angle) - py * math.sin(angle), px * math.sin(angle) + py * math.cos(angle)) for px, py in points]
+    turned = [
+        (px * math.cos(angle) - py * math.sin(angle), px * math.sin(angle) + py * math.cos(angle)) for px, py in points
+    ]
     xs, ys = [p[0] for p in turned], [p[1] for p in turned]
     scale = side / max(max(xs) - min(xs), max(ys) - min(ys))
     return [((px - min(xs)) * scale, (py - min(ys)) * scale) for px, py in turned]
@@ -239,7 +277,12 @@ def _contrasting(
 
 
 def _paint(
-    canvas: NDArray[np.float32], mask: NDArray[np.float32], left: int, top: int, color: NDArray[np.float32], rng: np.random.Generator
+    canvas: NDArray[np.float32],
+    mask: NDArray[np.float32],
+    left: int,
+    top: int,
+    color: NDArray[np.float32],
+    rng: np.random.Generator,
 ) -> None:
     """Blends a shape onto the canvas: flat, with a slight gradient, or finely striped."""
     height, width = mask.shape
@@ -269,7 +312,9 @@ def _draw_distractor(canvas: NDArray[np.float32], rng: np.random.Generator) -> N
         draw.line([(x, y), end], fill=255, width=thickness)
     elif kind == 1:
         start = float(rng.uniform(0, 360))
-        draw.arc((x - reach, y - reach, x + reach, y + reach), start, start + rng.uniform(30, 150), fill=255, width=thickness)
+        draw.arc(
+            (x - reach, y - reach, x + reach, y + reach), start, start + rng.uniform(30, 150), fill=255, width=thickness
+        )
     elif kind == 2:
         turn = angle + rng.uniform(0.5, 1.4)
         other = (x + reach * math.cos(turn), y + reach * math.sin(turn))

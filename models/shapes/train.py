@@ -46,7 +46,7 @@ def _pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _match(boxes: Tensor, classes: Tensor, anchor_corners: Tensor) -> tuple[Tensor, Tensor]:
-    """Per anchor: its class (0 = background) and its box; every box keeps the anchor that fits it best (SSD, section 2.2)."""
+    """Per anchor: class (0 = background) and box; every box keeps the anchor that fits it best (SSD, section 2.2)."""
     iou = _pairwise_iou(boxes, anchor_corners)
     best_iou, best_box = iou.max(0)
     favourite = iou.argmax(1)
@@ -78,19 +78,24 @@ def _loss(deltas: Tensor, logits: Tensor, target_class: Tensor, target_box: Tens
     """MultiBox loss (SSD, section 2.2) with a GIoU term beside smooth L1, which tightens the boxes."""
     positive = target_class > 0
     count = positive.sum().clamp(min=1)
-    cross_entropy = functional.cross_entropy(logits.flatten(0, 1), target_class.flatten(), reduction="none").view_as(positive)
+    cross_entropy = functional.cross_entropy(logits.flatten(0, 1), target_class.flatten(), reduction="none").view_as(
+        positive
+    )
     negative_loss = cross_entropy.detach().masked_fill(positive, -1.0)
     rank = negative_loss.argsort(1, descending=True).argsort(1)
     negative = (rank < NEGATIVES_PER_POSITIVE * positive.sum(1, keepdim=True).clamp(min=1)) & ~positive
     class_loss = cross_entropy[positive | negative].sum() / count
     matched_anchor = anchor.expand(*positive.shape, 4)[positive]
-    smooth = functional.smooth_l1_loss(deltas[positive], _encode(target_box[positive], matched_anchor), reduction="sum") / count
+    smooth = (
+        functional.smooth_l1_loss(deltas[positive], _encode(target_box[positive], matched_anchor), reduction="sum")
+        / count
+    )
     overlap = (1 - _giou(_decode(deltas[positive], matched_anchor), target_box[positive])).sum() / count
     return class_loss + smooth + 2.0 * overlap
 
 
 def _augment(pixels: Tensor, boxes: list[Tensor], rng: np.random.Generator) -> tuple[Tensor, list[Tensor]]:
-    """Mirrors and quarter turns for the batch; colours, brightness and inversion per picture. `pixels` UINT8 [B,3,H,W]."""
+    """Mirrors and turns for the batch; colours, brightness, inversion per picture. `pixels` UINT8 [B,3,H,W]."""
     if rng.random() < 0.5:
         pixels, boxes = pixels.flip(3), [torch.stack([1 - b[:, 2], b[:, 1], 1 - b[:, 0], b[:, 3]], 1) for b in boxes]
     if rng.random() < 0.5:
@@ -159,7 +164,7 @@ def main() -> None:
     """Command line of the training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--scenes", type=int, default=10_000)
-    parser.add_argument("--steps", type=int, default=8_000)
+    parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, default=HERE, help="folder for model.onnx, anchors.npy, labels.txt")

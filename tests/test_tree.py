@@ -1,0 +1,72 @@
+"""The tests mirror the tree, and the traps of a folder called `build` stay shut."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_pytest_collects_the_tests_of_build() -> None:
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    collected = {line.split("::")[0] for line in listed.splitlines() if "::" in line}
+    assert {str(p.relative_to(ROOT)) for p in ROOT.glob("tests/**/test_*.py")} == collected
+
+
+def test_ruff_and_git_see_build() -> None:
+    ignored = subprocess.run(
+        ["git", "check-ignore", "build/spec.py", "tests/build/x.py"], cwd=ROOT, capture_output=True
+    )
+    assert ignored.returncode == 1, "git ignores build/"
+    assert '"build"' not in (ROOT / "pyproject.toml").read_text().split("[tool.ruff]")[1].split("[tool.ruff.lint]")[0]
+
+
+def _imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("build", {"ssd_client", "perf"}),
+        ("client", {"build", "perf", "models"}),
+        ("models", {"build", "perf", "ssd_client"}),
+    ],
+)
+def test_nobody_imports_what_the_design_forbids(folder: str, forbidden: set[str]) -> None:
+    sources = list((ROOT / folder).rglob("*.py"))
+    assert sources
+    for source in sources:
+        assert not _imports(source) & forbidden, source
+
+
+def test_invoke_lists_its_tasks_in_under_a_second() -> None:
+    def listing() -> float:
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "invoke", "--list"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "demo" in done.stdout
+        assert "build-engines" in done.stdout
+        return time.perf_counter() - started
+
+    assert min(listing() for _ in range(3)) < 1.0
+
+
+@pytest.mark.parametrize("heavy", ["onnx", "onnxruntime", "torch", "tensorrt", "matplotlib", "tritonclient", "numpy"])
+def test_tasks_import_nothing_heavy(heavy: str) -> None:
+    code = f"import tasks, sys; raise SystemExit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
