@@ -146,7 +146,8 @@ def _row(case: Case, row: int) -> tuple[list[tuple[_Candidate, list[np.float32]]
     for candidates in by_class.values():
         candidates.sort(key=_Candidate.order)
         near |= rounded_scores and _near_ties(candidates)
-        del candidates[nms.topk_per_class or None :]
+        if nms.topk_per_class:
+            del candidates[nms.topk_per_class :]
 
     groups = list(by_class.values())
     if nms.class_agnostic:
