@@ -1,7 +1,7 @@
 """spec.toml → frozen, checked dataclasses: the model's files, its input, how its boxes are filtered, how it is served.
 
 `load("models/shapes/spec.toml")` gives a `Spec`, or one `SpecError` that names the file, the table and key, the value
-found and what would be right. The dataclasses are the one list of keys, defaults and ranges; docs/spec.md explains them.
+found and what would be right. The dataclasses are the one list of keys, defaults, ranges; docs/spec.md explains them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """SSDNMS as an ONNX model-local function of standard ops: the reference semantics of docs/design.md, made to run fast.
 
-`attach` puts one SSDNMS node and its function into a model, so that any ONNX runtime can run the file; `strip_function` takes
-the function out again, so that TensorRT's parser resolves the node to the CUDA plugin instead.
+`attach` puts one SSDNMS node and its function into a model, so that any ONNX runtime can run the file; `strip_function`
+takes the function out again, so that TensorRT's parser resolves the node to the CUDA plugin instead.
 
-The way of one image through the function: a cheap bound on the raw logits picks the few anchors that can hold a candidate,
-and only those are activated, decoded and suppressed. A Scan goes over the rows of the batch, each with its own thresholds;
-no row sees another.
+The way of one image through the function: a cheap bound on the raw logits picks the few anchors that can hold a
+candidate, and only those are activated, decoded and suppressed. A Scan goes over the rows of the batch, each with its
+own thresholds; no row sees another.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_c
 
 # The function refers to these attributes of its node; on the others its very structure depends.
 _NUMERIC = ("score_threshold", "iou_threshold", "max_detections", "topk_per_class", "box_scales")
-_OPSET = 17
 _EVERYTHING = 2**31 - 1
 
 
@@ -88,7 +87,8 @@ def attach(model: onnx.ModelProto, ssd_node: onnx.NodeProto) -> None:
     from onnx import helper
 
     model.graph.node.append(ssd_node)
-    model.functions.append(function(nms_of(ssd_node)))
+    opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
+    model.functions.append(function(nms_of(ssd_node), opset))
     model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
 
 
@@ -134,13 +134,16 @@ def _structure(nms: Nms) -> str:
     return json.dumps({**structure, "capped": nms.topk_per_class > 0, "runtime_thresholds": nms.runtime_thresholds})
 
 
-def function(nms: Nms) -> onnx.FunctionProto:
+def function(nms: Nms, opset: int) -> onnx.FunctionProto:
     """Authors the function: FP32 or FP16 [B,N,4] and [B,N,C], FP32 [N,4], thresholds FP32 [B,1] → the four outputs.
 
     Thresholds, K, the cap and the box scales are referred to as the node's attributes; everything else of `nms` is
-    resolved here (`find` tells a node that disagrees). A runtime iou_threshold below 0 acts as 0, one above 1 or NaN as 1.
+    resolved here (`find` tells a node that disagrees). A iou_threshold input below 0 acts as 0, above 1 or NaN as 1.
+
+    Args:
+        nms: the attributes.
+        opset: the model's version of the standard operators, 13 or later: a function may not use another one.
     """
-    import onnx
     from onnxscript import build_function, ir
 
     kinds = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT, str: ir.AttributeType.STRING}
@@ -155,7 +158,7 @@ def function(nms: Nms) -> onnx.FunctionProto:
         domain=DOMAIN,
         name=OP_TYPE,
         attributes=declared,
-        opset_imports={"": _OPSET},
+        opset_imports={"": opset},
     )
     for value, name in zip(built.outputs, OUTPUTS, strict=True):
         value.name = name
@@ -267,7 +270,9 @@ class _Row:
             # p = 1 / (1 + exp(background - logit) + ...). The margins are far wider than any rounding of the score.
             low = op.Max(op.Sub(self.score, self.real(1e-6)), self.real(0.0))
             best, bound = logits, op.Sub(op.Log(op.Div(low, op.Sub(self.real(1.0), low))), self.real(1e-3))
-        best = op.ReduceMax(self.foreground(best), axes=[1])
+        best = self.foreground(best)
+        # From version 18 on the axes are an input.
+        best = op.ReduceMax(best, axis) if op.version >= 18 else op.ReduceMax(best, axes=[1])
         if nms.score_activation == "softmax":
             if nms.background_class >= 0:
                 background = self.columns_at(logits, nms.background_class)
@@ -324,7 +329,7 @@ class _Row:
         candidates = op.Where(op.Greater(scores, self.score), scores, nothing)
         anchors = op.Slice(op.Shape(scores), self.whole(1), self.whole(2))
         most = op.Min(op.Reshape(self.attribute["topk_per_class"], self.whole(-1)), anchors)
-        best, place = op.TopK(candidates, most, _outputs=2)
+        best, place = op.TopK(candidates, most, sorted=0, _outputs=2)
         return op.ScatterElements(op.Expand(nothing, op.Shape(scores)), place, best, axis=1)
 
     def suppress(self, boxes: Any, scores: Any) -> tuple[Any, Any, Any]:
@@ -345,8 +350,7 @@ class _Row:
             pair = self.columns(kept, 1)
             return self.column(kept, 2), self.column(kept, 1), op.GatherND(scores, pair)
         pairs = op.NonZero(op.Greater(scores, self.score))  # by class, then anchor: the order of equals
-        label, place = op.Split(pairs, axis=0, _outputs=2)
-        label, place = op.Reshape(label, self.whole(-1)), op.Reshape(place, self.whole(-1))
+        label, place = (op.Gather(pairs, op.Constant(value_int=row)) for row in (0, 1))
         flat = op.GatherND(scores, op.Transpose(pairs, perm=[1, 0]))
         kept = op.NonMaxSuppression(
             op.Unsqueeze(op.Gather(upright, place), batch),
