@@ -97,7 +97,7 @@ class Table:
 def _converted(value: Any, to: Any) -> Any:
     """The value as the field's type, or None where it is of another type; whole numbers count as numbers."""
     if to in (Floats3, Floats4):
-        size = 3 if to is Floats3 else 4
+        size = 3 if to == Floats3 else 4
         if not isinstance(value, (list, tuple)) or len(value) != size:
             return None
         numbers = tuple(_converted(number, float) for number in value)

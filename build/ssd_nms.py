@@ -173,16 +173,13 @@ def _batch(
     """The whole batch: what rows share, and the Scan over them."""
     from onnxscript import ir
 
-    attribute = {
-        name: op.Constant(**{kind: ir.RefAttr(kind, name, getattr(ir.AttributeType, kind[6:].upper()))})
-        for name, kind in {
-            "score_threshold": "value_float",
-            "iou_threshold": "value_float",
-            "max_detections": "value_int",
-            "topk_per_class": "value_int",
-            "box_scales": "value_floats",
-        }.items()
-    }
+    kinds = {"max_detections": "INT", "box_scales": "FLOATS"}
+    kinds |= {"topk_per_class": "INT"} if nms.topk_per_class else {}
+    kinds |= {} if nms.runtime_thresholds else dict.fromkeys(THRESHOLDS, "FLOAT")
+    attribute = {}
+    for name, kind in kinds.items():
+        value_kind = f"value_{kind.lower()}"
+        attribute[name] = op.Constant(**{value_kind: ir.RefAttr(value_kind, name, ir.AttributeType[kind])})
     rows = [op.Cast(deltas, to=ir.DataType.FLOAT), op.Cast(logits, to=ir.DataType.FLOAT)]
     if nms.runtime_thresholds:
         one = op.Constant(value_float=1.0)
@@ -260,7 +257,6 @@ class _Row:
     def may_hold_candidate(self, logits: Any) -> Any:
         """Bool [N]: true for every anchor with a candidate, and for few others. NaN where it could mean one is true."""
         op, nms = self.op, self.nms
-        axis = self.whole(1)
         if nms.score_activation == "none":
             best, bound = logits, self.score
         elif nms.score_activation == "softmax" and nms.background_class < 0:
@@ -272,7 +268,7 @@ class _Row:
             best, bound = logits, op.Sub(op.Log(op.Div(low, op.Sub(self.real(1.0), low))), self.real(1e-3))
         best = self.foreground(best)
         # From version 18 on the axes are an input.
-        best = op.ReduceMax(best, axis) if op.version >= 18 else op.ReduceMax(best, axes=[1])
+        best = op.ReduceMax(best, self.whole(1)) if op.version >= 18 else op.ReduceMax(best, axes=[1])
         if nms.score_activation == "softmax":
             if nms.background_class >= 0:
                 background = self.columns_at(logits, nms.background_class)
@@ -280,7 +276,7 @@ class _Row:
             above = op.Greater(best, bound)  # a NaN makes the anchor's whole softmax NaN: no candidate
         else:
             # A NaN takes away one class only; then ReduceMax says nothing about the others.
-            total = op.ReduceSum(logits, axis)
+            total = op.ReduceSum(logits, self.whole(1))
             above = op.Or(op.Greater(best, bound), op.IsNaN(total))
         return op.Reshape(above, self.whole(-1))
 
