@@ -1,0 +1,166 @@
+"""Calls a library that implements plugins/ssd_nms/ssd_nms.h, over host memory: the gold, or the kernels in the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from build.spec import Nms
+from tests.ssd_nms_oracle import Case, Outputs
+
+ACTIVATIONS = ("softmax", "sigmoid", "none")
+CODINGS = ("center_size", "corner")
+STATUS = ("ok", "params", "shape", "too large", "pointer", "workspace", "launch")
+
+
+class Params(ctypes.Structure):
+    """SsdNmsParams."""
+
+    _fields_ = (
+        ("score_threshold", ctypes.c_float),
+        ("iou_threshold", ctypes.c_float),
+        ("max_detections", ctypes.c_int32),
+        ("topk_per_class", ctypes.c_int32),
+        ("background_class", ctypes.c_int32),
+        ("score_activation", ctypes.c_int32),
+        ("box_coding", ctypes.c_int32),
+        ("box_scales", ctypes.c_float * 4),
+        ("clip_boxes", ctypes.c_int32),
+        ("class_agnostic", ctypes.c_int32),
+    )
+
+
+class Shape(ctypes.Structure):
+    """SsdNmsShape."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int32)
+        for name in (
+            "batch",
+            "anchors",
+            "classes",
+            "deltas_type",
+            "logits_type",
+            "has_score_thresholds",
+            "has_iou_thresholds",
+        )
+    )
+
+
+class Tensors(ctypes.Structure):
+    """SsdNmsTensors."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            "box_deltas",
+            "class_logits",
+            "anchors",
+            "score_thresholds",
+            "iou_thresholds",
+            "num_detections",
+            "boxes",
+            "scores",
+            "labels",
+        )
+    )
+
+
+def params_of(nms: Nms) -> Params:
+    """The C struct of the same settings."""
+    return Params(
+        nms.score_threshold,
+        nms.iou_threshold,
+        nms.max_detections,
+        nms.topk_per_class,
+        nms.background_class,
+        ACTIVATIONS.index(nms.score_activation),
+        CODINGS.index(nms.box_coding),
+        (ctypes.c_float * 4)(*nms.box_scales),
+        nms.clip_boxes,
+        nms.class_agnostic,
+    )
+
+
+def shape_of(case: Case) -> Shape:
+    """The C struct of the case's dimensions and types."""
+    batch, anchors, classes = case.class_logits.shape
+    return Shape(
+        batch,
+        anchors,
+        classes,
+        case.box_deltas.dtype == np.float16,
+        case.class_logits.dtype == np.float16,
+        case.score_threshold is not None,
+        case.iou_threshold is not None,
+    )
+
+
+def aligned(nbytes: int, fill: int = 0xA5) -> NDArray[np.uint8]:
+    """Bytes at an address that 16 divides, full of what nobody would expect."""
+    whole = np.full(nbytes + 16, fill, np.uint8)
+    start = -whole.ctypes.data % 16
+    return whole[start : start + nbytes]
+
+
+def aligned_copy(array: NDArray[Any]) -> NDArray[Any]:
+    """The same numbers at an address that 16 divides."""
+    copy = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+class Library:
+    """One shared library with the interface of ssd_nms.h."""
+
+    def __init__(self, path: Path) -> None:
+        self.c = ctypes.CDLL(str(path))
+        self.c.ssdNmsStatusString.restype = ctypes.c_char_p
+        self.c.ssdNmsWorkspaceSize.restype = ctypes.c_size_t
+        self.c.ssdNmsValidate.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+
+    def validate(self, params: Params | None, shape: Shape | None) -> tuple[str, str]:
+        """Status and message."""
+        message = ctypes.create_string_buffer(256)
+        references = [None if struct is None else ctypes.addressof(struct) for struct in (params, shape)]
+        return STATUS[self.c.ssdNmsValidate(*references, message, len(message))], message.value.decode()
+
+    def workspace_size(self, params: Params, shape: Shape) -> int:
+        """Bytes."""
+        return int(self.c.ssdNmsWorkspaceSize(ctypes.byref(params), ctypes.byref(shape)))
+
+    def launch(self, params: Params, shape: Shape, tensors: Tensors, workspace: int, size: int) -> str:
+        """Status."""
+        arguments = [ctypes.byref(struct) for struct in (params, shape, tensors)]
+        stream = None
+        return STATUS[
+            self.c.ssdNmsLaunch(*arguments, ctypes.c_void_p(workspace or None), ctypes.c_size_t(size), stream)
+        ]
+
+    def run(self, case: Case) -> Outputs:
+        """The four outputs; what was not written is full of 0xA5."""
+        params, shape = params_of(case.nms), shape_of(case)
+        inputs = {name: aligned_copy(value) for name, value in case.inputs().items()}
+        rows, most = shape.batch, case.nms.max_detections
+        number = aligned(rows * 4).view(np.int32).reshape(rows, 1)
+        boxes = aligned(rows * most * 16).view(np.float32).reshape(rows, most, 4)
+        scores = aligned(rows * most * 4).view(np.float32).reshape(rows, most)
+        labels = aligned(rows * most * 4).view(np.int32).reshape(rows, most)
+        size = self.workspace_size(params, shape)
+        guard = 256
+        workspace = aligned(size + guard)
+        tensors = Tensors(
+            *(
+                inputs[name].ctypes.data if name in inputs else None
+                for name in ("box_deltas", "class_logits", "anchors", "score_threshold", "iou_threshold")
+            ),
+            *(array.ctypes.data for array in (number, boxes, scores, labels)),
+        )
+        status = self.launch(params, shape, tensors, workspace.ctypes.data, size)
+        assert status == "ok", f"{case.name}: {status}"
+        assert (workspace[size:] == 0xA5).all(), f"{case.name}: wrote behind its workspace"
+        return number, boxes, scores, labels
