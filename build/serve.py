@@ -487,7 +487,8 @@ def serve(
     from rich.table import Table
 
     console = Console()
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT as well: a shell hands it down ignored to what it starts in the background.
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     server = TritonServer(
         repository,
         address=address,
@@ -520,7 +521,8 @@ def serve(
     except KeyboardInterrupt:
         console.print("stopped")
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _published(repository: Path) -> list[ModelConfig]:
