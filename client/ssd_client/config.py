@@ -1,0 +1,159 @@
+"""What a served model says of itself: the `parameters` of its Triton configuration, checked, as one dataclass.
+
+Nothing here is a default that stands in for a missing parameter, and text from the server is parsed, never evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .exceptions import ModelConfigError
+
+CONTRACT = "1"
+RESAMPLE = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model that obeys contract 1.
+
+    Attributes:
+        name: the model's name on the server.
+        max_batch_size: most images in one request.
+        input_width: width of the model's input in pixels.
+        input_height: height of the model's input in pixels.
+        color_order: `RGB` or `BGR`, order of the channels of the input.
+        resize: `stretch`, or `letterbox` (aspect ratio kept, centred, padded with `pad_value`).
+        resample: Pillow's filter of that name.
+        pad_value: grey level of the letterbox's border, 0..255.
+        labels: names of the foreground classes, in order.
+        score_threshold: the model's own score threshold, 0..1.
+        iou_threshold: the model's own IoU threshold of the suppression, 0..1.
+        runtime_thresholds: whether a request can bring its own thresholds.
+        max_detections: most detections per image.
+        precision: such as `fp32` or `int8`.
+        runtime: `tensorrt` or `onnxruntime`.
+        manifest_sha256: SHA-256 of the manifest of the published version.
+    """
+
+    name: str
+    max_batch_size: int
+    input_width: int
+    input_height: int
+    color_order: str
+    resize: str
+    resample: str
+    pad_value: int
+    labels: tuple[str, ...]
+    score_threshold: float
+    iou_threshold: float
+    runtime_thresholds: bool
+    max_detections: int
+    precision: str
+    runtime: str
+    manifest_sha256: str
+
+    @classmethod
+    def from_triton(cls, name: str, max_batch_size: int, parameters: Mapping[str, str]) -> ModelConfig:
+        """Check what the server sent.
+
+        Args:
+            name: the model's name on the server.
+            max_batch_size: of the model's Triton configuration.
+            parameters: of the model's Triton configuration, name to string value.
+
+        Raises:
+            ModelConfigError: a parameter is missing or wrong, or the contract is another one.
+        """
+        read = _Reader(name, parameters)
+        contract = read("contract", str)
+        if contract != CONTRACT:
+            raise ModelConfigError(
+                f"model {name!r} speaks contract {contract!r}, this client knows {CONTRACT!r}",
+                fix="install the ssd-client that belongs to the version of the model's build",
+            )
+        if max_batch_size < 1:
+            raise ModelConfigError(
+                f"model {name!r} has max_batch_size {max_batch_size}; the contract's tensors start with the batch",
+                fix="publish the model again with max_batch_size of at least 1",
+            )
+        return cls(
+            name=name,
+            max_batch_size=max_batch_size,
+            input_width=read("input_width", _integer(1, 65535)),
+            input_height=read("input_height", _integer(1, 65535)),
+            color_order=read("color_order", _one_of("RGB", "BGR")),
+            resize=read("resize", _one_of("stretch", "letterbox")),
+            resample=read("resample", _one_of(*RESAMPLE)),
+            pad_value=read("pad_value", _integer(0, 255)),
+            labels=read("labels", _labels),
+            score_threshold=read("score_threshold", _fraction),
+            iou_threshold=read("iou_threshold", _fraction),
+            runtime_thresholds=read("runtime_thresholds", _one_of("true", "false")) == "true",
+            max_detections=read("max_detections", _integer(1, 2**31 - 1)),
+            precision=read("precision", str),
+            runtime=read("runtime", str),
+            manifest_sha256=read("manifest_sha256", str),
+        )
+
+
+class _Reader:
+    def __init__(self, name: str, parameters: Mapping[str, str]) -> None:
+        self._name, self._parameters = name, parameters
+
+    def __call__(self, key: str, parse: Callable[[str], T]) -> T:
+        if key not in self._parameters:
+            raise ModelConfigError(
+                f"the configuration of model {self._name!r} has no parameter {key!r}; "
+                f"it has {sorted(self._parameters) or 'none'}",
+                why="it was not published by this project's build, or by an older one",
+                fix="check the model's name, or publish the model again",
+            )
+        text = self._parameters[key]
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise ModelConfigError(
+                f"parameter {key!r} of model {self._name!r} is {text[:200]!r}: {error}", fix="publish the model again"
+            ) from None
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text) if text.isascii() and text.isdigit() else low - 1
+        if not low <= value <= high:
+            raise ValueError(f"expected a whole number in {low}..{high}")
+        return value
+
+    return parse
+
+
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"expected one of {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:  # false for NaN, too
+        raise ValueError("expected a number in 0..1")
+    return value
+
+
+def _labels(text: str) -> tuple[str, ...]:
+    try:
+        value: Any = json.loads(text)
+    except RecursionError:
+        raise ValueError("expected a JSON list of strings") from None
+    if not isinstance(value, list) or not value or not all(isinstance(label, str) for label in value):
+        raise ValueError("expected a JSON list of strings")
+    return tuple(value)

@@ -1,0 +1,50 @@
+"""What can go wrong, as types: each message says what happened, the likely cause and what to do about it."""
+
+from __future__ import annotations
+
+
+class SSDClientError(Exception):
+    """Base of everything that this package raises on purpose.
+
+    Args:
+        what: one sentence with the actual values in it.
+        why: the likely cause, where it is not plain from `what`.
+        fix: what the reader can do now.
+    """
+
+    def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
+        super().__init__(
+            "\n".join(filter(None, [what, why and f"likely because: {why}", fix and f"what to do: {fix}"]))
+        )
+
+
+class InvalidInputError(SSDClientError, ValueError):
+    """An argument is wrong: a shape, a type, a threshold, a batch that is too large."""
+
+
+class ImageError(InvalidInputError):
+    """A picture cannot be read or is not one."""
+
+
+class ServerUnavailableError(SSDClientError, ConnectionError):
+    """Nobody answers, the connection broke, or the server says that it cannot take requests now."""
+
+
+class RequestTimeoutError(SSDClientError, TimeoutError):
+    """The answer did not come before the deadline."""
+
+
+class ModelNotFoundError(SSDClientError):
+    """The server does not have that model."""
+
+
+class ModelConfigError(SSDClientError):
+    """The server's model does not say what this client needs, or speaks another version of the contract."""
+
+
+class InferenceError(SSDClientError):
+    """The server answered a request with an error, or with something that breaks the contract."""
+
+
+class SharedMemoryError(SSDClientError):
+    """System shared memory could not be made here, or the server does not take it."""

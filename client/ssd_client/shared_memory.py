@@ -1,0 +1,82 @@
+"""System shared memory: pictures are written where the server reads them, instead of being sent.
+
+A region's name leaves /dev/shm as soon as the server has mapped it. The memory lives on in the two mappings and goes
+with them, so nothing is left behind however this process ends.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import uuid
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .exceptions import SharedMemoryError
+
+_FOLDER = Path("/dev/shm")
+
+
+class Region:
+    """A piece of shared memory of this process's own.
+
+    Args:
+        byte_size: its size.
+
+    Attributes:
+        name: unique; what the server knows it by.
+        key: what the server opens it by.
+        byte_size: its size.
+
+    Raises:
+        SharedMemoryError: this machine has no /dev/shm, or not that much room in it.
+    """
+
+    def __init__(self, byte_size: int) -> None:
+        self.name = f"ssd_client_{os.getpid()}_{uuid.uuid4().hex[:16]}"
+        self.key = f"/{self.name}"
+        self.byte_size = byte_size
+        try:
+            file = os.open(_FOLDER / self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            try:
+                os.posix_fallocate(file, 0, byte_size)  # no room is an error now, not a crash at the first write
+                self._memory = mmap.mmap(file, byte_size)
+            except BaseException:
+                self.hide()
+                raise
+            finally:
+                os.close(file)
+        except (OSError, AttributeError) as error:
+            raise SharedMemoryError(
+                f"cannot make {byte_size / 1e6:.1f} MB of shared memory in {_FOLDER}: {error}",
+                why="it is full or too small (containers get 64 MB), or this system has none",
+                fix="enlarge it (docker run --shm-size=1g), use smaller batches, or shared_memory=None",
+            ) from None
+
+    def images(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """The region's first bytes as a UINT8 array of this shape; whoever holds it keeps the memory mapped."""
+        return np.frombuffer(self._memory, np.uint8, count=int(np.prod(shape))).reshape(shape)
+
+    def hide(self) -> None:
+        """Take the name away; mappings stay."""
+        (_FOLDER / self.name).unlink(missing_ok=True)
+
+
+class RegionPool:
+    """The regions that the server knows and that no request uses now. Safe from several threads."""
+
+    def __init__(self) -> None:
+        self._free: list[Region] = []
+        self._lock = threading.Lock()
+
+    def take(self) -> Region | None:
+        """The region that was given back last, or None."""
+        with self._lock:
+            return self._free.pop() if self._free else None
+
+    def give_back(self, region: Region) -> None:
+        with self._lock:
+            self._free.append(region)

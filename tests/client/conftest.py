@@ -1,0 +1,104 @@
+"""A real tritonserver with the fake detector of `fake_model.py`, for all in the client that talks to a server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from numpy.typing import NDArray
+from tritonclient.grpc import model_config_pb2
+
+from build.serve import TritonServer
+
+WIDTH, HEIGHT = 64, 48
+PARAMETERS = {
+    "contract": "1",
+    "input_width": str(WIDTH),
+    "input_height": str(HEIGHT),
+    "color_order": "RGB",
+    "resize": "stretch",
+    "resample": "bilinear",
+    "pad_value": "114",
+    "labels": json.dumps(["red", "blue", "checksum"]),
+    "score_threshold": "0.25",
+    "iou_threshold": "0.45",
+    "runtime_thresholds": "true",
+    "max_detections": "10",
+    "precision": "fp32",
+    "runtime": "onnxruntime",
+    "manifest_sha256": "0" * 64,
+}
+LETTERBOX = {**PARAMETERS, "resize": "letterbox", "color_order": "BGR", "runtime_thresholds": "false"}
+
+
+def config_proto(name: str, parameters: dict[str, str], max_batch_size: int = 8) -> Any:
+    """The ModelConfig message that Triton serves for these contract parameters."""
+    config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=max_batch_size)
+    config.input.add(name="images", data_type=model_config_pb2.TYPE_UINT8, dims=[HEIGHT, WIDTH, 3])
+    if parameters.get("runtime_thresholds") == "true":
+        config.input.add(name="score_threshold", data_type=model_config_pb2.TYPE_FP32, dims=[1])
+        config.input.add(name="iou_threshold", data_type=model_config_pb2.TYPE_FP32, dims=[1])
+    config.output.add(name="num_detections", data_type=model_config_pb2.TYPE_INT32, dims=[1])
+    config.output.add(name="detection_boxes", data_type=model_config_pb2.TYPE_FP32, dims=[10, 4])
+    config.output.add(name="detection_scores", data_type=model_config_pb2.TYPE_FP32, dims=[10])
+    config.output.add(name="detection_classes", data_type=model_config_pb2.TYPE_INT32, dims=[10])
+    config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=2)
+    for key, value in parameters.items():
+        config.parameters[key].string_value = value
+    return config
+
+
+def write_repository(repository: Path) -> Path:
+    """Four models: two that obey the contract, one without its parameters, one of a later contract."""
+    bare = {key: PARAMETERS[key] for key in ("score_threshold", "iou_threshold", "color_order")}
+    models = {"fake": PARAMETERS, "letterbox": LETTERBOX, "bare": bare, "future": {**PARAMETERS, "contract": "2"}}
+    for name, parameters in models.items():
+        (repository / name / "1").mkdir(parents=True)
+        shutil.copy(Path(__file__).with_name("fake_model.py"), repository / name / "1" / "model.py")
+        (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config_proto(name, parameters)))
+    return repository
+
+
+def url_of(server: TritonServer, protocol: str) -> str:
+    return server.grpc_url if protocol == "grpc" else server.http_url
+
+
+def server_regions(server: TritonServer) -> list[str]:
+    """Names of the system shared memory regions that the server knows."""
+    with urllib.request.urlopen(f"http://{server.http_url}/v2/systemsharedmemory/status") as answer:
+        return [region["name"] for region in json.load(answer)]
+
+
+def scene(width: int = 200, height: int = 100) -> NDArray[np.uint8]:
+    """A grey picture with a red patch at (40, 20)-(80, 60) and a blue one at (120, 40)-(180, 80), in 200 x 100."""
+    image = np.full((height, width, 3), 128, np.uint8)
+    x, y = width / 200, height / 100
+    image[int(20 * y) : int(60 * y), int(40 * x) : int(80 * x)] = (255, 0, 0)
+    image[int(40 * y) : int(80 * y), int(120 * x) : int(180 * x)] = (0, 0, 255)
+    return image
+
+
+def order(what: int, tenths: int = 0, batch: int = 1) -> NDArray[np.uint8]:
+    """Rows whose first pixel gives the fake model an order: `fake_model.SLEEP`, `RAISE` or `DIE`."""
+    images = np.zeros((batch, HEIGHT, WIDTH, 3), np.uint8)
+    images[:, 0, 0] = (what, 1, tenths)
+    return images
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_repository(tmp_path_factory.mktemp("fake") / "repository")
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[TritonServer]:
+    """One server for all tests that do not harm it."""
+    with TritonServer(repository) as running:
+        yield running
