@@ -156,7 +156,7 @@ class TritonServer:
 
     Args:
         repository: the folder with the published models.
-        address: the interface for HTTP, gRPC and metrics; this machine only unless told otherwise.
+        host: the interface for HTTP, gRPC and metrics; this machine only unless told otherwise.
         http_port, grpc_port, metrics_port: 0 = a free one.
         poll_seconds: look this often for newly published versions and take them up; 0 = never.
         startup_timeout: seconds until a server that is not ready counts as failed.
@@ -168,7 +168,7 @@ class TritonServer:
         self,
         repository: Path | str,
         *,
-        address: str = "127.0.0.1",
+        host: str = "127.0.0.1",
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
@@ -178,7 +178,7 @@ class TritonServer:
         extra_args: Sequence[str] = (),
     ) -> None:
         self.repository = Path(repository).resolve()
-        self.address = address
+        self.host = host
         self.startup_timeout = startup_timeout
         self.version = ""
         self.models: dict[str, str] = {}
@@ -332,21 +332,21 @@ class TritonServer:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _url(self, which: str) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address, self.address)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"[{host}]:{self._ports[which]}" if ":" in host else f"{host}:{self._ports[which]}"
 
     def _check_ports(self) -> None:
         """Fills in free ports for those that are 0 and makes sure that the others are free."""
-        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         with contextlib.ExitStack() as held:  # all at once, so that no two get the same free port
             for which, port in self._ports.items():
                 probe = held.enter_context(socket.socket(family))
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    probe.bind((self.address, port))
+                    probe.bind((self.host, port))
                 except OSError as error:
                     raise ServeError(
-                        f"port {port} for {which} on {self.address} cannot be used: {os.strerror(error.errno or 0)}",
+                        f"port {port} for {which} on {self.host} cannot be used: {os.strerror(error.errno or 0)}",
                         why=_holder(port),
                         fix=f"stop that program, or choose another port: --{which}-port N (0 takes a free one)",
                     ) from None
@@ -362,7 +362,7 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
         ]
         for which, port in self._ports.items():
-            command += [f"--{which}-address={self.address}", f"--{which}-port={port}"]
+            command += [f"--{which}-address={self.host}", f"--{which}-port={port}"]
         if self._poll_seconds:
             command += ["--model-control-mode=poll", f"--repository-poll-secs={self._poll_seconds}"]
         if "--allow-client-shm" in options:  # from 2.68 on off by default; older servers refuse the flag
@@ -471,7 +471,7 @@ class TritonServer:
 def serve(
     repository: Path | str = ROOT / "model_repository",
     *,
-    address: str = "127.0.0.1",
+    host: str = "127.0.0.1",
     http_port: int = 8000,
     grpc_port: int = 8001,
     metrics_port: int = 8002,
@@ -491,7 +491,7 @@ def serve(
     previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     server = TritonServer(
         repository,
-        address=address,
+        host=host,
         http_port=http_port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,

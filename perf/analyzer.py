@@ -1,0 +1,280 @@
+"""NVIDIA's perf_analyzer as the load generator: one point of load on a running server, as a dataclass.
+
+    point = run(server.grpc_url, "shapes", data, concurrency=4, shared_memory="system")
+    point.throughput, point.latency_ms["p99"]
+
+The program is the one on PATH (NVIDIA's SDK container), else the one that the wheel tritonclient 2.51.0 brought.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import importlib.util
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from build.errors import SSDError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Columns of its csv → names here. The parts add up to the average latency.
+_PERCENTILES = {f"p{n} latency": f"p{n}" for n in (50, 90, 95, 99)}
+_PARTS = {
+    "Client Send": "client_send",
+    "Network+Server Send/Recv": "network",
+    "Server Queue": "server_queue",
+    "Server Compute Input": "server_input",
+    "Server Compute Infer": "server_infer",
+    "Server Compute Output": "server_output",
+    "Client Recv": "client_receive",
+}
+_WINDOWS = 3
+# The plain names that the program asks for → how the server's wheel calls the same libraries.
+_LIBRARIES = {
+    "libb64.so.0d": "libb64-*.so.0d",
+    "libcudart.so.12": "libcudart-*.so.12*",
+    "libssl.so.3": "libssl-*.so.3",
+    "libcrypto.so.3": "libcrypto-*.so.3",
+}
+
+
+class PerfError(SSDError):
+    """perf_analyzer is missing or could not measure."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one run of perf_analyzer measured.
+
+    Attributes:
+        concurrency: requests on the way at once, each from a client of its own.
+        batch_size: images per request.
+        protocol: grpc or http.
+        shared_memory: system, or None where tensors travel in the request.
+        requests: how many were measured.
+        throughput: images per second.
+        latency_ms: p50, p90, p95, p99 of a request as its client sees it.
+        parts_ms: the average request by where its time went, from client_send to client_receive.
+    """
+
+    concurrency: int
+    batch_size: int
+    protocol: str
+    shared_memory: str | None
+    requests: int
+    throughput: float
+    latency_ms: dict[str, float]
+    parts_ms: dict[str, float]
+
+
+def find_perf_analyzer() -> Path:
+    """perf_analyzer on PATH, else the one that was installed beside this Python.
+
+    Raises:
+        PerfError: there is none.
+    """
+    beside = Path(sys.prefix) / "perf_analyzer" / "bin" / "perf_analyzer"
+    found = shutil.which("perf_analyzer") or (str(beside) if beside.is_file() else None)
+    if found is None:
+        raise PerfError(
+            f"no perf_analyzer on PATH, and none in {beside.parent}",
+            why="the environment was not made by ./invoke",
+            fix="run through ./invoke, or inside the container nvcr.io/nvidia/tritonserver with the suffix -py3-sdk",
+        )
+    return Path(found)
+
+
+def write_input(path: Path, images: Iterable[NDArray[Any]], thresholds: Mapping[str, float] | None = None) -> Path:
+    """Writes real pictures as perf_analyzer's input data; it sends them in turn.
+
+    Args:
+        path: the JSON file to write.
+        images: UINT8 [H,W,3] each, as the model's input `images` takes them.
+        thresholds: the model's threshold inputs, sent with every picture; None where it has none.
+
+    Returns:
+        `path`.
+    """
+    rows = []
+    for image in images:
+        row: dict[str, Any] = {
+            "images": {"content": {"b64": base64.b64encode(image.tobytes()).decode()}, "shape": list(image.shape)}
+        }
+        for name, value in (thresholds or {}).items():
+            row[name] = {"content": [value], "shape": [1]}
+        rows.append(row)
+    if not rows:
+        raise PerfError("no picture to make load with", fix="give at least one")
+    path.write_text(json.dumps({"data": rows}))
+    return path
+
+
+def run(
+    url: str,
+    model: str,
+    data: Path,
+    *,
+    concurrency: int = 1,
+    protocol: Literal["grpc", "http"] = "grpc",
+    shared_memory: Literal["system"] | None = None,
+    batch_size: int = 1,
+    seconds: float = 3.0,
+    memory_gib: float | None = None,
+) -> Point:
+    """Puts load on `model` for `seconds` and measures.
+
+    Every run gives figures, however much they swing: whether they hold is for the caller to see, by repeating them.
+
+    Args:
+        url: `host:port` of the endpoint that belongs to `protocol`.
+        model: name on the server.
+        data: what `write_input` wrote.
+        concurrency: clients that each have one request on the way.
+        protocol: grpc or http.
+        shared_memory: system = pictures are handed over in shared memory; the server must be on this machine.
+        batch_size: images per request.
+        seconds: of measurement.
+        memory_gib: perf_analyzer keeps every request's bytes without shared memory; it is ended beyond this much
+            memory. None = a quarter of the machine's.
+
+    Raises:
+        PerfError: naming what is missing or wrong.
+    """
+    program = find_perf_analyzer()
+    with tempfile.TemporaryDirectory(prefix="ssd-perf-") as name:
+        folder = Path(name)
+        report = folder / "report.csv"
+        command = [str(program), "-m", model, "-u", url, "-i", protocol, "-b", str(batch_size), "-f", str(report)]
+        command += ["--input-data", str(data), "--concurrency-range", str(concurrency)]
+        command += ["--shared-memory", shared_memory or "none"]
+        # Three windows that may differ by any amount: an unsteady run would otherwise end without figures.
+        command += ["-p", str(max(1, round(1000 * seconds / _WINDOWS))), "-s", "999", "-r", str(_WINDOWS)]
+        output, code = _execute(command, _environment(folder), seconds, memory_gib)
+        if code != 0 or not report.is_file():
+            raise _failure(output, code, url, model)
+        row = _only_row(report)
+    requests = re.search(r"Request count: (\d+)", output)
+    return Point(
+        concurrency=concurrency,
+        batch_size=batch_size,
+        protocol=protocol,
+        shared_memory=shared_memory,
+        requests=int(requests[1]) if requests else 0,
+        throughput=float(row["Inferences/Second"]),
+        latency_ms={name: float(row[column]) / 1000 for column, name in _PERCENTILES.items()},
+        parts_ms={name: float(row[column]) / 1000 for column, name in _PARTS.items()},
+    )
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """The wheel's program does not bring its libraries; the server's wheel has them, under other names."""
+    environment = dict(os.environ)
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        return environment
+    held = Path(spec.origin).parent.parent / "nvidia_pytriton.libs"
+    links = folder / "lib"
+    links.mkdir()
+    for plain, pattern in _LIBRARIES.items():
+        for library in sorted(held.glob(pattern))[:1]:
+            (links / plain).symlink_to(library)
+    environment["LD_LIBRARY_PATH"] = ":".join(filter(None, [str(links), environment.get("LD_LIBRARY_PATH")]))
+    return environment
+
+
+def _execute(
+    command: list[str], environment: dict[str, str], seconds: float, memory_gib: float | None
+) -> tuple[str, int]:
+    import psutil
+
+    limit = round(memory_gib * 2**30) if memory_gib else psutil.virtual_memory().total // 4
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        try:
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+        except OSError as error:
+            raise PerfError(
+                f"{command[0]} cannot run: {error}", fix="install it again: remove .venv, run ./invoke"
+            ) from None
+        try:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.Process(process.pid).rlimit(resource.RLIMIT_DATA, (limit, limit))
+            code = process.wait(60 + 4 * seconds)
+        except subprocess.TimeoutExpired:
+            code = -1
+            log.write(f"\nno result after {60 + 4 * seconds:.0f} s")
+        finally:
+            process.kill()
+            process.wait()
+        log.seek(0)
+        return log.read(), code
+
+
+def _only_row(report: Path) -> dict[str, str]:
+    with report.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    missing = {"Inferences/Second", *_PERCENTILES, *_PARTS} - set(rows[0] if rows else {})
+    if len(rows) != 1 or missing:
+        raise PerfError(
+            f"perf_analyzer's report has {len(rows)} rows and lacks {sorted(missing) or 'nothing'}",
+            why="this version of perf_analyzer writes another format",
+            fix="use the one of requirements/perf_analyzer.lock",
+        )
+    return rows[0]
+
+
+# First match wins: what perf_analyzer prints, why it is so, what to do about it. {0} is what the group caught.
+_CAUSES = (
+    (
+        r"(onnect(?:ion)? (?:refused|to remote host)|failed to connect|[Cc]ould ?n.t connect)",
+        "no server answers there",
+        "start one: invoke serve",
+    ),
+    (
+        r"unknown model: '([^\n]*) is not found",
+        "the server does not serve '{0}",
+        "publish it first: invoke build-engines",
+    ),
+    (r"(bad_alloc|annot allocate memory)", "it ran into its memory guard", "use shared memory, or a shorter run"),
+    (
+        r"error while loading shared libraries: (\S+?):",
+        "{0} is not on this machine",
+        "install nvidia-pytriton, which carries it: run through ./invoke",
+    ),
+    (
+        r"version `(GLIBC\S*)' not found",
+        "it needs {0}, newer than this machine's C library",
+        "use the perf_analyzer of requirements/perf_analyzer.lock, or NVIDIA's SDK container",
+    ),
+    (
+        r"(shared memory)[^\n]*(?:disabled|not (?:allowed|supported|permitted))",
+        "the server refuses clients' {0}",
+        "start it with --allow-client-shm=true (invoke serve does)",
+    ),
+    (r"No valid requests (recorded)", "no request ended within the window", "measure for longer"),
+)
+
+
+def _failure(output: str, code: int, url: str, model: str) -> PerfError:
+    lines = [line for line in output.splitlines() if line.strip()]
+    what = f"perf_analyzer gave no figures for model {model} at {url} (exit code {code})"
+    shown = "\n".join(f"  {line.strip()}" for line in lines[-5:])
+    for pattern, why, fix in _CAUSES:
+        match = re.search(pattern, output)
+        if match:
+            return PerfError(f"{what}\n{shown}", why=why.format(match[1]), fix=fix)
+    return PerfError(f"{what}\n{shown}")
