@@ -17,7 +17,9 @@ class SSDError(Exception):
 
     def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
         self.what, self.why, self.fix = what, why, fix
-        super().__init__("\n".join(filter(None, [what, why and f"likely because: {why}", fix and f"what to do: {fix}"])))
+        super().__init__(
+            "\n".join(filter(None, [what, why and f"likely because: {why}", fix and f"what to do: {fix}"]))
+        )
 
 
 class SpecError(SSDError):
@@ -26,6 +28,10 @@ class SpecError(SSDError):
 
 class GraphError(SSDError):
     """An ONNX model is corrupt or is not what its spec says."""
+
+
+class OptionError(SSDError):
+    """A task was given a value that it does not know."""
 
 
 class RuntimeUnavailableError(SSDError):

@@ -1,0 +1,202 @@
+"""`invoke build-engines`: spec → graph → self-check → model repository, and nothing at all where nothing changed."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from build import graph, ssd_nms
+from build import repository as store
+from build.errors import GraphError, OptionError, RuntimeUnavailableError, SpecError
+from build.spec import Spec, load
+
+if TYPE_CHECKING:
+    import onnx
+    from rich.console import Console
+
+RUNTIMES = ("onnxruntime", "tensorrt")
+PRECISIONS = ("fp32",)
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def build_engines(
+    models: Sequence[str] | None = None,
+    runtime: str = "auto",
+    precision: str = "fp32",
+    force: bool = False,
+    repository: Path = _ROOT / "model_repository",
+    *,
+    sources: Path = _ROOT / "models",
+    artifacts: Path = _ROOT / "artifacts",
+    console: Console | None = None,
+) -> dict[str, int]:
+    """Builds and publishes models; what is published already from the same inputs is left as it is.
+
+    Args:
+        models: folders of `sources`; None = all that have a spec.toml.
+        runtime: auto, onnxruntime or tensorrt.
+        precision: fp32.
+        force: build and publish even where nothing changed.
+        repository: where to publish.
+        sources: where the models are.
+        artifacts: gets <name>/<precision>/model.onnx.
+        console: where to say what is done; None = standard output.
+
+    Returns:
+        The served version of each model.
+
+    Raises:
+        SSDError: nothing of the model in question was published; models before it were.
+    """
+    from rich.console import Console
+
+    say = console or Console(highlight=False, soft_wrap=True)
+    if precision not in PRECISIONS:
+        raise OptionError(f"precision is {precision!r}, but this version builds {', '.join(PRECISIONS)} only")
+    runtime, why = choose_runtime(runtime)
+    say.print(f"runtime {runtime}: {why}", markup=False)
+    return {
+        spec.model.name: _build(spec, runtime, precision, force, repository, artifacts, say)
+        for spec in [load(sources / name) for name in _names(models, sources)]
+    }
+
+
+def rollback(model: str, repository: Path = _ROOT / "model_repository") -> int:
+    """Serves the version before the current one again.
+
+    Returns:
+        That version.
+
+    Raises:
+        OptionError: no model was named.
+        PublishError: there is no such version, or it is damaged.
+    """
+    from rich.console import Console
+
+    if not model:
+        raise OptionError("--rollback needs to know which model", fix="name it: --model shapes")
+    version = store.rollback(repository, model)
+    Console(highlight=False, soft_wrap=True).print(f"{model}: version {version} is served again", markup=False)
+    return version
+
+
+def choose_runtime(runtime: str) -> tuple[str, str]:
+    """The runtime to build for, and why.
+
+    Raises:
+        OptionError: no runtime has this name.
+        RuntimeUnavailableError: tensorrt was asked for and cannot be used; says all that is missing.
+    """
+    if runtime not in ("auto", *RUNTIMES):
+        raise OptionError(f"runtime is {runtime!r}, but must be one of auto, {', '.join(RUNTIMES)}")
+    if runtime == "onnxruntime":
+        return runtime, "asked for"
+    missing = []
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
+        missing.append("an NVIDIA GPU (no /dev/nvidia0)")
+    if importlib.util.find_spec("tensorrt") is None:
+        missing.append("the Python package tensorrt")
+    missing.append("the engine build, which this version does not have yet")
+    if runtime == "auto":
+        return "onnxruntime", f"tensorrt would need {'; '.join(missing)}"
+    raise RuntimeUnavailableError(
+        f"the runtime tensorrt cannot be used; missing: {'; '.join(missing)}",
+        fix="build for the CPU: invoke build-engines --runtime onnxruntime",
+    )
+
+
+def self_check(model: onnx.ModelProto, spec: Spec) -> None:
+    """Runs the graph in ONNX Runtime: heads and outputs have the contract's shapes, types and values in range.
+
+    Raises:
+        GraphError: it does not run, or answers something else.
+    """
+    import numpy as np
+    import onnxruntime
+
+    rows, most = 2, spec.nms.max_detections
+    size = (rows, spec.input.height, spec.input.width, 3)
+    feeds = {graph.IMAGES: np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)}
+
+    def run(part: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(
+                part.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+            names = [output.name for output in session.get_outputs()]
+            return dict(zip(names, session.run(names, inputs), strict=True))
+        except Exception as error:  # ONNX Runtime's own exceptions have no common type
+            raise GraphError(f"{spec.onnx_path}: ONNX Runtime cannot run it: {error}") from error
+
+    anchors = len(spec.load_anchors())
+    heads = run(graph.before_nms(model), feeds)
+    for name, last in zip(graph.HEADS, (4, spec.classes), strict=True):
+        found, wanted_shape = heads[name].shape, (rows, anchors, last)
+        if found != wanted_shape:
+            raise GraphError(
+                f"{spec.onnx_path}: {name} has the shape {list(found)}, but must have {list(wanted_shape)}",
+                why="anchors.npy or labels.txt belong to another model",
+            )
+    if spec.nms.runtime_thresholds:
+        feeds |= {name: np.full((rows, 1), getattr(spec.nms, name), np.float32) for name in ssd_nms.THRESHOLDS}
+    number, boxes, scores, classes = run(model, feeds).values()
+    wanted = [((rows, 1), "int32"), ((rows, most, 4), "float32"), ((rows, most), "float32"), ((rows, most), "int32")]
+    for name, array, (shape, kind) in zip(ssd_nms.OUTPUTS, (number, boxes, scores, classes), wanted, strict=True):
+        if array.shape != shape or array.dtype != kind:
+            raise GraphError(f"{spec.onnx_path}: {name} is {array.dtype}{list(array.shape)}, not {kind}{list(shape)}")
+    if number.max() > most or classes.max() >= len(spec.labels) or (np.diff(scores, axis=1) > 0).any():
+        raise GraphError(f"{spec.onnx_path}: its detections are not in order, or more or other ones than there can be")
+
+
+def _build(spec: Spec, runtime: str, precision: str, force: bool, target: Path, artifacts: Path, say: Console) -> int:
+    name = spec.model.name
+    artifact = artifacts / name / precision / "model.onnx"
+    manifest = None if force else store.fresh_manifest(spec, target, precision, runtime)
+    if manifest and artifact.is_file():
+        digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
+        if manifest["files"]["model.onnx"] == digest:
+            version: int = manifest["version"]
+            say.print(f"{name}: nothing changed, version {version} stays ({precision}, {runtime})", markup=False)
+            return version
+    model = graph.attach(spec)
+    self_check(model, spec)
+    with store.explained(artifact):
+        artifact.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = artifact.with_suffix(".new")
+        unfinished.write_bytes(model.SerializeToString(deterministic=True))
+        unfinished.replace(artifact)
+    say.print(
+        f"{name}: built {_relative(artifact)} ({artifact.stat().st_size / 1e6:.1f} MB), runs as its spec says",
+        markup=False,
+    )
+    version = store.publish(spec, artifact, target, precision, runtime)
+    chosen = store.recipe(spec, precision, runtime)["serving"]
+    say.print(
+        f"{name}: published version {version} to {_relative(target / name)} "
+        f"({precision}, {runtime}, instances x threads: {chosen['instances']} x {chosen['threads']})",
+        markup=False,
+    )
+    return version
+
+
+def _names(models: Sequence[str] | None, sources: Path) -> list[str]:
+    known = sorted(path.parent.name for path in sources.glob("*/spec.toml"))
+    if not known:
+        raise SpecError(f"{sources}: no model has a spec.toml there", fix="add one (docs/spec.md)")
+    for name in models or ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise SpecError(f"{sources}: has no model {name!r}", fix=f"{hint}there are {', '.join(known)}")
+    return list(models or known)
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path
