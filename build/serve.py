@@ -233,6 +233,11 @@ class TritonServer:
             return _telling(self.log_path.read_text(errors="replace").splitlines())
         return []
 
+    def model_config(self, model: str) -> dict[str, Any]:
+        """The model's configuration as the server completed it."""
+        config: dict[str, Any] = json.loads(self._http(f"v2/models/{model}/config"))
+        return config
+
     # -- start and stop ------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> TritonServer:
