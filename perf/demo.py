@@ -1,0 +1,163 @@
+"""`invoke demo`: the whole way on real input, in one run: build, serve, detect, evaluate, load.
+
+Writes `<artifacts>/demo/detections.png` (a contact sheet) and `<artifacts>/demo/summary.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from rich.table import Table
+    from ssd_client import SSDClient
+
+    from perf.evaluate import Accuracy
+
+MODEL = "shapes"
+DRAWN = 24
+DRAW_THRESHOLD = 0.5
+EVALUATION_THRESHOLD = 0.01  # COCO's mAP wants the whole precision-recall curve
+COLUMNS = 6
+
+
+def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str, Any]:
+    """Runs the demo and returns what it wrote to summary.json.
+
+    Args:
+        repository: where the model is published and served from.
+        artifacts: its folder `demo` receives the sheet and the summary, `datasets` the scenes.
+        quick: 100 scenes instead of 500 and a shorter load.
+
+    Raises:
+        SSDError: of whichever stage failed.
+    """
+    from rich.console import Console
+    from ssd_client import SSDClient
+
+    from build import pipeline
+    from build.serve import TritonServer
+    from models.shapes.scenes import write_split
+    from perf.served_ratio import measure
+
+    console = Console()
+    started = time.monotonic()
+    out = artifacts / "demo"
+    out.mkdir(parents=True, exist_ok=True)
+    images = 100 if quick else 500
+
+    pipeline.build_engines([MODEL], repository=repository)
+    with console.status(f"drawing {images} held-out scenes (once; kept in {artifacts.name}/datasets)"):
+        pictures, truth = write_split(artifacts / "datasets" / MODEL, "held_out", images)
+
+    with TritonServer(repository) as server:
+        console.print(f"tritonserver {server.version} serves {MODEL}: gRPC {server.grpc_url}, HTTP {server.http_url}")
+        with SSDClient(server.grpc_url, model=MODEL, shared_memory="system") as client:
+            found = client.detect(pictures[:DRAWN], score_threshold=DRAW_THRESHOLD)
+            sheet = contact_sheet([detections.draw() for detections in found])
+            sheet.save(out / "detections.png")
+            with console.status(f"evaluating {images} scenes through the server"):
+                evaluation_started = time.monotonic()
+                accuracy = evaluate_served(client, pictures, truth)
+                evaluation_seconds = time.monotonic() - evaluation_started
+            config = client.model_config()
+        with console.status("perf_analyzer: single stream, then 4 clients, beside the same model in process"):
+            load = measure(server, MODEL, pictures, quick=quick)
+        summary = {
+            "server_version": server.version,
+            "runtime": config.runtime,
+            "precision": config.precision,
+            "map50": accuracy.map50,
+            "map": accuracy.map,
+            "map_by_size": {"small": accuracy.map_small, "medium": accuracy.map_medium, "large": accuracy.map_large},
+            "map_by_class": accuracy.by_class,
+            "images": accuracy.images,
+            "evaluation_seconds": evaluation_seconds,
+            **load,
+            "versions": versions(),
+            "machine": machine(),
+        }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    console.print(_table(summary))
+    console.print(f"done in {time.monotonic() - started:.0f} s; where to look next:")
+    console.print(f"  {_short(out / 'detections.png')}   what it sees: {DRAWN} held-out scenes with boxes")
+    console.print(f"  {_short(out / 'summary.json')}     these figures, for machines")
+    console.print(
+        "  ./invoke serve                   keep it running; then: .venv/bin/python -m ssd_client IMAGE --out DIR"
+    )
+    return summary
+
+
+def evaluate_served(client: SSDClient, pictures: Sequence[Path], truth: dict[str, Any]) -> Accuracy:
+    """COCO accuracy of what the server answers for `pictures` (image id = position + 1), thresholds low for a full curve."""
+    from perf.evaluate import evaluate
+
+    found = client.detect(list(pictures), score_threshold=EVALUATION_THRESHOLD)
+    results = [row for image_id, detections in enumerate(found, start=1) for row in detections.to_coco(image_id)]
+    return evaluate(truth, results)
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int = COLUMNS, gap: int = 6) -> Image.Image:
+    """Pictures of one size in rows of `columns`, on white."""
+    from PIL import Image
+
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+    return sheet
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    names = ("onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient", "pycocotools")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def machine() -> dict[str, Any]:
+    """The machine that the figures come from."""
+    import psutil
+
+    names = [
+        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": psutil.cpu_count(logical=True),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(),
+    }
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{MODEL}, {summary['precision']}, runtime {summary['runtime']}", title_justify="left", show_header=False
+    )
+    table.add_row("Triton", summary["server_version"])
+    table.add_row(f"mAP@0.5, {summary['images']} held-out scenes", f"{summary['map50']:.4f}")
+    table.add_row("mAP@[.5:.95]", f"{summary['map']:.4f}")
+    latency = summary["latency_ms"]
+    table.add_row(
+        "latency of one client", " / ".join(f"{latency[p]:.1f}" for p in ("p50", "p90", "p99")) + " ms (p50/p90/p99)"
+    )
+    for clients, rate in summary["throughput_ips"].items():
+        table.add_row(f"throughput, {clients} client{'s' if clients != '1' else ''}", f"{rate:.0f} images/s")
+    table.add_row(
+        "the same model in process", f"{summary['raw_ips']:.0f} images/s ({summary['raw_threads']} sessions x threads)"
+    )
+    ratio = summary["served_ratio"]
+    table.add_row("served / in process, 4 clients", f"{ratio['shm']:.2f} shared memory, {ratio['grpc']:.2f} gRPC")
+    return table
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
