@@ -28,6 +28,11 @@ MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 
 # Raster formats only: Pillow would start another program for some of the rest (EPS).
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+# What such files are usually called, for looking through folders.
+SUFFIXES = (
+    *(".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pcx"),
+    *(".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)
 
 _ORIENTATION = 0x0112
 _TRANSPOSE = {
