@@ -1,0 +1,159 @@
+"""spec.toml: what is right is read, everything else is one error that names file, table, key, value and range."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from build import spec as spec_module
+from build.errors import SpecError
+from build.spec import Input, Model, Nms, Serving, load
+from tests.build import tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tiny_model.write(tmp_path / "tiny")
+
+
+def test_a_whole_spec(path: Path) -> None:
+    spec = load(path)
+    assert spec == load(path.parent)
+    assert spec.labels == ("cat", "dog")
+    assert (spec.input.width, spec.input.mean, spec.nms.runtime_thresholds) == (8, (100.0, 110.0, 120.0), True)
+    assert spec.nms.box_scales == (10.0, 10.0, 5.0, 5.0)  # a default
+    assert spec.classes == 3
+    assert (spec.onnx_path, spec.labels_path) == (path.parent / "model.onnx", path.parent / "labels.txt")
+    anchors = spec.load_anchors()
+    assert (anchors.shape, anchors.dtype) == ((8, 4), np.float32)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.nms.max_detections = 7  # type: ignore[misc]
+
+
+def test_the_models_here_have_valid_specs() -> None:
+    found = sorted(ROOT.glob("models/*/spec.toml"))
+    assert found
+    for path in found:
+        assert load(path).model.name == path.parent.name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "[nms]",
+            "[nms]\nscore_treshold = 0.5",
+            r"\[nms\] score_treshold is an unknown key.*did you mean score_threshold",
+        ),
+        ("[nms]", "[nsm]", r"a table \[nsm\].*did you mean \[nms\]"),
+        ("[model]", 'title = "x"\n[model]', "a key 'title' outside its tables"),
+        ("width = 8", "", r"\[input\] width is missing"),
+        ("width = 8", "width = 8.5", r"\[input\] width is 8.5, but must be a whole number"),
+        ("width = 8", "width = true", r"\[input\] width is True, but must be a whole number"),
+        ("width = 8", "width = 0", r"\[input\] width is 0, but must be in 1\.\.8192"),
+        ("score_threshold = 0.1", "score_threshold = 1.5", r"\[nms\] score_threshold is 1.5, but must be in 0\.\.1"),
+        ("score_threshold = 0.1", "score_threshold = nan", r"\[nms\] score_threshold is nan"),
+        ("score_threshold = 0.1", 'score_threshold = "0.1"', r"is '0.1', but must be a number"),
+        ("score_threshold = 0.1", "score_threshold = -1", r"is -1, but must be in 0\.\.1"),
+        ("max_detections = 5", "max_detections = 0", r"max_detections is 0, but must be in 1\.\."),
+        ("max_detections = 5", "background_class = 3", r"background_class is 3, but must be in -1\.\.2.*has 2 labels"),
+        (
+            "max_detections = 5",
+            'score_activation = "softmx"',
+            "must be one of softmax, sigmoid, none .did you mean 'softmax'",
+        ),
+        ("max_detections = 5", "box_scales = [10, 10, 5]", r"is \[10, 10, 5\], but must be a list of 4 numbers"),
+        ("max_detections = 5", "box_scales = [10, 10, 5, 0]", "must be greater than 0"),
+        ("max_detections = 5", "clip_boxes = 1", "clip_boxes is 1, but must be true or false"),
+        ('"RGB"', '"GBR"', r"color_order is 'GBR', but must be one of RGB, BGR"),
+        ("std = [50.0, 60.0, 70.0]", "std = [50.0, 0.0, 70.0]", "must be greater than 0"),
+        ("std = [50.0, 60.0, 70.0]", "std = [50.0, 60.0, inf]", "std is .*inf"),
+        ('name = "tiny"', 'name = "../tiny"', "name is '../tiny', but must match"),
+        ('name = "tiny"', 'name = "tiny"\nonnx = "gone.onnx"', r"\[model\] onnx names .*gone.onnx, which is not there"),
+        ('name = "tiny"', 'name = "tiny"\nanchors = "gone.npy"', r"\[model\] anchors names .*gone.npy"),
+        (
+            'name = "tiny"',
+            'name = "tiny"\nlabels = "gone.txt"',
+            r"\[model\] labels names .*gone.txt, which cannot be read",
+        ),
+        ("max_batch_size = 4", "max_batch_size = 0", r"max_batch_size is 0, but must be in 1\.\.4096"),
+        ("[nms]", "[nms", "no valid TOML: .*line 12"),
+        ("[nms]", "[input]", "no valid TOML"),
+    ],
+)
+def test_what_is_wrong_is_named(path: Path, old: str, new: str, message: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(SpecError, match=f"(?s)^{path}: .*{message}"):
+        load(path)
+
+
+def test_a_spec_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="cannot be read: No such file"):
+        load(tmp_path / "nothing")
+    with pytest.raises(SpecError, match=r"spec\.toml: cannot be read: No such file"):
+        load(tmp_path)
+    (tmp_path / "spec.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(SpecError, match="no valid TOML"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no labels"),
+        (b"cat\n\ndog\n", "line 2 is ''"),
+        (b"cat\ncat\n", "line 2 repeats the label 'cat'"),
+        (b"cat \ndog\n", "line 1 is 'cat '"),
+        (b"\xff\n", "cannot be read"),
+    ],
+)
+def test_wrong_labels(path: Path, content: bytes, message: str) -> None:
+    (path.parent / "labels.txt").write_bytes(content)
+    with pytest.raises(SpecError, match=message):
+        load(path)
+
+
+def test_one_made_in_python_is_checked_too() -> None:
+    assert Nms(score_threshold=1).score_threshold == 1.0
+    with pytest.raises(ValueError, match="iou_threshold is 2"):
+        Nms(iou_threshold=2)
+
+
+@pytest.mark.parametrize("anchors", [np.zeros(4), np.ones((2, 5)), np.ones((2, 4), int), np.full((2, 4), np.nan), None])
+def test_wrong_anchors(path: Path, anchors: np.ndarray | None) -> None:
+    spec = load(path)
+    if anchors is None:
+        spec.anchors_path.write_bytes(spec.anchors_path.read_bytes()[:100])
+    else:
+        np.save(spec.anchors_path, anchors)
+    with pytest.raises(SpecError, match=r"anchors\.npy"):
+        spec.load_anchors()
+
+
+@pytest.mark.parametrize("table", [Model, Input, Nms, Serving])
+def test_the_page_explains_every_key(table: type) -> None:
+    page = (ROOT / "docs" / "spec.md").read_text()
+    name = next(name for name, kind in spec_module._TABLES.items() if kind is table)
+    section = page.split(f"## [{name}]")[1].split("\n## ")[0]
+    rows = {line.split("|")[1].strip().strip("`"): line for line in section.splitlines() if line.startswith("| `")}
+    assert list(rows) == [item.name for item in dataclasses.fields(table)]
+    for item in dataclasses.fields(table):
+        default = rows[item.name].split("|")[3].strip().strip("`")
+        if item.default is dataclasses.MISSING:
+            assert default == "required"
+        else:
+            value = item.default
+            text = (
+                str(value).lower()
+                if isinstance(value, bool)
+                else str(list(value) if isinstance(value, tuple) else value)
+            )
+            assert default == text, item.name
+        assert all(choice in rows[item.name] for choice in item.metadata["choices"]), item.name

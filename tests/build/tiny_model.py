@@ -1,0 +1,85 @@
+"""A whole little source model, made in milliseconds: 8×8 pixels, 8 anchors, Conv-BatchNorm-Relu and heads of noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+LABELS = ("cat", "dog")
+ANCHORS = 8
+
+SPEC = """
+[model]
+name = "tiny"
+
+[input]
+width = 8
+height = 8
+color_order = "{color_order}"
+mean = [100.0, 110.0, 120.0]
+std = [50.0, 60.0, 70.0]
+
+[nms]
+score_threshold = 0.1
+max_detections = 5
+runtime_thresholds = {runtime_thresholds}
+
+[serving]
+max_batch_size = 4
+"""
+
+
+def source(*, pixels: str = "images", opset: int = 17, classes: int = 3, batch: str | int = "b") -> onnx.ModelProto:
+    """FP32 [B,3,8,8] → box_deltas [B,8,4], class_logits [B,8,classes]; the contract uses its input's name, too."""
+    random = np.random.default_rng(0)
+    constants = {
+        "w": random.normal(0, 0.3, (6, 3, 4, 4)),
+        "scale": random.uniform(0.5, 1.5, 6),
+        "shift": random.normal(0, 0.3, 6),
+        "mean": random.normal(0, 0.3, 6),
+        "variance": random.uniform(0.5, 1.5, 6),
+        "w_box": random.normal(0, 1, (8, 6, 1, 1)),
+        "w_class": random.normal(0, 1, (2 * classes, 6, 1, 1)),
+    }
+    initializers = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()]
+    nodes = [
+        helper.make_node("Conv", [pixels, "w"], ["conv"], name="conv", strides=[4, 4]),
+        helper.make_node("BatchNormalization", ["conv", "scale", "shift", "mean", "variance"], ["bn"], name="bn"),
+        helper.make_node("Relu", ["bn"], ["relu"], name="relu"),
+    ]
+    for head, weights, last in (("box_deltas", "w_box", 4), ("class_logits", "w_class", classes)):
+        initializers.append(numpy_helper.from_array(np.array([0, -1, last], np.int64), f"{head}_shape"))
+        nodes += [
+            helper.make_node("Conv", ["relu", weights], [f"{head}_map"]),
+            helper.make_node("Transpose", [f"{head}_map"], [f"{head}_last"], perm=[0, 2, 3, 1]),
+            helper.make_node("Reshape", [f"{head}_last", f"{head}_shape"], [head]),
+        ]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info(pixels, TensorProto.FLOAT, [batch, 3, 8, 8])],
+        [
+            helper.make_tensor_value_info("box_deltas", TensorProto.FLOAT, [batch, "n", 4]),
+            helper.make_tensor_value_info("class_logits", TensorProto.FLOAT, [batch, "n", "c"]),
+        ],
+        initializers,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def write(
+    folder: Path, model: onnx.ModelProto | None = None, *, color_order: str = "RGB", thresholds: bool = True
+) -> Path:
+    """Writes a models/<name> folder; returns its spec.toml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = SPEC.format(color_order=color_order, runtime_thresholds=str(thresholds).lower())
+    (folder / "spec.toml").write_text(text)
+    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in LABELS))
+    random = np.random.default_rng(1)
+    boxes = np.concatenate([random.uniform(0.2, 0.8, (ANCHORS, 2)), random.uniform(0.2, 0.6, (ANCHORS, 2))], 1)
+    np.save(folder / "anchors.npy", boxes.astype(np.float32))
+    onnx.save(model or source(), folder / "model.onnx")
+    return folder / "spec.toml"
