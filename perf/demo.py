@@ -95,7 +95,7 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
 
 
 def evaluate_served(client: SSDClient, pictures: Sequence[Path], truth: dict[str, Any]) -> Accuracy:
-    """COCO accuracy of what the server answers for `pictures` (image id = position + 1), thresholds low for a full curve."""
+    """COCO accuracy of what the server answers for `pictures` (image id = position + 1)."""
     from perf.evaluate import evaluate
 
     found = client.detect(list(pictures), score_threshold=EVALUATION_THRESHOLD)

@@ -90,7 +90,7 @@ def scenes(split: str, count: int) -> Iterator[Scene]:
 
 def coco_ground_truth(split: str, count: int) -> dict[str, Any]:
     """The first `count` scenes as a COCO `instances` dictionary: image id = index + 1, category = class + 1."""
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image_id, one in enumerate(scenes(split, count), start=1):
         for box, class_index in zip(one.boxes.tolist(), one.classes.tolist(), strict=True):
             x1, y1, x2, y2 = box
@@ -171,7 +171,7 @@ def _background(rng: np.random.Generator) -> NDArray[np.float32]:
     elif kind == 4:
         grain = rng.normal(0, amplitude * 0.5, (SIZE // 2, SIZE // 2)).astype(np.float32)
         canvas = canvas + np.repeat(np.repeat(grain, 2, 0), 2, 1)[..., None]
-    return np.clip(canvas, 0, 255).astype(np.float32)
+    return np.asarray(np.clip(canvas, 0, 255), np.float32)
 
 
 def _polygon(points: list[Point], side: float, angle: float) -> list[Point]:
@@ -214,12 +214,14 @@ def _shape_mask(label: str, side: float, rng: np.random.Generator) -> NDArray[np
             left, top = width * (1 - hole) / 2, height * (1 - hole) / 2
             draw.ellipse((left, top, width - 1 - left, height - 1 - top), fill=0)
     else:
-        outline = {
-            "square": lambda: [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)],
-            "triangle": lambda: _regular(3),
-            "star": lambda: _regular(5, float(rng.uniform(0.38, 0.48))),
-            "cross": lambda: _cross(float(rng.uniform(0.22, 0.36))),
-        }[label]()
+        if label == "square":
+            outline = [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]
+        elif label == "triangle":
+            outline = _regular(3)
+        elif label == "star":
+            outline = _regular(5, float(rng.uniform(0.38, 0.48)))
+        else:
+            outline = _cross(float(rng.uniform(0.22, 0.36)))
         stretch = 1.0 if label == "square" else float(rng.uniform(0.75, 1.0))
         points = _polygon([(px, py * stretch) for px, py in outline], big, angle)
         width, height = max(p[0] for p in points), max(p[1] for p in points)
@@ -269,7 +271,7 @@ def _contrasting(
     under = canvas[top : top + height, left : left + width][mask > 0.5].reshape(-1, 3).mean(0)
     if rng.random() < 0.2:  # low contrast on purpose: the background's own colour, shifted
         shift = float(rng.uniform(MIN_CONTRAST, 40.0)) * (1 if under @ luma < 127 else -1)
-        return np.clip(under + shift, 0, 255).astype(np.float32)
+        return np.asarray(np.clip(under + shift, 0, 255), np.float32)
     color = _color(rng)
     while abs(float((color - under) @ luma)) < MIN_CONTRAST:
         color = _color(rng)
