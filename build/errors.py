@@ -38,6 +38,14 @@ class RuntimeUnavailableError(SSDError):
     """The chosen runtime cannot be used on this machine."""
 
 
+class EngineError(SSDError):
+    """A TensorRT engine could not be built, read or run."""
+
+
+class VerifyError(SSDError):
+    """A built model failed its gate, or could not be put to it; nothing was published."""
+
+
 class PublishError(SSDError):
     """The model repository could not be written; what was published before is untouched."""
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Floats3 = tuple[float, float, float]
 Floats4 = tuple[float, float, float, float]
+Names = tuple[str, ...]
 
 _TYPE_NAMES: dict[Any, str] = {
     str: "a text",
@@ -36,6 +37,7 @@ _TYPE_NAMES: dict[Any, str] = {
     float: "a number",
     Floats3: "a list of 3 numbers",
     Floats4: "a list of 4 numbers",
+    Names: "a list of texts",
 }
 
 
@@ -78,17 +80,17 @@ class Table:
                     item.name, f"is {getattr(self, item.name)!r}, but must be {_TYPE_NAMES[types[item.name]]}"
                 )
             rule = item.metadata
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, (int, float)) and not (
-                    rule["low"] <= number <= rule["high"] and number > rule["above"] and math.isfinite(number)
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, (int, float)) and not (
+                    rule["low"] <= one <= rule["high"] and one > rule["above"] and math.isfinite(one)
                 ):
                     raise _WrongValueError(item.name, f"is {getattr(self, item.name)!r}, but must be {_range(rule)}")
-            if rule["choices"] and value not in rule["choices"]:
-                near = difflib.get_close_matches(str(value), rule["choices"], 1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise _WrongValueError(
-                    item.name, f"is {value!r}, but must be one of {', '.join(rule['choices'])}{hint}"
-                )
+                if rule["choices"] and one not in rule["choices"]:
+                    near = difflib.get_close_matches(str(one), rule["choices"], 1)
+                    hint = f" (did you mean {near[0]!r}?)" if near else ""
+                    raise _WrongValueError(
+                        item.name, f"is {one!r}, but must be one of {', '.join(rule['choices'])}{hint}"
+                    )
             if rule["pattern"] and not re.fullmatch(rule["pattern"], value):
                 raise _WrongValueError(item.name, f"is {value!r}, but must match {rule['pattern']}")
             object.__setattr__(self, item.name, value)
@@ -102,6 +104,12 @@ def _converted(value: Any, to: Any) -> Any:
             return None
         numbers = tuple(_converted(number, float) for number in value)
         return None if None in numbers else numbers
+    if to == Profiles:
+        good = isinstance(value, (list, tuple)) and all(isinstance(item, (dict, Profile)) for item in value)
+        return tuple(_profile(number, item) for number, item in enumerate(value)) if good else None
+    if to == Names:
+        good = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+        return tuple(value) if good else None
     if to is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value if type(value) is to else None
@@ -159,11 +167,60 @@ class Nms(Table):
 
 @dataclass(frozen=True)
 class Serving(Table):
-    """[serving]: how tritonserver runs it; 0 leaves the choice to the number of cores."""
+    """[serving]: how tritonserver runs it; 0 leaves `instances` and `threads` to the runtime, the rest switched off.
+
+    Queue, delay, CUDA graphs and warm-up are for the runtime tensorrt, where requests are batched together.
+    """
 
     max_batch_size: int = _key(32, low=1, high=4096)
     instances: int = _key(0, low=0, high=1024)
     threads: int = _key(0, low=0, high=1024)
+    max_queue_size: int = _key(256, low=0, high=2**31 - 1)
+    queue_timeout_ms: int = _key(1000, low=0, high=2**31 - 1)
+    queue_delay_us: int = _key(0, low=0, high=10**6)
+    cuda_graphs: bool = _key(False)
+    warmup: bool = _key(True)
+
+
+@dataclass(frozen=True)
+class Profile(Table):
+    """[[tensorrt.profiles]]: the batch sizes of one optimisation profile; TensorRT tunes for `opt`."""
+
+    min: int = _key(low=1, high=4096)
+    opt: int = _key(low=1, high=4096)
+    max: int = _key(low=1, high=4096)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.min <= self.opt <= self.max:
+            raise _WrongValueError("opt", f"is {self.opt}, but must be between min {self.min} and max {self.max}")
+
+
+Profiles = tuple[Profile, ...]
+_TACTIC_SOURCES = ("cublas", "cublas_lt", "cudnn", "edge_mask_convolutions", "jit_convolutions")
+_TYPE_NAMES[Profiles] = "a list of tables: [[tensorrt.profiles]], each with min, opt and max"
+
+
+@dataclass(frozen=True)
+class TensorRT(Table):
+    """[tensorrt]: how the engine is built; 0 or an empty list leaves the choice to TensorRT."""
+
+    profiles: Profiles = _key(())  # noqa: RUF009
+    workspace_mib: int = _key(0, low=0, high=2**31 - 1)
+    optimization_level: int = _key(3, low=0, high=5)
+    tf32: bool = _key(False)
+    version_compatible: bool = _key(False)
+    hardware_compatible: str = _key("none", choices=("none", "ampere_plus", "same_compute_capability"))
+    tactic_sources: Names = _key((), choices=_TACTIC_SOURCES)  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class Verify(Table):
+    """[verify]: the real pictures that a build is checked on before it is published; an empty text is none."""
+
+    images: str = _key("")
+    annotations: str = _key("")
+    count: int = _key(64, low=1, high=10**6)
 
 
 @dataclass(frozen=True)
@@ -180,6 +237,8 @@ class Spec:
     input: Input
     nms: Nms
     serving: Serving
+    tensorrt: TensorRT
+    verify: Verify
     labels: tuple[str, ...]
 
     @property
@@ -201,6 +260,22 @@ class Spec:
     def classes(self) -> int:
         """C: what the model's `class_logits` must have in its last dimension."""
         return len(self.labels) + (self.nms.background_class >= 0)
+
+    @property
+    def images_path(self) -> Path | None:
+        """The folder of the pictures that a build is checked on, where there is one."""
+        return self.path.parent / self.verify.images if self.verify.images else None
+
+    @property
+    def annotations_path(self) -> Path | None:
+        """The COCO JSON of those pictures, where they are labelled."""
+        return self.path.parent / self.verify.annotations if self.verify.annotations else None
+
+    @property
+    def profiles(self) -> Profiles:
+        """The optimisation profiles: those of [tensorrt], else one for every batch size that is served."""
+        most = self.serving.max_batch_size
+        return self.tensorrt.profiles or (Profile(1, min(8, most), most),)
 
     def load_anchors(self) -> NDArray[np.float32]:
         """The anchors: FP32 [N,4], cx,cy,w,h in units of the image's width and height.
@@ -231,7 +306,14 @@ class Spec:
         return np.ascontiguousarray(anchors, np.float32)
 
 
-_TABLES: dict[str, type[Table]] = {"model": Model, "input": Input, "nms": Nms, "serving": Serving}
+_TABLES: dict[str, type[Table]] = {
+    "model": Model,
+    "input": Input,
+    "nms": Nms,
+    "serving": Serving,
+    "tensorrt": TensorRT,
+    "verify": Verify,
+}
 _T = TypeVar("_T", bound=Table)
 
 
@@ -266,13 +348,42 @@ def load(path: str | Path) -> Spec:
             raise SpecError(
                 f"{path}: [model] {key} names {file}, which is not there", fix="put the file there or correct the name"
             )
+    for key, asked in (("images", spec.images_path), ("annotations", spec.annotations_path)):
+        if asked and not (asked.is_dir() if key == "images" else asked.is_file()):
+            raise SpecError(f"{path}: [verify] {key} names {asked}, which is not there", fix="correct the name")
+    if spec.annotations_path and not spec.images_path:
+        raise SpecError(f"{path}: [verify] has annotations, but no images", fix="name the folder of the pictures, too")
     labels, background = len(spec.labels), spec.nms.background_class
     if background > labels:
         raise SpecError(
             f"{path}: [nms] background_class is {background}, but must be in -1..{labels}",
             why=f"{spec.labels_path} has {labels} labels, so that with a background there are {labels + 1} classes",
         )
+    _check_profiles(spec)
     return spec
+
+
+def _check_profiles(spec: Spec) -> None:
+    """Every batch size from 1 to max_batch_size lies in a profile, and none beyond.
+
+    Raises:
+        SpecError: naming the first that does not.
+    """
+    reached, most = 0, spec.serving.max_batch_size
+    for profile in sorted(spec.profiles, key=lambda profile: profile.min):
+        if profile.min > reached + 1:
+            break
+        reached = max(reached, profile.max)
+    if reached < most:
+        raise SpecError(
+            f"{spec.path}: [[tensorrt.profiles]] leave out batch size {reached + 1} of [serving] max_batch_size {most}",
+            fix="let the profiles cover 1 to max_batch_size without a gap, or lower max_batch_size",
+        )
+    if reached > most:
+        raise SpecError(
+            f"{spec.path}: [[tensorrt.profiles]] go up to {reached}, but [serving] max_batch_size is {most}",
+            fix=f"set max_batch_size = {reached}, or end the profiles at {most}",
+        )
 
 
 def _table(path: Path, name: str, kind: type[_T], values: dict[str, Any]) -> _T:
@@ -287,6 +398,20 @@ def _table(path: Path, name: str, kind: type[_T], values: dict[str, Any]) -> _T:
         return kind(**values)
     except _WrongValueError as wrong:
         raise SpecError(f"{path}: [{name}] {wrong.key} {wrong.problem}", fix="see docs/spec.md") from None
+
+
+def _profile(number: int, values: Profile | dict[str, Any]) -> Profile:
+    """One profile of the list; what is wrong with it names its place."""
+    if isinstance(values, Profile):
+        return values
+    known = [item.name for item in dataclasses.fields(Profile)]
+    if set(values) != set(known):
+        problem = f"{number} has the keys {', '.join(values)}, but must have {', '.join(known)}"
+        raise _WrongValueError("profiles", problem)
+    try:
+        return Profile(**values)
+    except _WrongValueError as wrong:
+        raise _WrongValueError("profiles", f"{number}: {wrong}") from None
 
 
 def _nearest(wrong: str, known: list[str], form: str) -> str:

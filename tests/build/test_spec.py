@@ -10,7 +10,7 @@ import pytest
 
 from build import spec as spec_module
 from build.errors import SpecError
-from build.spec import Input, Model, Nms, Serving, load
+from build.spec import Nms, Profile, TensorRT, load
 from tests.build import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -137,10 +137,9 @@ def test_wrong_anchors(path: Path, anchors: np.ndarray | None) -> None:
         spec.load_anchors()
 
 
-@pytest.mark.parametrize("table", [Model, Input, Nms, Serving])
-def test_the_page_explains_every_key(table: type) -> None:
+@pytest.mark.parametrize(("name", "table"), spec_module._TABLES.items())
+def test_the_page_explains_every_key(name: str, table: type) -> None:
     page = (ROOT / "docs" / "spec.md").read_text()
-    name = next(name for name, kind in spec_module._TABLES.items() if kind is table)
     section = page.split(f"## [{name}]")[1].split("\n## ")[0]
     rows = {line.split("|")[1].strip().strip("`"): line for line in section.splitlines() if line.startswith("| `")}
     assert list(rows) == [item.name for item in dataclasses.fields(table)]
@@ -155,5 +154,59 @@ def test_the_page_explains_every_key(table: type) -> None:
                 if isinstance(value, bool)
                 else str(list(value) if isinstance(value, tuple) else value)
             )
-            assert default == text, item.name
+            assert default == (text or '""'), item.name
         assert all(choice in rows[item.name] for choice in item.metadata["choices"]), item.name
+
+
+PROFILE = "[[tensorrt.profiles]]\nmin = {}\nopt = {}\nmax = {}\n"
+
+
+def test_profiles_default_to_one_over_all_batch_sizes(path: Path) -> None:
+    spec = load(path)
+    assert spec.profiles == (Profile(1, min(8, spec.serving.max_batch_size), spec.serving.max_batch_size),)
+
+
+def test_several_profiles(path: Path) -> None:
+    most = load(path).serving.max_batch_size
+    path.write_text(path.read_text() + PROFILE.format(1, 1, 1) + PROFILE.format(2, 4, most))
+    assert load(path).profiles == (Profile(1, 1, 1), Profile(2, 4, most))
+
+
+@pytest.mark.parametrize(
+    ("profiles", "complaint"),
+    [
+        ([(1, 5, 4)], "profiles 0: opt is 5"),
+        ([(2, 4, 4)], "leave out batch size 1"),
+        ([(1, 1, 1), (3, 4, 4)], "leave out batch size 2"),
+        ([(1, 2, 3)], "leave out batch size 4"),
+        ([(1, 4, 8)], "go up to 8"),
+        ([(0, 4, 4)], "profiles 0: min is 0"),
+        ([("1.5", 4, 4)], "profiles 0: min is 1.5"),
+    ],
+)
+def test_wrong_profiles(path: Path, profiles: list[tuple[object, ...]], complaint: str) -> None:
+    assert load(path).serving.max_batch_size == 4
+    path.write_text(path.read_text() + "".join(PROFILE.format(*values) for values in profiles))
+    with pytest.raises(SpecError, match=complaint):
+        load(path)
+
+
+def test_a_profile_without_opt_and_an_unknown_tactic_source() -> None:
+    with pytest.raises(ValueError, match="must have min, opt, max"):
+        TensorRT(profiles=[{"min": 1, "max": 2}])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"cublass.*did you mean 'cublas'"):
+        TensorRT(tactic_sources=("cublass",))
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ('images = "pictures"', r"images names .*pictures, which is not there"),
+        ('images = "."\nannotations = "a.json"', r"annotations names .*a\.json, which is not there"),
+        ('annotations = "labels.txt"', "annotations, but no images"),
+    ],
+)
+def test_wrong_pictures(path: Path, lines: str, complaint: str) -> None:
+    path.write_text(f"{path.read_text()}\n[verify]\n{lines}\n")
+    with pytest.raises(SpecError, match=complaint):
+        load(path)
