@@ -122,17 +122,27 @@ bool checkShape(Checker& check, SsdNmsParams const& p, SsdNmsShape const& s)
 namespace ssd_nms
 {
 
-SsdNmsStatus checkTensors(SsdNmsShape const& shape, SsdNmsTensors const& t)
+SsdNmsStatus checkCall(SsdNmsParams const* params, SsdNmsShape const* shape, SsdNmsTensors const* tensors)
 {
+    if (params == nullptr || shape == nullptr || tensors == nullptr)
+    {
+        return SSD_NMS_INVALID_POINTER;
+    }
+    SsdNmsStatus const status = ssdNmsValidate(params, shape, nullptr, 0);
+    if (status != SSD_NMS_OK)
+    {
+        return status;
+    }
     auto const isValid = [](void const* pointer)
     {
         return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
     };
-    bool const valid = isValid(t.boxDeltas) && isValid(t.classLogits) && isValid(t.anchors)
-        && (!shape.hasScoreThresholds || isValid(t.scoreThresholds))
-        && (!shape.hasIouThresholds || isValid(t.iouThresholds)) && isValid(t.numDetections) && isValid(t.boxes)
+    SsdNmsTensors const& t = *tensors;
+    bool const areValid = isValid(t.boxDeltas) && isValid(t.classLogits) && isValid(t.anchors)
+        && (!shape->hasScoreThresholds || isValid(t.scoreThresholds))
+        && (!shape->hasIouThresholds || isValid(t.iouThresholds)) && isValid(t.numDetections) && isValid(t.boxes)
         && isValid(t.scores) && isValid(t.labels);
-    return valid ? SSD_NMS_OK : SSD_NMS_INVALID_POINTER;
+    return areValid ? SSD_NMS_OK : SSD_NMS_INVALID_POINTER;
 }
 
 } // namespace ssd_nms
@@ -162,8 +172,8 @@ char const* ssdNmsStatusString(SsdNmsStatus status)
 SsdNmsStatus ssdNmsValidate(SsdNmsParams const* params, SsdNmsShape const* shape, char* message, size_t messageSize)
 {
     Checker check{message, messageSize};
-    if (check(params != nullptr && shape != nullptr, SSD_NMS_INVALID_POINTER, "params and shape must not be null")
-        && checkParams(check, *params))
+    if (check(params != nullptr, SSD_NMS_INVALID_POINTER, "params must not be null") && checkParams(check, *params)
+        && shape != nullptr)
     {
         checkShape(check, *params, *shape);
     }

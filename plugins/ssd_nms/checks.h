@@ -15,8 +15,8 @@ inline int32_t foregroundClasses(SsdNmsParams const& params, SsdNmsShape const& 
     return shape.classes - (params.backgroundClass >= 0 ? 1 : 0);
 }
 
-//! Null and misaligned pointers.
-SsdNmsStatus checkTensors(SsdNmsShape const& shape, SsdNmsTensors const& tensors);
+//! Everything that a launch needs, but the workspace.
+SsdNmsStatus checkCall(SsdNmsParams const* params, SsdNmsShape const* shape, SsdNmsTensors const* tensors);
 
 } // namespace ssd_nms
 

@@ -373,11 +373,9 @@ __device__ int32_t takeChunk(
         part.top -= static_cast<uint64_t>(shared.pivot) << shift;
         uint64_t const lowest = part.top - ((uint64_t{1} << shift) - 1);
         part.low = lowest > part.low ? lowest : part.low;
-        __syncthreads();
     }
     int32_t const count = shared.fitting;
     int32_t const pivot = shared.pivot;
-    __syncthreads(); // before the buckets change
     if (count > 0)
     {
         forEachKey(problem, row,
@@ -659,26 +657,22 @@ cudaError_t launch(void (*kernel)(Problem), int32_t blocks, int32_t threads, siz
 
 size_t ssdNmsWorkspaceSize(SsdNmsParams const* params, SsdNmsShape const* shape)
 {
-    return ssdNmsValidate(params, shape, nullptr, 0) == SSD_NMS_OK ? ssd_nms::layoutOf(*params, *shape).size : 0;
+    bool const isValid = shape != nullptr && ssdNmsValidate(params, shape, nullptr, 0) == SSD_NMS_OK;
+    return isValid ? ssd_nms::layoutOf(*params, *shape).size : 0;
 }
 
 SsdNmsStatus ssdNmsLaunch(SsdNmsParams const* params, SsdNmsShape const* shape, SsdNmsTensors const* tensors,
     void* workspace, size_t workspaceSize, void* stream)
 {
     using namespace ssd_nms;
-    SsdNmsStatus status = ssdNmsValidate(params, shape, nullptr, 0);
+    SsdNmsStatus const status = checkCall(params, shape, tensors);
     if (status != SSD_NMS_OK)
     {
         return status;
     }
-    if (tensors == nullptr || workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % 16 != 0)
+    if (workspace == nullptr || reinterpret_cast<uintptr_t>(workspace) % 16 != 0)
     {
         return SSD_NMS_INVALID_POINTER;
-    }
-    status = checkTensors(*shape, *tensors);
-    if (status != SSD_NMS_OK)
-    {
-        return status;
     }
     Layout const layout = layoutOf(*params, *shape);
     if (workspaceSize < layout.size)

@@ -97,11 +97,13 @@ extern "C"
     SSD_NMS_API char const* ssdNmsStatusString(SsdNmsStatus status);
 
     //! Checks parameters and shape before anything is launched.
+    //! \param shape may be null: then the parameters are checked alone.
     //! \param message receives name, value and allowed range of what is wrong (cut to messageSize); may be null.
     SSD_NMS_API SsdNmsStatus ssdNmsValidate(
         SsdNmsParams const* params, SsdNmsShape const* shape, char* message, size_t messageSize);
 
-    //! The bytes of workspace that ssdNmsLaunch() needs for this shape, and at most for every smaller one; 0 if the
+    //! The bytes of workspace that ssdNmsLaunch() needs for this shape, enough also for fewer images or anchors; 0 if
+    //! the
     //! parameters or the shape are invalid. The gold needs none.
     SSD_NMS_API size_t ssdNmsWorkspaceSize(SsdNmsParams const* params, SsdNmsShape const* shape);
 

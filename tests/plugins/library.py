@@ -1,8 +1,9 @@
-"""Calls a library that implements plugins/ssd_nms/ssd_nms.h, over host memory: the gold, or the kernels in the emulator."""
+"""Calls a library that implements ssd_nms.h, over host memory: the gold, or the kernels in the emulator."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,20 @@ def aligned_copy(array: NDArray[Any]) -> NDArray[Any]:
     return copy
 
 
+class Guarded:
+    """An array with bytes behind it that nobody may write."""
+
+    def __init__(self, dtype: type[np.generic], *shape: int) -> None:
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = aligned(nbytes + 256)
+        self.array: NDArray[Any] = memory[:nbytes].view(dtype).reshape(shape)
+        self._guard = memory[nbytes:]
+
+    def is_whole(self) -> bool:
+        """Whether the guard is untouched."""
+        return bool((self._guard == 0xA5).all())
+
+
 class Library:
     """One shared library with the interface of ssd_nms.h."""
 
@@ -146,21 +161,25 @@ class Library:
         params, shape = params_of(case.nms), shape_of(case)
         inputs = {name: aligned_copy(value) for name, value in case.inputs().items()}
         rows, most = shape.batch, case.nms.max_detections
-        number = aligned(rows * 4).view(np.int32).reshape(rows, 1)
-        boxes = aligned(rows * most * 16).view(np.float32).reshape(rows, most, 4)
-        scores = aligned(rows * most * 4).view(np.float32).reshape(rows, most)
-        labels = aligned(rows * most * 4).view(np.int32).reshape(rows, most)
+        number, boxes, scores, labels = outputs = (
+            Guarded(np.int32, rows, 1),
+            Guarded(np.float32, rows, most, 4),
+            Guarded(np.float32, rows, most),
+            Guarded(np.int32, rows, most),
+        )
         size = self.workspace_size(params, shape)
-        guard = 256
-        workspace = aligned(size + guard)
+        workspace = Guarded(np.uint8, size)
         tensors = Tensors(
             *(
                 inputs[name].ctypes.data if name in inputs else None
                 for name in ("box_deltas", "class_logits", "anchors", "score_threshold", "iou_threshold")
             ),
-            *(array.ctypes.data for array in (number, boxes, scores, labels)),
+            *(output.array.ctypes.data for output in outputs),
         )
-        status = self.launch(params, shape, tensors, workspace.ctypes.data, size)
+        status = self.launch(params, shape, tensors, workspace.array.ctypes.data, size)
         assert status == "ok", f"{case.name}: {status}"
-        assert (workspace[size:] == 0xA5).all(), f"{case.name}: wrote behind its workspace"
-        return number, boxes, scores, labels
+        for name, memory in zip(
+            ("workspace", "number", "boxes", "scores", "labels"), (workspace, *outputs), strict=True
+        ):
+            assert memory.is_whole(), f"{case.name}: wrote behind its {name}"
+        return number.array, boxes.array, scores.array, labels.array

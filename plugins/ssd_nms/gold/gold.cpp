@@ -178,12 +178,7 @@ size_t ssdNmsWorkspaceSize(SsdNmsParams const* /* params */, SsdNmsShape const* 
 SsdNmsStatus ssdNmsLaunch(SsdNmsParams const* params, SsdNmsShape const* shape, SsdNmsTensors const* tensors,
     void* /* workspace */, size_t /* workspaceSize */, void* /* stream */)
 {
-    SsdNmsStatus status = ssdNmsValidate(params, shape, nullptr, 0);
-    if (status != SSD_NMS_OK)
-    {
-        return status;
-    }
-    status = tensors == nullptr ? SSD_NMS_INVALID_POINTER : checkTensors(*shape, *tensors);
+    SsdNmsStatus const status = checkCall(params, shape, tensors);
     if (status != SSD_NMS_OK)
     {
         return status;
