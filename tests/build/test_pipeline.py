@@ -1,0 +1,158 @@
+"""build-engines: builds what changed, leaves what did not, says so, and publishes nothing that does not run."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper
+from rich.console import Console
+
+from build import graph, pipeline, repository
+from build.errors import GraphError, OptionError, RuntimeUnavailableError, SpecError
+from build.spec import load
+from tests.build import tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Place:
+    """A models/ folder, an artifacts/ folder and a repository of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sources, self.artifacts, self.repository = (folder / name for name in ("models", "artifacts", "served"))
+        tiny_model.write(self.sources / "tiny")
+
+    def build(self, **options: Any) -> tuple[dict[str, int], str]:
+        """What was built, and what was said."""
+        text = io.StringIO()
+        versions = pipeline.build_engines(
+            repository=self.repository,
+            sources=self.sources,
+            artifacts=self.artifacts,
+            console=Console(file=text, soft_wrap=True),
+            **options,
+        )
+        return versions, text.getvalue()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_builds_once_and_again_when_something_changed(place: Place) -> None:
+    versions, said = place.build()
+    assert versions == {"tiny": 1}
+    assert "published version 1" in said
+    artifact = place.artifacts / "tiny" / "fp32" / "model.onnx"
+    assert artifact.read_bytes() == (place.repository / "tiny" / "1" / "model.onnx").read_bytes()
+    assert [path.name for path in artifact.parent.iterdir()] == ["model.onnx"]
+
+    versions, said = place.build()
+    assert versions == {"tiny": 1}
+    assert "nothing changed, version 1 stays" in said
+    assert "published" not in said
+
+    artifact.write_bytes(b"changed by hand")
+    assert place.build()[0] == {"tiny": 2}
+    spec = place.sources / "tiny" / "spec.toml"
+    spec.write_text(spec.read_text().replace("max_detections = 5", "max_detections = 6"))
+    assert place.build()[0] == {"tiny": 3}
+    assert place.build(force=True)[0] == {"tiny": 4}
+    assert place.build(models=["tiny"], runtime="onnxruntime")[0] == {"tiny": 4}
+
+
+def test_equal_inputs_make_equal_files(place: Place) -> None:
+    place.build()
+    place.build(force=True)
+    first, second = (place.repository / "tiny" / version / "model.onnx" for version in "12")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_what_is_published_runs(place: Place) -> None:
+    place.build()
+    path = place.repository / "tiny" / "1" / "model.onnx"
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    limits = np.full((2, 1), 0.1, np.float32)
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    outputs = session.run(None, {"images": images, "score_threshold": limits, "iou_threshold": limits})
+    assert [output.shape for output in outputs] == [(2, 1), (2, 5, 4), (2, 5), (2, 5)]
+
+
+def test_rollback(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.build()
+    place.build(force=True)
+    assert pipeline.rollback("tiny", place.repository) == 1
+    assert "version 1 is served again" in capsys.readouterr().out
+    assert repository.served_version(place.repository, "tiny") == 1
+    with pytest.raises(OptionError, match="which model"):
+        pipeline.rollback("", place.repository)
+
+
+def test_auto_says_why(place: Place) -> None:
+    assert "runtime onnxruntime: tensorrt would need" in place.build(runtime="auto")[1]
+
+
+def test_tensorrt_says_all_that_is_missing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pipeline.Path, "glob", lambda self, pattern: iter(()))
+    with pytest.raises(RuntimeUnavailableError, match=r"an NVIDIA GPU.*the Python package tensorrt.*the engine build"):
+        pipeline.choose_runtime("tensorrt")
+    assert not place.repository.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"runtime": "tensort"}, OptionError, "runtime is 'tensort', but must be one of auto, onnxruntime, tensorrt"),
+        ({"precision": "int8"}, OptionError, "precision is 'int8', but this version builds fp32 only"),
+        ({"models": ["tinny"]}, SpecError, r"has no model 'tinny'(?s:.*)did you mean tiny"),
+    ],
+)
+def test_wrong_options(place: Place, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        place.build(**options)
+    assert not place.repository.exists()
+
+
+def test_no_models(place: Place) -> None:
+    (place.sources / "tiny" / "spec.toml").unlink()
+    with pytest.raises(SpecError, match="no model has a spec"):
+        place.build()
+
+
+def test_a_source_that_does_not_run_is_not_published(place: Place) -> None:
+    place.build()
+    source = tiny_model.source()
+    weights = next(item for item in source.graph.initializer if item.name == "w_box")
+    weights.CopyFrom(numpy_helper.from_array(np.zeros((8, 5, 1, 1), np.float32), "w_box"))
+    onnx.save(source, place.sources / "tiny" / "model.onnx")
+    with pytest.raises(GraphError, match="ONNX Runtime cannot run it"):
+        place.build()
+    assert repository.served_version(place.repository, "tiny") == 1
+
+
+def test_self_check_finds_another_number_of_anchors(tmp_path: Path) -> None:
+    """Where shape inference cannot tell how many rows the heads have, the run does."""
+    spec = load(tiny_model.write(tmp_path))
+    model = graph.attach(spec)
+    pipeline.self_check(model, spec)
+    np.save(spec.anchors_path, np.full((9, 4), 0.5, np.float32))
+    with pytest.raises(GraphError, match=r"box_deltas has the shape \[2, 8, 4\], but must have \[2, 9, 4\]"):
+        pipeline.self_check(model, spec)
+
+
+def test_nothing_heavy_is_imported_with_the_modules() -> None:
+    code = "import sys, build.pipeline, build.repository, build.graph, build.ssd_nms, build.spec; print(*sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"onnx", "onnxruntime", "onnxscript", "tritonclient", "numpy", "rich", "google.protobuf"} & set(found)
