@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "plugins" / "lib" / "libssd_nms.so"
 LOG = ROOT / "artifacts" / "logs" / "tritonserver.log"
+SHM_PREFIX = "ssd-triton"  # of every name that the server and its stubs use in /dev/shm
 
 # What tritonserver logs as warning or error on every machine without an NVIDIA GPU.
 _HARMLESS = re.compile(
@@ -188,7 +189,7 @@ class TritonServer:
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._shm_prefix = f"ssd-triton-{uuid.uuid4().hex[:12]}-"
+        self._shm_prefix = f"{SHM_PREFIX}-{uuid.uuid4().hex[:12]}-"
 
     # -- what others need to know --------------------------------------------------------------------------------------
 
@@ -381,11 +382,12 @@ class TritonServer:
         return command + self._extra_args
 
     def _wait_ready(self, names: Sequence[str]) -> None:
-        assert self._process is not None
+        process = self._process
+        assert process is not None
         deadline = time.monotonic() + self.startup_timeout
         while True:
-            if self._process.poll() is not None:
-                raise self._failure(f"tritonserver ended with code {self._process.returncode} before it was ready")
+            if process.poll() is not None:
+                raise self._failure(f"tritonserver ended with code {process.returncode} before it was ready")
             with contextlib.suppress(OSError, ValueError):
                 self.version = json.loads(self._http("v2"))["version"]
                 break
@@ -426,13 +428,15 @@ class TritonServer:
 
         try:
             with contextlib.closing(http.InferenceServerClient(self.http_url, network_timeout=60)) as client:
-                inputs = []
-                for entry in client.get_model_config(model)["input"]:
+                config, inputs = client.get_model_config(model), []
+                for entry in config["input"]:
                     kind = entry["data_type"].removeprefix("TYPE_")
                     blank = np.zeros([1, *map(int, entry["dims"])], utils.triton_to_np_dtype(kind))
                     inputs.append(http.InferInput(entry["name"], list(blank.shape), kind).set_data_from_numpy(blank))
-                client.infer(model, inputs)
-        except (utils.InferenceServerException, OSError) as error:
+                answer = client.infer(model, inputs)
+                for entry in config["output"]:
+                    answer.as_numpy(entry["name"])  # ValueError: fewer bytes than its shape needs
+        except (utils.InferenceServerException, OSError, ValueError) as error:
             raise ServeError(f"model {model} does not answer: {error}", fix="see the server's log") from error
 
     def _dead_stubs(self) -> set[int]:

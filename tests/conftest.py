@@ -1,0 +1,80 @@
+"""One published `shapes` and one real tritonserver for every test that leaves them whole."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from build.serve import TritonServer
+
+TOKEN = "SSD_TEST_TOKEN"
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with version 1 of `shapes`, built from models/shapes for ONNX Runtime."""
+    from build.pipeline import build_engines
+
+    folder = tmp_path_factory.mktemp("published")
+    build_engines(["shapes"], "onnxruntime", repository=folder / "model_repository", artifacts=folder / "artifacts")
+    return folder / "model_repository"
+
+
+@pytest.fixture(scope="session")
+def triton_server(repository: Path) -> Iterator[TritonServer]:
+    """A server on `repository`; after the last test it must still be whole."""
+    with TritonServer(repository) as server:
+        yield server
+        server.check()
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Finds what the servers of one test leave, and nothing of anyone else's.
+
+    Attributes:
+        token: in the environment of their processes and in their names in /dev/shm.
+    """
+
+    token: str
+
+    def processes(self) -> set[str]:
+        """Their processes, the dead ones that nobody collected not counted."""
+        found = set()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.pid != os.getpid() and process.environ().get(TOKEN) == self.token:
+                    found.add(f"{process.name()} {process.pid}")
+        return found
+
+    def regions(self) -> set[str]:
+        """Their names in /dev/shm."""
+        return {path.name for path in Path("/dev/shm").glob(f"{self.token}*")}
+
+    def gone(self, seconds: float = 15.0) -> bool:
+        """Whether all of it is gone, at once or within the time."""
+        deadline = time.monotonic() + seconds
+        while self.processes() or self.regions():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
+    """Fails the test if a process of its servers outlives it, or something of theirs stays in /dev/shm."""
+    token = f"ssd-test-{uuid.uuid4().hex[:8]}"
+    monkeypatch.setenv(TOKEN, token)
+    monkeypatch.setattr("build.serve.SHM_PREFIX", token)
+    found = Traces(token)
+    yield found
+    assert found.gone(), (found.processes(), found.regions())
