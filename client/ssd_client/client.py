@@ -29,6 +29,7 @@ from .exceptions import (
     ImageError,
     InferenceError,
     InvalidInputError,
+    ModelNotReadyError,
     RequestTimeoutError,
     ServerUnavailableError,
     SharedMemoryError,
@@ -178,14 +179,16 @@ class _Session:
         if os.getpid() != self._process:  # a fork must not take its parent's regions away
             return
         deadline = time.monotonic() + _GOODBYE
-        while (region := self._regions.take()) is not None:
-            try:
-                yield _Send(self._codec.unregister(region.name), _GOODBYE)
-            except (ServerUnavailableError, RequestTimeoutError):
-                return  # it went away, and its mappings with it
-            except SSDClientError:  # it still works on a request whose answer nobody waited for
-                if time.monotonic() < deadline:
-                    self._regions.give_back(region)
+        for name in self._regions.clear():
+            while True:
+                try:
+                    yield _Send(self._codec.unregister(name), _GOODBYE)
+                    break
+                except (ServerUnavailableError, RequestTimeoutError):
+                    return  # it went away, and its mappings with it
+                except SSDClientError:  # it still works on a request whose answer nobody waits for
+                    if time.monotonic() > deadline:
+                        break
                     yield _Sleep(_FIRST_BACKOFF)
 
     def _prepare(
@@ -219,6 +222,7 @@ class _Session:
                 return (yield from self._request(images, region.name, thresholds)), filled
             except SharedMemoryError:
                 known = False  # a server that was started again does not know the regions of its predecessor
+                self._regions.forget(region)
                 if last:
                     raise
             finally:
@@ -246,6 +250,7 @@ class _Session:
         if region is not None:
             if region.byte_size >= byte_size:
                 return region
+            self._regions.forget(region)
             with contextlib.suppress(SSDClientError):
                 yield _Send(self._codec.unregister(region.name), self._timeout)
         region = Region(byte_size)
@@ -259,6 +264,7 @@ class _Session:
             ) from error
         finally:
             region.hide()
+        self._regions.add(region)
         return region
 
     def _call(self, message: Message) -> _Steps[Any]:
@@ -269,7 +275,7 @@ class _Session:
         for attempt in range(self._retries + 1):
             try:
                 return (yield _Send(message, max(deadline - time.monotonic(), 0.001)))
-            except ServerUnavailableError:
+            except (ServerUnavailableError, ModelNotReadyError):
                 backoff = min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2**attempt) * random.uniform(0.5, 1.0)
                 if attempt == self._retries or time.monotonic() + backoff >= deadline:
                     raise
@@ -409,7 +415,9 @@ async def _in_thread(step: _Work) -> Any:
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        await asyncio.wait([work])
+        while not work.done():
+            with contextlib.suppress(asyncio.CancelledError):  # once more does not end the thread either
+                await asyncio.wait([work])
         raise
 
 

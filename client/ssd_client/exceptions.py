@@ -38,6 +38,10 @@ class ModelNotFoundError(SSDClientError):
     """The server does not have that model."""
 
 
+class ModelNotReadyError(ModelNotFoundError):
+    """The server knows the model, but no version of it is loaded, or not yet."""
+
+
 class ModelConfigError(SSDClientError):
     """The server's model does not say what this client needs, or speaks another version of the contract."""
 

@@ -66,11 +66,22 @@ class Region:
 
 
 class RegionPool:
-    """The regions that the server knows and that no request uses now. Safe from several threads."""
+    """The regions that the server knows. Safe from several threads."""
 
     def __init__(self) -> None:
+        self._known: dict[str, Region] = {}
         self._free: list[Region] = []
         self._lock = threading.Lock()
+
+    def add(self, region: Region) -> None:
+        """Note a region that the server knows from now on; whoever made it uses it first."""
+        with self._lock:
+            self._known[region.name] = region
+
+    def forget(self, region: Region) -> None:
+        """Let go of a region that was taken."""
+        with self._lock:
+            self._known.pop(region.name, None)
 
     def take(self) -> Region | None:
         """The region that was given back last, or None."""
@@ -79,4 +90,13 @@ class RegionPool:
 
     def give_back(self, region: Region) -> None:
         with self._lock:
-            self._free.append(region)
+            if region.name in self._known:
+                self._free.append(region)
+
+    def clear(self) -> list[str]:
+        """Let go of all; the names that the server knows."""
+        with self._lock:
+            names = list(self._known)
+            self._known.clear()
+            self._free.clear()
+            return names

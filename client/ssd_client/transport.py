@@ -29,6 +29,7 @@ from .exceptions import (
     InferenceError,
     InvalidInputError,
     ModelNotFoundError,
+    ModelNotReadyError,
     RequestTimeoutError,
     ServerUnavailableError,
     SharedMemoryError,
@@ -41,10 +42,11 @@ _DATATYPES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _GRPC_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # By default a channel waits a second and more after a refused connection; pauses are the retries' business.
+    # By default a channel does not look again for a second and more after a refused connection, and fails what it is
+    # given meanwhile; pauses are the retries' business.
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 100),
 ]
 
 
@@ -145,6 +147,12 @@ class Endpoint:
 
     def refused(self, code: str, reason: str) -> SSDClientError:
         """The error for an answer that is one; `code` is gRPC's name of it."""
+        if "has no available versions" in reason:
+            return ModelNotReadyError(
+                f"the server at {self} has no version of model {self.model!r} ready: {reason}",
+                why="it is being loaded, or did not load",
+                fix="wait a moment, and look at the server's log",
+            )
         if code in ("UNAVAILABLE", "CANCELLED"):
             return self.unavailable(reason)
         if "shared memory region" in reason:

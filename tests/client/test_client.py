@@ -1,0 +1,581 @@
+"""Both clients against a real Triton server, over both protocols, with and without shared memory."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ssd_client
+from numpy.typing import NDArray
+from PIL import Image
+from ssd_client import (
+    AsyncSSDClient,
+    ImageError,
+    InferenceError,
+    InvalidInputError,
+    ModelConfigError,
+    ModelNotFoundError,
+    RequestTimeoutError,
+    ServerUnavailableError,
+    SharedMemoryError,
+    SSDClient,
+    SSDClientError,
+)
+from ssd_client.preprocess import input_array
+from ssd_client.shared_memory import Region
+
+from build.serve import TritonServer
+from tests.client import fake_model
+from tests.client.conftest import HEIGHT, WIDTH, order, scene, server_regions, url_of
+
+pytestmark = pytest.mark.triton
+
+PROTOCOLS = ("grpc", "http")
+WAYS = [(protocol, memory) for protocol in PROTOCOLS for memory in (None, "system")]
+ROOT = Path(ssd_client.__file__).parent.parent
+
+
+class Blocking:
+    """AsyncSSDClient with SSDClient's face, so that one test is for both."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._client = AsyncSSDClient(*args, **options)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **options: self._loop.run_until_complete(getattr(self._client, name)(*args, **options))
+
+    def __enter__(self) -> Blocking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.close()
+        finally:
+            self._loop.close()
+
+
+FACES = [SSDClient, Blocking]
+
+
+def own_regions() -> list[str]:
+    return [path.name for path in Path("/dev/shm").glob("ssd_client_*")]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(server: TritonServer) -> Iterator[None]:
+    yield
+    gc.collect()
+    assert own_regions() == []
+    assert server_regions(server) == []
+
+
+@pytest.fixture(params=FACES, ids=["sync", "asyncio"])
+def face(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: f"{way[0]}-{way[1]}")
+def client(request: pytest.FixtureRequest, server: TritonServer, face: Any) -> Iterator[SSDClient]:
+    protocol, memory = request.param
+    with face(url_of(server, protocol), model="fake", protocol=protocol, shared_memory=memory, timeout=10) as made:
+        yield made
+
+
+def expected(images: NDArray[np.uint8], score: float = 0.25, iou: float = 0.45) -> dict[str, NDArray[Any]]:
+    """What the fake model answers, worked out here."""
+    outputs = {
+        "num_detections": np.zeros((len(images), 1), np.int32),
+        "detection_boxes": np.zeros((len(images), 10, 4), np.float32),
+        "detection_scores": np.zeros((len(images), 10), np.float32),
+        "detection_classes": np.full((len(images), 10), -1, np.int32),
+    }
+    for row, image in enumerate(images):
+        found = [f for f in fake_model.find(image, np.float32(iou)) if f[0] > np.float32(score)]
+        for k, (value, index, box) in enumerate(sorted(found, key=lambda f: -f[0])):
+            outputs["detection_scores"][row, k], outputs["detection_classes"][row, k] = value, index
+            outputs["detection_boxes"][row, k] = box
+        outputs["num_detections"][row] = len(found)
+    return outputs
+
+
+def assert_same_bits(got: dict[str, NDArray[Any]], wanted: dict[str, NDArray[Any]]) -> None:
+    assert got.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert got[name].dtype == array.dtype
+        assert got[name].shape == array.shape
+        assert got[name].tobytes() == array.tobytes(), name
+
+
+def noise(batch: int, seed: int = 0) -> NDArray[np.uint8]:
+    images = np.random.default_rng(seed).integers(0, 256, (batch, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    images[:, 0, 0] = 0
+    return images
+
+
+# -- what comes back ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_infer_is_bit_exact(client: SSDClient, batch: int) -> None:
+    images = noise(batch)
+    assert_same_bits(client.infer(images), expected(images))
+    assert_same_bits(client.infer(images[:, ::-1]), expected(images[:, ::-1]))  # not contiguous
+
+
+def test_infer_alternating_batches_share_one_region(client: SSDClient, server: TritonServer) -> None:
+    for batch in (1, 8, 3, 8, 1, 2):
+        images = noise(batch, batch)
+        assert_same_bits(client.infer(images), expected(images))
+    assert len(server_regions(server)) <= 1
+
+
+def test_thresholds_of_every_row_arrive(client: SSDClient) -> None:
+    images = noise(3)
+    images[:, 5:20, 5:20] = (255, 0, 0)
+    score = np.array([[0.1], [0.7], [0.95]], np.float32)
+    iou = np.array([[0.3], [0.8], [1.0]], np.float32)
+    outputs = client.infer(images, score, iou)
+    for row in range(3):
+        wanted = expected(images[row : row + 1], score[row, 0], iou[row, 0])
+        assert_same_bits({name: array[row : row + 1] for name, array in outputs.items()}, wanted)
+
+
+def test_detect_answers_in_pixels_of_the_picture(client: SSDClient) -> None:
+    found = client.detect(scene(1000, 500))
+    assert found.labels == ("red", "blue", "checksum")
+    assert found.class_ids.tolist() == [0, 1, 2]
+    assert found.scores.tolist() == pytest.approx([0.9, 0.6, 0.45])
+    assert found.image_size == (1000, 500)
+    pixel = 1.5 * max(1000 / WIDTH, 500 / HEIGHT)
+    assert np.abs(found.boxes[0] - [200, 100, 400, 300]).max() < pixel
+    assert np.abs(found.boxes[1] - [600, 200, 900, 400]).max() < pixel
+
+
+def test_detect_sends_what_preprocess_makes(client: SSDClient) -> None:
+    picture = scene(333, 77)
+    array, placement = input_array(picture, client.model_config())
+    outputs = expected(array[None])
+    number = int(outputs["num_detections"][0, 0])
+    found = client.detect(picture)
+    assert found.boxes.tobytes() == placement.to_image(outputs["detection_boxes"][0, :number]).tobytes()
+    assert found.scores.tobytes() == outputs["detection_scores"][0, :number].tobytes()
+
+
+def test_detect_after_exif_orientation(client: SSDClient, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.png"
+    Image.fromarray(scene(400, 200)).transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    found = client.detect(path)
+    assert found.image_size == (400, 200)
+    assert np.abs(found.boxes[0] - [80, 40, 160, 120]).max() < 10
+    assert found.draw().size == (400, 200)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 37])
+def test_lists_of_any_length_keep_their_order(client: SSDClient, count: int) -> None:
+    pictures = [scene(100 + 10 * k, 60 + 3 * k) for k in range(count)]
+    found = client.detect(pictures)
+    assert isinstance(found, list)
+    assert [each.image_size for each in found] == [(100 + 10 * k, 60 + 3 * k) for k in range(count)]
+    for picture, each in zip(pictures[:3], found, strict=False):
+        assert each.boxes.tobytes() == client.detect(picture).boxes.tobytes()
+
+
+def test_detect_thresholds(client: SSDClient) -> None:
+    assert client.detect(scene(), score_threshold=0.5).labels == ("red", "blue")
+    assert client.detect(scene(), score_threshold=0.7, iou_threshold=1.0).labels == ("checksum", "red")
+    assert len(client.detect(scene(), score_threshold=1)) == 0
+    assert [len(found) for found in client.detect([scene()] * 9, score_threshold=0)] == [3] * 9
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_letterbox_bgr_and_built_in_thresholds(server: TritonServer, protocol: Any, face: Any) -> None:
+    with face(url_of(server, protocol), model="letterbox", protocol=protocol) as client:
+        found = client.detect(scene(1000, 250))
+        assert found.labels == ("red", "blue", "checksum")
+        assert np.abs(found.boxes[0] - [200, 50, 400, 150]).max() < 1.5 * 1000 / WIDTH
+        assert client.detect(scene(), score_threshold=0.7).labels == ("red",)
+        assert len(client.detect(scene(), score_threshold=0.25, iou_threshold=0.45)) == 3
+        for options in ({"score_threshold": 0.1}, {"iou_threshold": 0.5}):
+            with pytest.raises(InvalidInputError, match=r"0\.25 and 0\.45 built in"):
+                client.detect(scene(), **options)
+        with pytest.raises(InvalidInputError, match="nan"):
+            client.detect(scene(), score_threshold=math.nan)
+        with pytest.raises(InvalidInputError, match="built in"):
+            client.infer(noise(1), 0.5)
+        assert client.infer(noise(1))["num_detections"].shape == (1, 1)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_tensors_never_leave(client: SSDClient) -> None:
+    bad: list[Any] = [
+        noise(1).astype(np.float32),
+        noise(1)[0],
+        noise(1)[:, :, :-1],
+        np.zeros((1, 3, HEIGHT, WIDTH), np.uint8),
+        noise(1).tolist(),
+        None,
+    ]
+    for images in bad:
+        with pytest.raises(InvalidInputError, match=r"takes uint8\[batch, 48, 64, 3\]"):
+            client.infer(images)
+    with pytest.raises(InvalidInputError, match="0 images, model 'fake' takes 1 to 8"):
+        client.infer(noise(0))
+    with pytest.raises(InvalidInputError, match="9 images, model 'fake' takes 1 to 8"):
+        client.infer(noise(9))
+    assert client.infer(noise(1))["num_detections"].shape == (1, 1)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, "0.5", [0.5], True, np.zeros((2, 1), np.float32)])
+@pytest.mark.parametrize("name", ["score_threshold", "iou_threshold"])
+def test_wrong_thresholds_never_leave(client: SSDClient, name: str, value: Any) -> None:
+    with pytest.raises(InvalidInputError, match=name):
+        client.detect(scene(), **{name: value})
+    with pytest.raises(InvalidInputError, match=name):
+        client.infer(noise(1), **{name: value})
+
+
+def test_a_bad_picture_is_named_and_the_client_goes_on(client: SSDClient, tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(ImageError, match=r"^\S*empty\.jpg is not a picture"):
+        client.detect(tmp_path / "empty.jpg")
+    with pytest.raises(ImageError, match=r"picture 17 of the list: \S*empty\.jpg is not a picture"):
+        client.detect([*[scene()] * 17, tmp_path / "empty.jpg", *[scene()] * 10])
+    assert len(client.detect(scene())) == 3
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_huge_picture(client: SSDClient, tmp_path: Path) -> None:
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
+    with pytest.raises(ImageError, match=r"100\.0 megapixels"):
+        client.detect(tmp_path / "huge.png")
+    assert len(client.detect(scene())) == 3
+
+
+def test_an_error_of_the_model(client: SSDClient) -> None:
+    with pytest.raises(InferenceError, match="the picture asked for an error"):
+        client.infer(order(fake_model.RAISE))
+    assert client.infer(noise(1))["num_detections"].shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"protocol": "rest"}, "rest"),
+        ({"url": "http://localhost:8000"}, "http://localhost:8000"),
+        ({"url": "localhost:99999"}, "99999"),
+        ({"url": ""}, "url"),
+        ({"model": ""}, "model"),
+        ({"shared_memory": "cuda"}, "cuda"),
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": math.nan}, "timeout"),
+        ({"retries": -1}, "retries"),
+        ({"max_in_flight": 0}, "max_in_flight"),
+    ],
+)
+def test_wrong_arguments(face: Any, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidInputError, match=named):
+        face(**{"url": "localhost", "model": "fake", **options})
+
+
+# -- models and servers that are not there -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_models_that_cannot_be_used(server: TritonServer, protocol: Any, face: Any) -> None:
+    for model, error, text in (
+        ("nope", ModelNotFoundError, "does not have model 'nope'"),
+        ("a b/ü", ModelNotFoundError, "does not have model 'a b/ü'"),
+        ("bare", ModelConfigError, "'bare' has no parameter 'contract'"),
+        ("future", ModelConfigError, "contract '2', this client knows '1'"),
+    ):
+        with face(url_of(server, protocol), model=model, protocol=protocol) as client:
+            for call in (client.model_config, lambda: client.detect(scene()), lambda: client.infer(noise(1))):
+                with pytest.raises(error, match=text):
+                    call()
+
+
+@pytest.mark.parametrize("memory", [None, "system"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_server_down(protocol: Any, memory: Any, face: Any) -> None:
+    started = time.monotonic()
+    answer = pytest.raises(ServerUnavailableError, match=r"no server answers at 127\.0\.0\.1:1")
+    with (
+        face("127.0.0.1:1", model="fake", protocol=protocol, shared_memory=memory, retries=2) as client,
+        answer as caught,
+    ):
+        client.detect(scene())
+    assert isinstance(caught.value, ConnectionError)
+    assert 0.1 < time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_other_protocols_port(server: TritonServer, protocol: Any, face: Any) -> None:
+    other = "http" if protocol == "grpc" else "grpc"
+    answer = pytest.raises(SSDClientError, match=r"what to do: .*(protocol|port|timeout)")
+    with face(url_of(server, other), model="fake", protocol=protocol, retries=0, timeout=5) as client, answer:
+        client.detect(scene())
+
+
+def test_deadline(server: TritonServer, client: SSDClient, face: Any) -> None:
+    for protocol, memory in WAYS:
+        with face(
+            url_of(server, protocol), model="fake", protocol=protocol, shared_memory=memory, timeout=0.4
+        ) as impatient:
+            impatient.model_config()
+            started = time.monotonic()
+            with pytest.raises(RequestTimeoutError, match=r"no answer .* within 0\.4 s") as caught:
+                impatient.infer(order(fake_model.SLEEP, 10))
+            assert 0.3 < time.monotonic() - started < 0.9, "a deadline is not retried"
+            assert isinstance(caught.value, TimeoutError)
+            time.sleep(0.8)
+            assert_same_bits(impatient.infer(noise(1)), expected(noise(1)))
+
+
+# -- a server that goes away and comes back ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("protocol", "memory"), WAYS)
+def test_killed_in_mid_request_and_started_again(repository: Path, protocol: Any, memory: Any, face: Any) -> None:
+    with TritonServer(repository) as first:
+        ports = {key: int(getattr(first, f"{key}_url").rsplit(":", 1)[1]) for key in ("http", "grpc")}
+        client = face(url_of(first, protocol), model="fake", protocol=protocol, shared_memory=memory, retries=1)
+        with client:
+            assert_same_bits(client.infer(noise(2)), expected(noise(2)))
+            killer = threading.Timer(0.5, os.killpg, (first.pid, signal.SIGKILL))
+            killer.start()
+            with pytest.raises(ServerUnavailableError, match="no server answers"):
+                client.infer(order(fake_model.SLEEP, 100))
+            killer.join()
+            with pytest.raises(ServerUnavailableError):
+                client.infer(noise(2))
+            first.stop()
+            with TritonServer(repository, http_port=ports["http"], grpc_port=ports["grpc"]):
+                time.sleep(0.2)
+                assert_same_bits(client.infer(noise(2)), expected(noise(2)))
+                assert len(client.detect([scene()] * 9)) == 9
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_retries_bridge_a_restart(repository: Path, protocol: Any, face: Any) -> None:
+    with TritonServer(repository) as first:
+        ports = {key: int(getattr(first, f"{key}_url").rsplit(":", 1)[1]) for key in ("http", "grpc")}
+        client = face(url_of(first, protocol), model="fake", protocol=protocol, retries=20, timeout=60)
+        client.infer(noise(1))
+        os.killpg(first.pid, signal.SIGKILL)  # in good order it would wait for the client's idle connection
+    second = TritonServer(repository, http_port=ports["http"], grpc_port=ports["grpc"])
+    starter = threading.Thread(target=second.start)
+    starter.start()
+    try:
+        with client:
+            assert_same_bits(client.infer(noise(1)), expected(noise(1)))
+    finally:
+        starter.join()
+        second.stop()
+
+
+# -- shared memory -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_regions_are_reused_and_nameless(server: TritonServer, protocol: Any, face: Any) -> None:
+    with face(url_of(server, protocol), model="fake", protocol=protocol, shared_memory="system") as client:
+        client.infer(noise(4))
+        regions = server_regions(server)
+        assert len(regions) == 1
+        assert own_regions() == [], "nothing to leave behind, whatever happens"
+        for _ in range(5):
+            client.infer(noise(3))
+        assert server_regions(server) == regions
+    assert server_regions(server) == []
+
+
+def test_close_waits_for_an_abandoned_request(server: TritonServer, face: Any) -> None:
+    with face(server.grpc_url, model="fake", shared_memory="system", timeout=0.3) as client:
+        client.model_config()
+        with pytest.raises(RequestTimeoutError):
+            client.infer(order(fake_model.SLEEP, 10))
+    assert server_regions(server) == []
+
+
+def test_no_room(server: TritonServer, face: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with face(server.grpc_url, model="fake", shared_memory="system") as client:
+        client.model_config()
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(SharedMemoryError, match=r"No space left on device(.|\n)*shm-size"):
+            client.infer(noise(1))
+        monkeypatch.undo()
+        assert client.infer(noise(1))["num_detections"].shape == (1, 1)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_server_that_cannot_open_the_region(
+    server: TritonServer, protocol: Any, face: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from another machine or container: the name is not there for the server."""
+    made = Region.__init__
+
+    def hidden(self: Region, byte_size: int) -> None:
+        made(self, byte_size)
+        self.hide()
+
+    monkeypatch.setattr(Region, "__init__", hidden)
+    refusal = pytest.raises(SharedMemoryError, match=r"Unable to open shared memory region(.|\n)*allow-client-shm=true")
+    with face(url_of(server, protocol), model="fake", protocol=protocol, shared_memory="system") as client, refusal:
+        client.infer(noise(1))
+
+
+@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(3)", "raise ValueError", "del client", "os.fork()"])
+@pytest.mark.parametrize("kind", ["SSDClient", "AsyncSSDClient"])
+def test_a_client_that_nobody_closes(server: TritonServer, kind: str, ending: str) -> None:
+    call = (
+        "client.infer(images)"
+        if kind == "SSDClient"
+        else "asyncio.new_event_loop().run_until_complete(client.infer(images))"
+    )
+    code = f"""
+        import asyncio, os, numpy as np
+        from ssd_client import SSDClient, AsyncSSDClient
+        images = np.zeros((2, {HEIGHT}, {WIDTH}, 3), np.uint8)
+        client = {kind}("{server.http_url}", protocol="http", model="fake", shared_memory="system")
+        {call}
+        print("done", flush=True)
+        {ending}
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout == "done\n", done.stderr
+    assert server_regions(server) == []
+    assert own_regions() == []
+
+
+def test_a_client_that_is_killed_leaves_nothing_in_dev_shm(server: TritonServer) -> None:
+    code = f"""
+        import os, numpy as np
+        from ssd_client import SSDClient
+        client = SSDClient("{server.grpc_url}", model="fake", shared_memory="system")
+        client.infer(np.zeros((2, {HEIGHT}, {WIDTH}, 3), np.uint8))
+        os.kill(os.getpid(), 9)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, timeout=60)
+    assert done.returncode == -9
+    assert own_regions() == []
+    from tritonclient import http
+
+    with http.InferenceServerClient(server.http_url) as cleaner:  # the server keeps its mapping until told otherwise
+        assert len(server_regions(server)) == 1
+        cleaner.unregister_system_shared_memory()
+
+
+# -- many at once ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("protocol", "memory"), WAYS)
+def test_one_client_for_many_threads(server: TritonServer, protocol: Any, memory: Any) -> None:
+    wrong: list[object] = []
+
+    def work(client: SSDClient, seed: int) -> None:
+        try:
+            for k in range(25):
+                images = noise(1 + (seed + k) % 3, 100 * seed + k)
+                assert_same_bits(client.infer(images), expected(images))
+        except BaseException as error:
+            wrong.append(error)
+
+    with SSDClient(url_of(server, protocol), model="fake", protocol=protocol, shared_memory=memory) as client:
+        threads = [threading.Thread(target=work, args=(client, seed)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert len(server_regions(server)) <= 6
+
+
+@pytest.mark.parametrize(("protocol", "memory"), WAYS)
+def test_many_tasks_and_cancelled_ones(server: TritonServer, protocol: Any, memory: Any) -> None:
+    async def go() -> None:
+        async with AsyncSSDClient(
+            url_of(server, protocol), model="fake", protocol=protocol, shared_memory=memory
+        ) as client:
+
+            async def work(seed: int) -> None:
+                images = noise(1 + seed % 3, seed)
+                assert_same_bits(await client.infer(images), expected(images))
+
+            await asyncio.gather(*(work(seed) for seed in range(40)))
+            slow = asyncio.ensure_future(client.infer(order(fake_model.SLEEP, 5)))
+            await asyncio.sleep(0.1)
+            slow.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await slow
+            many = asyncio.ensure_future(client.detect([scene(2000, 1000)] * 40))
+            await asyncio.sleep(0.1)
+            many.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await many
+            await asyncio.gather(*(work(seed) for seed in range(40, 60)))
+
+    asyncio.run(go())
+
+
+def test_requests_overlap(server: TritonServer) -> None:
+    slow = order(fake_model.SLEEP, 4)[0]
+    for protocol in PROTOCOLS:
+        for face in FACES:
+            with face(url_of(server, protocol), model="fake", protocol=protocol, max_in_flight=2) as client:
+                client.model_config()
+                started = time.monotonic()
+                client.detect([slow, slow])
+                assert 0.35 < time.monotonic() - started < 0.7, "two requests, two instances"
+
+
+def test_closing(face: Any, server: TritonServer) -> None:
+    client = face(server.grpc_url, model="fake")
+    client.detect(scene())
+    client.close()
+    client.close()
+    with pytest.raises(SSDClientError, match="closed"):
+        client.detect(scene())
+
+
+def test_both_clients_have_the_same_interface() -> None:
+    def public(kind: type) -> dict[str, inspect.Signature]:
+        names = [name for name in vars(kind) if not name.startswith("_")]
+        return {name: inspect.signature(getattr(kind, name)) for name in [*names, "__init__"]}
+
+    assert public(SSDClient) == public(AsyncSSDClient)
+
+
+def test_config_can_be_read_again(client: SSDClient) -> None:
+    first = client.model_config()
+    assert client.model_config() is first
+    assert client.model_config(refresh=True) == first
+    assert client.model_config() is not first
