@@ -400,7 +400,7 @@ class TritonServer:
         states = self._index()
         missing = {name: states.get(name, ("not loaded", ""))[0] for name in names if not _ready(states, name)}
         if missing:
-            raise self._failure("; ".join(f"model {name} did not load: {reason}" for name, reason in missing.items()))
+            raise self._failure("\n".join(f"model {name} did not load: {reason}" for name, reason in missing.items()))
         self.models = {name: states[name][1] for name in names}
 
     def _index(self) -> dict[str, tuple[str, str]]:
