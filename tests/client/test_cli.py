@@ -1,0 +1,186 @@
+"""The command line against a real server: pictures, JSON, exit status, and no traceback for anything expected."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ssd_client
+from PIL import Image
+from ssd_client import cli
+
+from build.serve import TritonServer
+from tests.client.conftest import order, scene, server_regions, url_of
+from tests.client.fake_model import RAISE
+
+
+@pytest.fixture(autouse=True)
+def _pillow_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    for k in range(5):
+        Image.fromarray(scene(200 + k, 100)).save(folder / f"p{k}.png")
+    Image.fromarray(scene(300, 150)).save(folder / "sub" / "p0.bmp")
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("memory", [[], ["--shared-memory"]], ids=["sent", "shared"])
+def test_a_folder(
+    server: TritonServer, pictures: Path, protocol: str, memory: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, out = snapshot(pictures), pictures.parent / "out"
+    where = ["--model", "fake", "--url", url_of(server, protocol), "--protocol", protocol, *memory]
+    results = pictures.parent / "results.json"
+    assert cli.main([str(pictures), *where, "--out", str(out), "--json", str(results), "--batch", "2"]) == 0
+    assert snapshot(pictures) == before
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {
+        *(f"p{k}.png" for k in range(5)),
+        "sub/p0.png",
+    }
+    with Image.open(out / "p3.png") as annotated:
+        assert annotated.size == (203, 100)
+        assert (np.asarray(annotated) != scene(203, 100)).any()
+    document = json.loads(results.read_text())
+    assert document.keys() == {"model", "server", "images", "categories", "annotations", "failed"}
+    assert document["categories"] == [{"id": k, "name": n} for k, n in enumerate(["red", "blue", "checksum"], 1)]
+    assert [image["file_name"] for image in document["images"]] == [
+        *(str(pictures / f"p{k}.png") for k in range(5)),
+        str(pictures / "sub" / "p0.bmp"),
+    ]
+    assert len(document["annotations"]) == 18
+    assert {result["image_id"] for result in document["annotations"]} == {image["id"] for image in document["images"]}
+    red = next(r for r in document["annotations"] if r["image_id"] == 6 and r["category_id"] == 1)
+    assert red["bbox"] == pytest.approx([60, 30, 60, 60], abs=8)
+    assert document["failed"] == []
+    assert "6 pictures done, 0 failed, 18 detections" in capsys.readouterr().err
+    assert server_regions(server) == []
+
+
+@pytest.mark.triton
+def test_bad_pictures_are_named_and_skipped(
+    server: TritonServer, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "empty.jpg").touch()
+    (pictures / "text.png").write_text("no picture")
+    (pictures / "cut.png").write_bytes((pictures / "p0.png").read_bytes()[:200])
+    Image.new("1", (10_000, 10_000)).save(pictures / "huge.png")
+    Image.fromarray(order(RAISE)[0]).save(pictures / "trouble.png")
+    missing = pictures / "missing.jpg"
+    where = ["--model", "fake", "--url", server.grpc_url, "--batch", "1"]
+    assert cli.main([str(pictures), str(missing), *where, "--json", "-"]) == 1
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert len(document["images"]) == 6
+    reasons = {Path(entry["file_name"]).name: entry["error"] for entry in document["failed"]}
+    assert reasons.keys() == {"empty.jpg", "text.png", "cut.png", "huge.png", "trouble.png", "missing.jpg"}
+    assert "the file is empty" in reasons["empty.jpg"]
+    assert "100.0 megapixels" in reasons["huge.png"]
+    assert "the picture asked for an error" in reasons["trouble.png"]
+    for name in reasons:
+        assert name in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.triton
+def test_inputs_are_never_overwritten(server: TritonServer, pictures: Path) -> None:
+    before = snapshot(pictures)
+    again = [
+        str(pictures),
+        str(pictures / "p0.png"),
+        str(pictures / "sub"),
+        "--model",
+        "fake",
+        "--url",
+        server.grpc_url,
+    ]
+    assert cli.main([*again, "--out", str(pictures)]) == 0
+    after = snapshot(pictures)
+    assert {path: after[path] for path in before} == before
+    assert {str(path.relative_to(pictures)) for path in after.keys() - before.keys()} == {
+        *(f"p{k}-2.png" for k in range(5)),
+        "sub/p0.png",
+    } or len(after) == len(before) + 6
+    assert cli.main([str(pictures / "p0.png"), *again[3:], "--json", str(pictures / "p0.png")]) == 2
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.triton
+def test_results_as_text(server: TritonServer, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--model", "fake", "--url", server.grpc_url]
+    assert cli.main([str(pictures / "p0.png"), *where, "--score-threshold", "0.7"]) == 0
+    assert f"{pictures / 'p0.png'}: red 0.900 at " in capsys.readouterr().out
+    assert cli.main([str(pictures / "p0.png"), *where, "--score-threshold", "1"]) == 0
+    assert "p0.png: nothing" in capsys.readouterr().out
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--model", "nope"], "does not have model 'nope'"),
+        (["--model", "bare"], "has no parameter 'contract'"),
+        (["--model", "fake", "--score-threshold", "nan"], "score_threshold is nan"),
+        (["--model", "fake", "--batch", "0"], "--batch is 0"),
+        (["--model", "fake", "--tls-ca", "/none.pem"], "cannot read the TLS file /none.pem"),
+        (["--model", "fake", "--out", "/dev/null"], "--out /dev/null is a file"),
+        (["--model", "fake", "--json", "/dev/null/x.json"], "/dev/null/x.json cannot be written"),
+        (["--model", "fake", "--max-pixels", "0"], "max_pixels 0"),
+    ],
+)
+def test_usage_errors(
+    server: TritonServer, pictures: Path, options: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([str(pictures / "p0.png"), "--url", server.grpc_url, *options]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert "Traceback" not in error
+
+
+def test_without_pictures_or_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([str(tmp_path), "--model", "fake"]) == 2
+    assert f"no pictures in folder {tmp_path}" in capsys.readouterr().err
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    assert cli.main([str(tmp_path), "--model", "fake", "--url", "127.0.0.1:1", "--retries", "0"]) == 2
+    assert "no server answers at 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
+    target = tmp_path / "x.png"
+    target.write_bytes(b"old")
+
+    def write() -> None:
+        with cli._replacing(target) as stream:
+            stream.write(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write()
+    assert list(tmp_path.iterdir()) == [target]
+    assert target.read_bytes() == b"old"
+
+
+def test_as_a_module() -> None:
+    environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(Path(ssd_client.__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "ssd_client", "--help"], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert "exit status: 0 all pictures done" in done.stdout
