@@ -120,18 +120,22 @@ void release(uint32_t threads)
     }
 }
 
+void prepare(Fiber& fiber)
+{
+    fiber.state = State::kREADY;
+    fiber.stack.resize(kStackBytes);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiberMain, 0);
+}
+
 void runBlock(uint32_t threads)
 {
     for (uint32_t i = 0; i < threads; ++i)
     {
-        Fiber& fiber = gFibers[i];
-        fiber.state = State::kREADY;
-        fiber.stack.resize(kStackBytes);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, fiberMain, 0);
+        prepare(gFibers[i]);
     }
     uint32_t done = 0;
     std::vector<uint32_t> ready;

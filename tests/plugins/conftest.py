@@ -1,0 +1,72 @@
+"""Libraries under test: the gold by CMake, the kernels in the CPU emulator, the CUDA core where there is nvcc."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from build.plugins import PLUGINS, build_plugins, find_nvcc
+from tests.plugins.library import Library
+
+EMULATOR = Path(__file__).parent / "emulator"
+WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]
+
+
+def cxx() -> str:
+    """The host compiler."""
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not found:
+        pytest.skip("needs a C++ compiler (g++)")
+    return found
+
+
+def need_cmake() -> None:
+    """Skips where nothing can be built."""
+    cxx()
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+
+
+def compile_host(output: Path, *arguments: str | Path) -> Path:
+    """Runs the host compiler with the project's warnings as errors."""
+    flags = ["-std=c++17", "-O2", "-g", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", *WARNINGS]
+    command = [cxx(), *flags, *map(str, arguments), "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def gold(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """The CPU reference."""
+    need_cmake()
+    folder = tmp_path_factory.mktemp("gold")
+    return Library(build_plugins(stage="gold", output=folder, work=folder / "out").libraries[-1])
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """ssd_nms/kernels.cu, its threads run one after the other; undefined behaviour ends the program."""
+    output = tmp_path_factory.mktemp("emulator") / "libssd_nms_emulated.so"
+    source = PLUGINS / "ssd_nms"
+    sanitizer = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    include = [f"-I{EMULATOR}", f"-I{source}", "-Wno-unknown-pragmas", "-shared"]
+    kernels = ["-x", "c++", source / "kernels.cu", source / "checks.cpp"]
+    return Library(
+        compile_host(output, *sanitizer, *include, *kernels, EMULATOR / "emulator.cpp", EMULATOR / "numerics.cpp")
+    )
+
+
+@pytest.fixture(scope="session")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """The CUDA library, for one architecture; what needs no GPU of it can be called anywhere."""
+    need_cmake()
+    if find_nvcc() is None:
+        pytest.skip("needs nvcc (PATH, CUDA_HOME or pip install nvidia-cuda-nvcc nvidia-cuda-runtime)")
+    folder = tmp_path_factory.mktemp("core")
+    build = build_plugins(stage="core", architectures="90", output=folder, work=folder / "out")
+    return Library(build.libraries[-1])
