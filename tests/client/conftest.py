@@ -49,7 +49,7 @@ def config_proto(name: str, parameters: dict[str, str], max_batch_size: int = 8)
     config.output.add(name="detection_boxes", data_type=model_config_pb2.TYPE_FP32, dims=[10, 4])
     config.output.add(name="detection_scores", data_type=model_config_pb2.TYPE_FP32, dims=[10])
     config.output.add(name="detection_classes", data_type=model_config_pb2.TYPE_INT32, dims=[10])
-    config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=2)
+    config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=2 if name == "fake" else 1)
     for key, value in parameters.items():
         config.parameters[key].string_value = value
     return config
