@@ -239,6 +239,11 @@ class TritonServer:
         config: dict[str, Any] = json.loads(self._http(f"v2/models/{model}/config"))
         return config
 
+    def requests(self, model: str) -> int:
+        """How many requests the served version of `model` has answered without an error."""
+        statistics = json.loads(self._http(f"v2/models/{model}/stats"))["model_stats"]
+        return sum(int(entry["inference_stats"]["success"]["count"]) for entry in statistics)
+
     # -- start and stop ------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> TritonServer:

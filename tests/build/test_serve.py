@@ -318,8 +318,8 @@ def served(repository: Path, traces: Any, tmp_path: Path) -> Iterator[subprocess
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_it_cleanly(served: subprocess.Popen[str], traces: Any, number: signal.Signals) -> None:
     served.send_signal(number)
-    rest, _ = served.communicate(timeout=30)
-    assert (served.returncode, rest.strip()) == (0, "stopped")
+    rest, _ = served.communicate(timeout=120)
+    assert (served.returncode, rest.split()[-1]) == (0, "stopped")
     assert traces.gone(0), (traces.processes(), traces.regions())
 
 
@@ -335,7 +335,7 @@ def test_serve_ends_with_an_error_when_an_instance_dies(served: subprocess.Popen
     for process in psutil.Process(served.pid).children(recursive=True):
         if process.name().startswith("triton_python"):
             process.kill()
-    rest, _ = served.communicate(timeout=60)
+    rest, _ = served.communicate(timeout=120)
     assert served.returncode != 0
     assert "2 instance(s) of a model died" in rest or "1 instance(s) of a model died" in rest
 
@@ -406,8 +406,8 @@ def test_the_likely_cause_of_an_early_end(stand_in: Callable[[str], None], plan:
 
 def test_a_server_that_hangs_ends_at_the_timeout(stand_in: Callable[[str], None], plan: Path, traces: Any) -> None:
     stand_in(f"{HELP} echo thinking; exec sleep 100")
-    with pytest.raises(ServeError, match=r"(?s)not ready after 0\.5 s.*thinking"):
-        TritonServer(plan, startup_timeout=0.5).start()
+    with pytest.raises(ServeError, match=r"(?s)not ready after 3 s.*thinking"):
+        TritonServer(plan, startup_timeout=3).start()
     assert traces.gone(0)
 
 
