@@ -315,8 +315,8 @@ def _run(trt: Any, builder: Any, network: Any, config: Any, log: plans.Log, cons
                 outcome.error = error
 
         thread = threading.Thread(target=work, name="tensorrt-build", daemon=True)
-        thread.start()
         try:
+            thread.start()
             while thread.is_alive():
                 thread.join(0.1)
         except KeyboardInterrupt:
