@@ -382,10 +382,12 @@ class HttpCodec:
 
     def read_config(self, answer: HttpAnswer) -> ModelConfig:
         config = self._json(answer.body)
-        parameters = {key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()}
-        return ModelConfig.from_triton(
-            config.get("name", self._endpoint.model), int(config.get("max_batch_size", 0)), parameters
-        )
+        try:
+            parameters = {key: str(value["string_value"]) for key, value in config.get("parameters", {}).items()}
+            name, batch = str(config["name"]), int(config.get("max_batch_size", 0))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise _broken(self._endpoint, f"{answer.body[:200]!r} is not a model's configuration") from None
+        return ModelConfig.from_triton(name, batch, parameters)
 
     def infer(self, inputs: Sequence[Input]) -> Message:
         tensors, contents = [], []
