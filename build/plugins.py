@@ -23,6 +23,7 @@ PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 LIB = PLUGINS / "lib"
 TENSORRT_REPOSITORY = "https://github.com/NVIDIA/TensorRT"
 _SYSTEM_INCLUDES = ("/usr/include", "/usr/include/x86_64-linux-gnu", "/usr/include/aarch64-linux-gnu")
+_SYSTEM_CUDA = Path("/usr/local/cuda")
 _MARKER = b"SSD_NMS_PLUGIN_INFO:"
 
 
@@ -131,7 +132,7 @@ def find_nvcc() -> Path | None:
         return Path(found)
     folders = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders += [
-        Path("/usr/local/cuda"),
+        _SYSTEM_CUDA,
         *sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*"), reverse=True),
     ]
     return next((nvcc for folder in folders if os.access(nvcc := folder / "bin" / "nvcc", os.X_OK)), None)

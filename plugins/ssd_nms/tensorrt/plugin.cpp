@@ -135,12 +135,27 @@ std::string quoted(std::string const& text)
     return "'" + text + "'";
 }
 
+std::string nameOf(PluginFieldType type)
+{
+    switch (type)
+    {
+    case PluginFieldType::kFLOAT32:
+        return "FP32";
+    case PluginFieldType::kINT32:
+        return "INT32";
+    case PluginFieldType::kCHAR:
+        return "CHAR";
+    default:
+        return "PluginFieldType " + std::to_string(static_cast<int32_t>(type));
+    }
+}
+
 void requireField(bool passed, PluginField const& field, std::string const& wanted)
 {
     if (!passed)
     {
         throw std::invalid_argument{"attribute " + std::string{field.name} + " must be " + wanted + ", got "
-            + std::to_string(field.length) + " of field type " + std::to_string(static_cast<int32_t>(field.type))};
+            + std::to_string(field.length) + " of type " + nameOf(field.type)};
     }
 }
 
@@ -242,8 +257,11 @@ SsdNmsParams paramsFrom(PluginFieldCollection const* fields, bool isPlan)
     for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i)
     {
         PluginField const& field = fields->fields[i];
-        std::string const name = field.name == nullptr ? "" : field.name;
-        requireField(field.data != nullptr, field, "given");
+        if (field.name == nullptr || field.data == nullptr)
+        {
+            throw std::invalid_argument{"an attribute without a name or without data"};
+        }
+        std::string const name = field.name;
         if (name == "score_threshold")
         {
             p.scoreThreshold = oneFloat(field);
