@@ -400,7 +400,11 @@ class TritonServer:
             if any("error while loading shared libraries" in line for line in self.log_lines()):
                 raise self._failure("tritonserver waits for a model's process that could not start")
             if time.monotonic() > deadline:
-                raise self._failure(f"tritonserver was not ready after {self.startup_timeout:g} s")
+                raise self._failure(
+                    f"tritonserver was not ready after {self.startup_timeout:g} s",
+                    why="a model takes that long to load, or the machine is busy",
+                    fix="free the machine, or give it a longer startup_timeout",
+                )
             time.sleep(0.02)
         states = self._index()
         missing = {name: states.get(name, ("not loaded", ""))[0] for name in names if not _ready(states, name)}
@@ -473,13 +477,17 @@ class TritonServer:
         found = [line for line in found if not line.startswith("I")] or found
         return "\n".join(["the log ends with:", *(f"  {_first_part(line)}" for line in found[-lines:])])
 
-    def _failure(self, what: str) -> ServeError:
+    def _failure(
+        self, what: str, *, why: str = "", fix: str = "publish the model again: invoke build-engines --force"
+    ) -> ServeError:
+        """An error with the end of the log, and with the cause where the log gives it away."""
         text = "\n".join([what, *self.log_lines()])
-        for pattern, why, fix in _CAUSES:
+        for pattern, cause, cure in _CAUSES:
             match = re.search(pattern, text)
             if match:
-                return ServeError(f"{what}\n{self._tail()}", why=why.format(match[1]), fix=fix)
-        return ServeError(f"{what}\n{self._tail()}", fix="publish the model again: invoke build-engines --force")
+                why, fix = cause.format(match[1]), cure
+                break
+        return ServeError(f"{what}\n{self._tail()}", why=why, fix=fix)
 
 
 def serve(
