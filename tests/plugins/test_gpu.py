@@ -1,0 +1,59 @@
+"""The kernels on a GPU, by plugins/bench/bench.py: bits of the gold, repeats, rows, CUDA graphs, compute-sanitizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from build.plugins import PLUGINS, find_nvcc
+
+BENCH = PLUGINS / "bench" / "bench.py"
+
+
+def python_with_torch() -> str:
+    """The running Python, or the one that SSD_TORCH_PYTHON names, if its torch sees a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        pytest.skip("needs an NVIDIA GPU (nvidia-smi is not on PATH)")
+    if find_nvcc() is None:
+        pytest.skip("needs nvcc")
+    python = os.environ.get("SSD_TORCH_PYTHON", sys.executable)
+    probe = "import torch; raise SystemExit(not torch.cuda.is_available())"
+    if subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs a torch that sees the GPU, in this Python or in the one that SSD_TORCH_PYTHON names")
+    return python
+
+
+def bench(part: str, folder: Path) -> dict[str, Any]:
+    result = folder / "result.json"
+    command = [python_with_torch(), BENCH, "--only", part, "--out", result]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.is_file(), done.stderr
+    told: dict[str, Any] = json.loads(result.read_text())
+    return told
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_the_kernels_give_the_bits_of_the_gold(tmp_path: Path) -> None:
+    told = bench("check", tmp_path)["check"]
+    assert told["failures"] == []
+    assert min(told["compared"].values()) > 0, told
+    assert told["compared"]["cases"] == 400
+    assert told["detections in cases"] > 10_000
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compute_sanitizer_finds_nothing(tmp_path: Path) -> None:
+    told = bench("sanitize", tmp_path)["sanitizer"]
+    if "not run" in told:
+        pytest.skip(f"needs compute-sanitizer: {told['not run']}")
+    assert {tool: words.split(":")[0] for tool, words in told.items()} == dict.fromkeys(told, "exit 0")
