@@ -143,8 +143,8 @@ class Summary:
             raise ValueError("there are no samples")
         ordered, count = sorted(samples), len(samples)
 
-        def percentile(percent: float) -> float:
-            return ordered[max(count - 1 - int((1 - percent / 100) * count), 0)]
+        def percentile(percent: int) -> float:
+            return ordered[max(count - 1 - (100 - percent) * count // 100, 0)]
 
         middle = count // 2
         median = ordered[middle] if count % 2 else (ordered[middle - 1] + ordered[middle]) / 2

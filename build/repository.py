@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from build import ssd_nms
@@ -30,12 +31,18 @@ if TYPE_CHECKING:
 
 CONTRACT = "1"
 CONFIG, MANIFEST, LABELS = "config.pbtxt", "manifest.json", "labels.txt"
-MODEL_FILE = {"onnxruntime": "model.onnx"}
+MODEL_FILE = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BACKEND = Path("build/backends/onnxruntime/model.py")
 # A change in one of these can change what is published.
-_BUILDERS = (Path("build/graph.py"), Path("build/ssd_nms.py"), Path("build/repository.py"), _BACKEND)
+_BUILDERS = {
+    runtime: tuple(map(Path, ("build/graph.py", "build/ssd_nms.py", "build/repository.py", *own)))
+    for runtime, own in {
+        "onnxruntime": (_BACKEND,),
+        "tensorrt": ("build/engine.py", "build/tensorrt_compat.py"),
+    }.items()
+}
 _TOOLS = ("onnx", "onnxscript", "onnxruntime")
 _STAGING = ".publishing"
 
@@ -52,10 +59,10 @@ def recipe(spec: Spec, precision: str, runtime: str) -> dict[str, Any]:
     """
     sources = [spec.path, spec.labels_path, spec.anchors_path]
     sources += sorted(spec.onnx_path.parent.glob(f"{spec.onnx_path.name}*"))  # with the files of its external data
-    instances, threads = _instances_and_threads(spec)
+    instances, threads = _instances_and_threads(spec, runtime)
     try:
         inputs = {path.name: _sha256(path) for path in sources}
-        inputs |= {str(path): _sha256(_ROOT / path) for path in _BUILDERS}
+        inputs |= {str(path): _sha256(_ROOT / path) for path in _BUILDERS[runtime]}
     except OSError as error:
         raise PublishError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return {
@@ -73,7 +80,7 @@ def config(spec: Spec, version: int, precision: str, runtime: str, manifest_sha2
     """config.pbtxt of one version: the contract's inputs and outputs, and all that a client needs as parameters."""
     from tritonclient.grpc import model_config_pb2 as pb
 
-    instances, threads = _instances_and_threads(spec)
+    instances, threads = _instances_and_threads(spec, runtime)
     most = spec.nms.max_detections
     thresholds = ssd_nms.THRESHOLDS if spec.nms.runtime_thresholds else ()
     parameters = {
@@ -92,9 +99,8 @@ def config(spec: Spec, version: int, precision: str, runtime: str, manifest_sha2
         "precision": precision,
         "runtime": runtime,
         "manifest_sha256": manifest_sha256,
-        "threads": str(threads),
     }
-    made = pb.ModelConfig(name=spec.model.name, backend="python", max_batch_size=spec.serving.max_batch_size)
+    made = pb.ModelConfig(name=spec.model.name, max_batch_size=spec.serving.max_batch_size)
     made.version_policy.specific.versions.append(version)
     made.input.add(name="images", data_type=pb.TYPE_UINT8, dims=[spec.input.height, spec.input.width, 3])
     for name in thresholds:
@@ -102,40 +108,124 @@ def config(spec: Spec, version: int, precision: str, runtime: str, manifest_sha2
     kinds = (pb.TYPE_INT32, pb.TYPE_FP32, pb.TYPE_FP32, pb.TYPE_INT32)
     for name, kind, dims in zip(ssd_nms.OUTPUTS, kinds, ([1], [most, 4], [most], [most]), strict=True):
         made.output.add(name=name, data_type=kind, dims=dims)
-    made.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances)
+    if runtime == "tensorrt":
+        _serve_with_tensorrt(made, spec, instances)
+    else:
+        made.backend = "python"
+        made.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances)
+        parameters["threads"] = str(threads)
     for name, value in parameters.items():
         made.parameters[name].string_value = value
     return made
 
 
-def publish(spec: Spec, model: Path, repository: Path, precision: str, runtime: str) -> int:
+def _serve_with_tensorrt(made: ModelConfig, spec: Spec, instances: int) -> None:
+    """What only a plan needs: requests are batched together, wait in a bounded queue, and find a warm model."""
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    serving = spec.serving
+    made.platform = "tensorrt_plan"
+    group = made.instance_group.add(kind=pb.ModelInstanceGroup.KIND_GPU, count=instances)
+    if len(spec.profiles) > 1:  # an instance takes the profile that fits each batch
+        group.profile.extend(str(index) for index in range(len(spec.profiles)))
+    made.dynamic_batching.max_queue_delay_microseconds = serving.queue_delay_us
+    policy = made.dynamic_batching.default_queue_policy
+    policy.timeout_action = pb.ModelQueuePolicy.REJECT
+    policy.default_timeout_microseconds = serving.queue_timeout_ms * 1000
+    policy.max_queue_size = serving.max_queue_size
+    if serving.cuda_graphs:  # without bounds of our own: graph_lower_bound would show rows that nothing wrote
+        made.optimization.cuda.graphs = True
+    if serving.warmup:
+        for batch in sorted({1, serving.max_batch_size}):
+            warm = made.model_warmup.add(name=f"batch {batch}", batch_size=batch)
+            for entry in made.input:
+                given = warm.inputs[entry.name]
+                given.data_type = entry.data_type
+                given.dims.extend(entry.dims)
+                if entry.name == "images":
+                    given.random_data = True
+                else:
+                    given.zero_data = True
+
+
+def check_engine(made: ModelConfig, engine: Mapping[str, Any]) -> None:
+    """Compares config.pbtxt with the plan's own table of inputs and outputs.
+
+    Args:
+        made: the configuration.
+        engine: the manifest's part `engine` (build/engine.py).
+
+    Raises:
+        PublishError: they differ; the server would refuse the model, or answer with other shapes.
+    """
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    kinds = {"UINT8": pb.TYPE_UINT8, "FLOAT": pb.TYPE_FP32, "INT32": pb.TYPE_INT32}
+    for mode, entries in (("INPUT", made.input), ("OUTPUT", made.output)):
+        wanted = {entry.name: (entry.data_type, [-1, *entry.dims]) for entry in entries}
+        found = {t["name"]: (kinds.get(t["dtype"], -1), list(t["shape"])) for t in engine["io"] if t["mode"] == mode}
+        if wanted != found:
+            table = {t["name"]: f"{t['dtype']}{list(t['shape'])}" for t in engine["io"] if t["mode"] == mode}
+            said = {name: f"{pb.DataType.Name(kind)}{dims}" for name, (kind, dims) in wanted.items()}
+            raise PublishError(
+                f"{made.name}: the plan's {mode.lower()}s are {table}, but config.pbtxt would say {said}",
+                why="the plan was built from another graph or spec",
+                fix="build it again: ./invoke build-engines --runtime tensorrt --force",
+            )
+    most = max((shapes[2][0] for t in engine["io"] for shapes in t["profiles"]), default=0)
+    if made.max_batch_size != most:
+        raise PublishError(
+            f"{made.name}: config.pbtxt would allow batches of {made.max_batch_size}, but the plan ends at {most}",
+            fix="build it again: ./invoke build-engines --runtime tensorrt --force",
+        )
+
+
+def publish(
+    spec: Spec,
+    model: Path,
+    repository: Path,
+    precision: str,
+    runtime: str,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
     """Publishes a built model as the next version, which is served from then on; the version before stays for rollback.
 
     Args:
         spec: its spec.
-        model: the built file, model.onnx.
+        model: the built file, model.onnx or model.plan.
         repository: the model repository; made where it is not there.
         precision, runtime: what it was built for.
+        facts: more for the manifest: `target` and `engine` of a plan, `verified` of the gate.
 
     Returns:
         The new version.
 
     Raises:
-        PublishError: the repository cannot be written or another publish is under way; what was served is still served.
+        PublishError: config.pbtxt does not fit the plan, the repository cannot be written or another publish is under
+            way; what was served is still served.
     """
     version = 0
     with _locked(repository, spec.model.name) as folder, explained(folder):
-        for step in publishing(spec, model, folder, precision, runtime):
+        for step in publishing(spec, model, folder, precision, runtime, facts):
             version = step
     return version
 
 
-def publishing(spec: Spec, model: Path, folder: Path, precision: str, runtime: str) -> Iterator[int]:
+def publishing(
+    spec: Spec,
+    model: Path,
+    folder: Path,
+    precision: str,
+    runtime: str,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+) -> Iterator[int]:
     """The steps of `publish`, one by one: the process may die after any of them, and what was served is still served.
 
     Yields:
         The new version, after each step.
     """
+    if runtime == "tensorrt":
+        check_engine(config(spec, 0, precision, runtime, ""), facts["engine"])
     _clear(folder)
     served = served_version(folder.parent, folder.name)
     version = max(_versions(folder), default=0) + 1  # never a number that a server may have seen with other content
@@ -144,12 +234,12 @@ def publishing(spec: Spec, model: Path, folder: Path, precision: str, runtime: s
         content = staging / str(version)
         content.mkdir(parents=True)
         yield version
-        files = {
-            MODEL_FILE[runtime]: model.read_bytes(),
-            _BACKEND.name: (_ROOT / _BACKEND).read_bytes(),
-            LABELS: spec.labels_path.read_bytes(),
-        }
-        manifest = recipe(spec, precision, runtime) | {
+        files = {MODEL_FILE[runtime]: model.read_bytes(), LABELS: spec.labels_path.read_bytes()}
+        if runtime == "onnxruntime":
+            files[_BACKEND.name] = (_ROOT / _BACKEND).read_bytes()
+        manifest = {
+            **recipe(spec, precision, runtime),
+            **facts,
             "version": version,
             "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
             "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -229,14 +319,21 @@ def served_version(repository: Path, name: str) -> int | None:
     return int(versions[0]) if len(versions) == 1 else None
 
 
-def fresh_manifest(spec: Spec, repository: Path, precision: str, runtime: str) -> dict[str, Any] | None:
-    """The served version's manifest if that version is whole and what a publish would make again, else None."""
+def fresh_manifest(
+    spec: Spec, repository: Path, precision: str, runtime: str, target: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
+    """The served version's manifest if that version is whole and what a publish would make again, else None.
+
+    Args:
+        spec, repository, precision, runtime: as for `publish`.
+        target: for a plan, what this machine would build it for.
+    """
     version = served_version(repository, spec.model.name)
     folder = repository / spec.model.name / str(version)
     if version is None or _damage(folder):
         return None
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-    wanted = recipe(spec, precision, runtime)
+    wanted = recipe(spec, precision, runtime) | ({"target": dict(target)} if target else {})
     return manifest if all(manifest.get(key) == value for key, value in wanted.items()) else None
 
 
@@ -263,9 +360,14 @@ def cores() -> int:
         return count
 
 
-def _instances_and_threads(spec: Spec) -> tuple[int, int]:
-    """Sessions and threads of each; where the spec leaves them open, together as many as there are cores."""
+def _instances_and_threads(spec: Spec, runtime: str) -> tuple[int, int]:
+    """Sessions and threads of each; where the spec leaves them open, together as many as there are cores.
+
+    A plan takes one execution context per instance on the GPU, one where the spec leaves it open.
+    """
     instances, threads = spec.serving.instances, spec.serving.threads
+    if runtime == "tensorrt":
+        return instances or 1, 1
     instances = instances or max(1, cores() // max(1, threads))
     return instances, threads or max(1, cores() // instances)
 

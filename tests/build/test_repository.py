@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
@@ -208,6 +209,7 @@ def test_rollback_refuses(spec: Spec, built: Path, target: Path) -> None:
 DYING = """
 import itertools, os, signal, sys
 from pathlib import Path
+from typing import Any
 from build import repository
 from build.spec import load
 spec, built, target, steps = sys.argv[1:]
@@ -261,6 +263,7 @@ def test_killed_after_any_step_the_old_version_is_served(spec: Spec, built: Path
 ENDLESS = """
 import sys
 from pathlib import Path
+from typing import Any
 from build import repository
 from build.spec import load
 spec, built, target = sys.argv[1:]
@@ -372,3 +375,97 @@ def test_a_real_server_starts_on_what_a_killed_publish_left(spec: Spec, built: P
     assert repository._versions(target / "tiny") == [1, 2]
     with TritonServer(target, extra_args=["--exit-on-error=true"]) as server:
         assert server.check() is None
+
+
+GOLDEN = ROOT / "tests" / "build" / "golden" / "tensorrt.pbtxt"
+
+
+@pytest.fixture
+def tensorrt_spec(spec: Spec) -> Spec:
+    """Everything that [serving] and the profiles say, said."""
+    text = spec.path.read_text().replace(
+        "max_batch_size = 4",
+        "max_batch_size = 4\ninstances = 2\nmax_queue_size = 64\nqueue_timeout_ms = 50\nqueue_delay_us = 100\n"
+        "cuda_graphs = true",
+    )
+    profiles = ("\n[[tensorrt.profiles]]\nmin = {}\nopt = {}\nmax = {}\n".format(*s) for s in ((1, 1, 1), (2, 3, 4)))
+    spec.path.write_text(text + "".join(profiles))
+    return load(spec.path)
+
+
+def engine_of(spec: Spec) -> dict[str, Any]:
+    """What build/engine.py says of a plan that fits the spec."""
+    size, most = (spec.input.height, spec.input.width), spec.nms.max_detections
+    shapes = {
+        "images": ("INPUT", "UINT8", [*size, 3]),
+        "score_threshold": ("INPUT", "FLOAT", [1]),
+        "iou_threshold": ("INPUT", "FLOAT", [1]),
+        "num_detections": ("OUTPUT", "INT32", [1]),
+        "detection_boxes": ("OUTPUT", "FLOAT", [most, 4]),
+        "detection_scores": ("OUTPUT", "FLOAT", [most]),
+        "detection_classes": ("OUTPUT", "INT32", [most]),
+    }
+    table = []
+    for name, (mode, kind, rest) in shapes.items():
+        sizes = [[[p.min, *rest], [p.opt, *rest], [p.max, *rest]] for p in spec.profiles] if mode == "INPUT" else []
+        table.append({"name": name, "mode": mode, "dtype": kind, "shape": [-1, *rest], "profiles": sizes})
+    return {"io": table, "tensorrt": "10.13.2"}
+
+
+def test_the_config_of_a_plan_is_the_golden_one(tensorrt_spec: Spec) -> None:
+    made = repository.config(tensorrt_spec, 3, "fp16", "tensorrt", "ab" * 32)
+    repository.check_engine(made, engine_of(tensorrt_spec))
+    text = repository._text(made)
+    if os.environ.get("WRITE_GOLDEN"):
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text()
+
+
+def test_a_plans_config_with_the_defaults(spec: Spec) -> None:
+    made = repository.config(spec, 1, "fp32", "tensorrt", "")
+    assert (made.platform, made.backend) == ("tensorrt_plan", "")
+    assert made.instance_group[0].count == 1
+    assert not made.instance_group[0].profile
+    assert not made.HasField("optimization")
+    assert [warm.batch_size for warm in made.model_warmup] == [1, 4]
+    policy = made.dynamic_batching.default_queue_policy
+    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (256, 1_000_000)
+    assert not policy.allow_timeout_override
+
+
+@pytest.mark.parametrize(
+    ("tensor", "key", "value", "complaint"),
+    [
+        (0, "dtype", "FLOAT", r"inputs are .*images.*FLOAT\[-1, 8, 8, 3\]"),
+        (0, "shape", [-1, 9, 8, 3], "inputs are"),
+        (1, "name", "threshold", "inputs are"),
+        (3, "dtype", "INT64", "outputs are .*INT64"),
+        (4, "shape", [-1, 6, 4], "outputs are"),
+        (0, "profiles", [[[1, 8, 8, 3]] * 3], "allow batches of 4, but the plan ends at 1"),
+    ],
+)
+def test_a_plan_that_the_config_does_not_fit_is_not_published(
+    tensor: int, key: str, value: Any, complaint: str, spec: Spec, built: Path, target: Path
+) -> None:
+    engine = engine_of(spec)
+    engine["io"][tensor][key] = value
+    if key == "profiles":
+        for other in engine["io"][1:3]:
+            other["profiles"] = []
+    with pytest.raises(PublishError, match=complaint):
+        repository.publish(spec, built, target, "fp32", "tensorrt", {"engine": engine})
+    assert not (target / "tiny").exists()
+
+
+def test_a_plan_is_published_with_its_facts(spec: Spec, built: Path, target: Path) -> None:
+    here = {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.13.2", "plugin_sha256": "cd" * 32}
+    facts = {"target": here, "engine": engine_of(spec), "verified": {"passed": True}}
+    assert repository.publish(spec, built, target, "fp32", "tensorrt", facts) == 1
+    names = {path.name for path in (target / "tiny" / "1").iterdir()}
+    assert names == {"config.pbtxt", "labels.txt", "manifest.json", "model.plan"}
+    manifest = repository.fresh_manifest(spec, target, "fp32", "tensorrt", here)
+    assert manifest is not None
+    assert manifest["engine"]["tensorrt"] == "10.13.2"
+    assert manifest["verified"] == {"passed": True}
+    for key in here:  # another GPU, TensorRT or plugin: stale
+        assert repository.fresh_manifest(spec, target, "fp32", "tensorrt", here | {key: "other"}) is None
