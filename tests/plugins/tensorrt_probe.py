@@ -41,13 +41,18 @@ def main() -> None:
     creator = registry.get_creator("SSDNMS", "1", "") if v3 else registry.get_plugin_creator("SSDNMS", "1", "")
     told["fields"] = [field.name for field in creator.field_names]
 
+    alive = []  # a PluginField does not keep its data
+
     def field(name: str, value: object) -> object:
         kinds = trt.PluginFieldType
         if isinstance(value, str):
-            return trt.PluginField(name, np.frombuffer(value.encode(), np.int8), kinds.CHAR)
-        if isinstance(value, int):
-            return trt.PluginField(name, np.array([value], np.int32), kinds.INT32)
-        return trt.PluginField(name, np.atleast_1d(np.array(value, np.float32)), kinds.FLOAT32)
+            data, kind = np.frombuffer(value.encode(), np.int8).copy(), kinds.CHAR
+        elif isinstance(value, int):
+            data, kind = np.array([value], np.int32), kinds.INT32
+        else:
+            data, kind = np.atleast_1d(np.array(value, np.float32)), kinds.FLOAT32
+        alive.append(data)
+        return trt.PluginField(name, data, kind)
 
     def create(**attributes: object) -> object:
         fields = trt.PluginFieldCollection([field(name, value) for name, value in attributes.items()])

@@ -1,4 +1,4 @@
-"""The TensorRT faces: they compile with every header set at hand, and a real TensorRT takes the plugin.
+"""The TensorRT faces, with every set of headers at hand, over the gold; and a real TensorRT takes the plugin.
 
 A real TensorRT is that of the running Python, or of the one that SSD_TENSORRT_PYTHON names. Registration, creation and
 serialisation need no GPU.
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from build.plugins import PLUGINS, PluginBuild, build_plugins, find_nvcc, find_tensorrt, plugin_info
-from tests.plugins.conftest import compile_host, need_cmake
+from tests.plugins.conftest import EMULATOR, compile_host, need_cmake
 
 # Runs in the Python that has TensorRT; prints one line of JSON.
 PROBE = Path(__file__).parent / "tensorrt_probe.py"
@@ -43,13 +43,18 @@ def cuda_include() -> Path:
 
 
 @pytest.mark.parametrize("root", header_sets() or [None], ids=lambda root: root.name if root else "none")
-def test_the_faces_compile_without_a_warning(root: Path | None, tmp_path: Path) -> None:
+def test_the_face_compiles_and_does_what_tensorrt_asks_of_it(root: Path | None, tmp_path: Path) -> None:
     if root is None:
         pytest.skip("needs TensorRT's headers (TENSORRT_ROOT, or once ./invoke build-plugins --tensorrt-ref v10.16)")
     definitions = [f'-DSSD_NMS_{name}="x"' for name in ("GIT", "CUDA_VERSION", "ARCHITECTURES")]
     include = [f"-isystem{path}" for path in (root / "include", cuda_include())]
-    source = PLUGINS / "ssd_nms" / "tensorrt" / "plugin.cpp"
-    compile_host(tmp_path / "plugin.o", "-Wno-deprecated-declarations", *definitions, *include, "-c", source)
+    source = PLUGINS / "ssd_nms"
+    flags = ["-Wno-deprecated-declarations", *definitions, *include, f"-I{source}"]
+    compile_host(tmp_path / "plugin.o", *flags, "-c", source / "tensorrt" / "plugin.cpp")
+    library = [source / "checks.cpp", source / "gold" / "gold.cpp"]
+    faces = compile_host(tmp_path / "faces", "-O0", *flags, EMULATOR / "faces.cpp", *library)
+    done = subprocess.run([faces], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 
 
 def python_with_tensorrt() -> str:
