@@ -381,15 +381,20 @@ def test_retries_bridge_a_restart(repository: Path, protocol: Any, face: Any) ->
         client = face(url_of(first, protocol), model="fake", protocol=protocol, retries=20, timeout=60)
         client.infer(noise(1))
         os.killpg(first.pid, signal.SIGKILL)  # in good order it would wait for the client's idle connection
-    second = TritonServer(repository, http_port=ports["http"], grpc_port=ports["grpc"])
-    starter = threading.Thread(target=second.start)
+    answered = threading.Event()
+
+    def start_again() -> None:  # the server ends with the thread that started it
+        with TritonServer(repository, http_port=ports["http"], grpc_port=ports["grpc"]):
+            answered.wait(60)
+
+    starter = threading.Thread(target=start_again)
     starter.start()
     try:
         with client:
             assert_same_bits(client.infer(noise(1)), expected(noise(1)))
     finally:
+        answered.set()
         starter.join()
-        second.stop()
 
 
 # -- shared memory -----------------------------------------------------------------------------------------------------

@@ -99,9 +99,9 @@ def test_tls(encrypted: dict[str, str], certificate: tuple[Path, Path], protocol
     with face(url, model="fake", protocol=protocol, ssl=TLS(root_certificates=certificate[0])) as client:
         assert client.detect(scene()).labels == ("red", "blue", "checksum")
     for trust in (TLS(), None):  # an authority nobody knows; no encryption at all
-        with face(url, model="fake", protocol=protocol, ssl=trust, retries=0, timeout=10) as client:
-            with pytest.raises(SSDClientError, match=rf"{url}(.|\n)*what to do"):
-                client.detect(scene())
+        refusal = pytest.raises(SSDClientError, match=rf"{url}(.|\n)*what to do")
+        with face(url, model="fake", protocol=protocol, ssl=trust, retries=0, timeout=10) as client, refusal:
+            client.detect(scene())
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -133,9 +133,9 @@ def test_nonsense_over_http(face: Any, answer: bytes) -> None:
             connection.sendall(answer)
 
     with listening(handle) as port:
-        with face(f"127.0.0.1:{port}", model="m", protocol="http", retries=1, timeout=5) as client:
-            with pytest.raises(SSDClientError):
-                client.model_config()
+        client = face(f"127.0.0.1:{port}", model="m", protocol="http", retries=1, timeout=5)
+        with client, pytest.raises(SSDClientError):
+            client.model_config()
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -147,8 +147,9 @@ def test_a_server_that_hangs_up_is_asked_again(face: Any, protocol: Any) -> None
         calls.append(1)
         connection.close()
 
-    with listening(handle) as port, face(f"127.0.0.1:{port}", model="m", protocol=protocol, retries=2) as client:
-        with pytest.raises(ServerUnavailableError):
+    with listening(handle) as port:
+        client = face(f"127.0.0.1:{port}", model="m", protocol=protocol, retries=2)
+        with client, pytest.raises(ServerUnavailableError):
             client.model_config()
     assert len(calls) >= 3
 
