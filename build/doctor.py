@@ -1,0 +1,606 @@
+"""`invoke doctor`: what is on this machine, what is published, whether the two fit, and what to do where they do not.
+
+It works without a GPU, TensorRT, tritonserver or a published model, changes nothing, and imports neither CUDA nor a
+plugin into its own process: whatever can crash runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from build import plan, plugins, repository, serve, spec
+from build.cuda import Gpu, driver_version
+from build.errors import SSDError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+PORTS = (8000, 8001, 8002)
+SHM = Path("/dev/shm")
+STATES = ("ok", "info", "warning", "problem")
+
+
+@dataclass(frozen=True)
+class Release:
+    """What one Triton container holds.
+
+    Attributes:
+        container: the tag of nvcr.io/nvidia/tritonserver.
+        triton, tensorrt, cuda: versions.
+        confirmed: False where the version of TensorRT stands in no release note that we read.
+    """
+
+    container: str
+    triton: str
+    tensorrt: str
+    cuda: str
+    confirmed: bool = True
+
+    @property
+    def source(self) -> str:
+        """NVIDIA's release note; its table of versions is the Deep Learning Frameworks Support Matrix."""
+        base = "https://docs.nvidia.com/deeplearning/triton-inference-server/release-notes"
+        return f"{base}/rel-{self.container.replace('.', '-')}.html"
+
+
+SUPPORT_MATRIX = "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/index.html"
+RELEASES = (
+    Release("24.10", "2.51", "10.5", "12.6", confirmed=False),
+    Release("25.06", "2.59", "10.11", "12.9"),
+    Release("25.08", "2.60", "10.13.2", "13.0"),
+    Release("26.05", "2.69", "10.16.1", "13.2"),
+    Release("26.06", "2.70", "11.0", "13.3"),
+    Release("26.07", "2.71", "11.1", "13.3"),
+    Release("26.08", "2.72", "11.2", "13.4"),
+)
+_WHEELS = {"0.7.0": "2.51.0"}  # nvidia-pytriton → the tritonserver inside (its release notes)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        area: a heading, such as `GPU`.
+        name: what was looked at.
+        state: ok; info: no fault, but good to know; warning: works for now; problem: does not work.
+        text: what was found.
+        fix: what to do; never empty for a warning or a problem.
+    """
+
+    area: str
+    name: str
+    state: str
+    text: str
+    fix: str = ""
+
+
+@dataclass
+class Machine:
+    """Where doctor looks; tests give other places.
+
+    Attributes:
+        run: runs a command and gives its status and its output; status -1 where it cannot be run.
+    """
+
+    models: Path = ROOT / "models"
+    repository: Path = ROOT / "model_repository"
+    libraries: Path = ROOT / "plugins" / "lib"
+    shm: Path = SHM
+    ports: Sequence[int] = PORTS
+    run: Callable[[Sequence[str]], tuple[int, str]] = lambda command: _run(command)
+
+
+def _run(command: Sequence[str]) -> tuple[int, str]:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return -1, str(error)
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+def doctor(*, as_json: bool = False, machine: Machine | None = None, console: Console | None = None) -> int:
+    """Looks at everything and prints what it found.
+
+    Returns:
+        1 if there is a problem, else 0.
+    """
+    found = examine(machine or Machine())
+    bad = any(finding.state == "problem" for finding in found)
+    if as_json:
+        print(json.dumps({"ok": not bad, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=2))
+    else:
+        _show(found, console)
+    return int(bad)
+
+
+def examine(machine: Machine) -> list[Finding]:
+    """All findings, by area. An examination that fails is a finding itself."""
+    found: list[Finding] = []
+    gpu: Gpu | None = None
+    with contextlib.suppress(SSDError):
+        gpu = find_gpu(machine)
+    tensorrt = tensorrt_version()
+    parts: tuple[tuple[str, Callable[[], Iterable[Finding]]], ...] = (
+        ("Python", _python),
+        ("GPU", lambda: _gpu(machine, gpu)),
+        ("TensorRT", lambda: _tensorrt(machine)),
+        ("Triton", lambda: _triton(machine)),
+        ("Plugins", lambda: _plugins(machine)),
+        ("Published", lambda: _published(machine, gpu, tensorrt)),
+        ("Resources", lambda: _resources(machine)),
+    )
+    for area, look in parts:
+        try:
+            found += look()
+        except SSDError as error:
+            found.append(Finding(area, area, "problem", error.what, error.fix or error.why or "see above"))
+        except OSError as error:
+            found.append(
+                Finding(area, area, "problem", f"cannot be looked at: {error}", "check the rights of that file")
+            )
+    return found
+
+
+# -- this machine ------------------------------------------------------------------------------------------------------
+
+
+def _python() -> Iterator[Finding]:
+    version = platform.python_version()
+    low, high = (3, 10), (3, 13)
+    if low <= sys.version_info[:2] <= high:
+        yield Finding("Python", "Python", "ok", version)
+    else:
+        asked = f"{'.'.join(map(str, low))} to {'.'.join(map(str, high))}"
+        yield Finding(
+            "Python", "Python", "problem", f"{version}, but {asked} is needed", "make .venv with such a Python"
+        )
+    for package in ("numpy", "onnx", "onnxruntime", "tritonclient"):
+        found = _package(package)
+        if found:
+            yield Finding("Python", package, "ok", found)
+        else:
+            yield Finding("Python", package, "problem", "not installed", "run through ./invoke, which installs it")
+
+
+def _package(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def find_gpu(machine: Machine) -> Gpu | None:
+    """The first GPU, as nvidia-smi tells it; None where there is none."""
+    query = "--query-gpu=name,compute_cap,memory.total,driver_version"
+    status, output = machine.run(["nvidia-smi", query, "--format=csv,noheader,nounits"])
+    fields = [field.strip() for field in output.splitlines()[0].split(",")] if status == 0 and output else []
+    if len(fields) != 4 or not re.fullmatch(r"\d+\.\d+", fields[1]):
+        return None
+    memory = int(fields[2]) if fields[2].isdigit() else 0
+    _, text = machine.run(["nvidia-smi"])
+    cuda = re.search(r"CUDA Version:\s*([\d.]+)", text)
+    return Gpu(fields[0], fields[1], memory, fields[3], cuda[1] if cuda else "", "")
+
+
+def _gpu(machine: Machine, gpu: Gpu | None) -> Iterator[Finding]:
+    if gpu is not None:
+        memory = f", {gpu.memory_mib / 1024:.0f} GiB" if gpu.memory_mib else ""
+        yield Finding("GPU", "GPU", "ok", f"{gpu.name}, compute capability {gpu.compute_capability}{memory}")
+        cuda = f"{gpu.driver}, for CUDA up to {gpu.cuda_driver}" if gpu.cuda_driver else gpu.driver
+        yield Finding("GPU", "driver", "ok", cuda)
+    elif driver_version() or any(Path("/dev").glob("nvidia[0-9]*")):
+        _, output = machine.run(["nvidia-smi"])
+        text = f"there is a driver ({driver_version() or 'unknown version'}), but nvidia-smi says: {output[:200]}"
+        fix = "restart the driver or the machine; in a container, start it with --gpus all"
+        yield Finding("GPU", "GPU", "problem", text, fix)
+    else:
+        text = "no NVIDIA GPU or driver: models are served on the CPU"
+        yield Finding(
+            "GPU", "GPU", "info", text, "nothing, or for TensorRT: a machine with one (containers: --gpus all)"
+        )
+    toolkit = plugins.find_nvcc()
+    if toolkit is None:
+        text = "no CUDA compiler: the plugin's GPU code cannot be built here"
+        yield Finding("GPU", "nvcc", "info", text, "only to build the plugin: install the CUDA toolkit")
+    else:
+        release = re.search(r"release ([\d.]+)", machine.run([str(toolkit), "--version"])[1])
+        yield Finding("GPU", "nvcc", "ok", f"{release[1] if release else 'unknown version'} at {toolkit}")
+
+
+_TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11")
+
+
+def tensorrt_version() -> str:
+    """The version of the Python package tensorrt; empty where it is not installed."""
+    return next((version for name in _TENSORRT_PACKAGES if (version := _package(name))), "")
+
+
+def _system_tensorrt(machine: Machine) -> str:
+    """The version in the name of the system's libnvinfer; empty where there is none."""
+    _, listed = machine.run(["ldconfig", "-p"])
+    for library in re.findall(r"=> (\S*/libnvinfer\.so\.\S+)", listed):
+        match = re.search(r"\.so\.([\d.]+)$", str(Path(library).resolve()))
+        if match:
+            return match[1]
+    return ""
+
+
+def _tensorrt(machine: Machine) -> Iterator[Finding]:
+    pip, system, container = tensorrt_version(), _system_tensorrt(machine), os.environ.get("TENSORRT_VERSION", "")
+    container = container or os.environ.get("NV_TENSORRT_VERSION", "")
+    if pip and importlib.util.find_spec("tensorrt") is not None:
+        status, said = machine.run([sys.executable, "-c", "import tensorrt; print(tensorrt.__version__)"])
+        if status == 0:
+            yield Finding("TensorRT", "Python package", "ok", said.splitlines()[-1])
+        else:
+            text = f"{pip} is installed, but cannot be imported: {said.splitlines()[-1] if said else status}"
+            yield Finding("TensorRT", "Python package", "problem", text, "install it again, for this CUDA version")
+    else:
+        text = "not installed: plans cannot be built or checked here"
+        yield Finding("TensorRT", "Python package", "info", text, "only for plans: install the group tensorrt")
+    for where, version in (("system libraries", system), ("container", container)):
+        if version:
+            yield Finding("TensorRT", where, "ok", version)
+    major = {_numbers(version)[:2] for version in (pip, system) if version}
+    if len(major) > 1:
+        text = f"the package is {pip}, the system has {system}: a plan of one does not load in the other"
+        yield Finding("TensorRT", "two versions", "warning", text, "build plans with the version that the server has")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def triton_version(files: serve.ServerFiles) -> str:
+    """The version of a tritonserver without starting it; empty where nothing tells."""
+    if files.from_wheel:
+        return _WHEELS.get(_package("nvidia-pytriton"), "")
+    with contextlib.suppress(OSError):
+        return (files.binary.parent.parent / "TRITON_VERSION").read_text().strip()
+    return os.environ.get("TRITON_SERVER_VERSION", "")
+
+
+def expected_release(triton: str) -> Release | None:
+    """The container release of a tritonserver version."""
+    return next((release for release in RELEASES if _numbers(triton)[:2] == _numbers(release.triton)), None)
+
+
+def _triton(machine: Machine) -> Iterator[Finding]:
+    try:
+        files = serve.find_tritonserver()
+    except SSDError as error:
+        yield Finding("Triton", "tritonserver", "problem", error.what, error.fix)
+        return
+    version = triton_version(files)
+    where = "in the wheel nvidia-pytriton" if files.from_wheel else str(files.binary)
+    yield Finding("Triton", "tritonserver", "ok", f"{version or 'unknown version'} {where}")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if files.stub.is_file():
+        yield Finding("Triton", "stub of the python backend", "ok", f"for Python {python}")
+    else:
+        fix = f"use NVIDIA's container, or add a stub for Python {python} (docs of Triton's python_backend)"
+        yield Finding("Triton", "stub of the python backend", "problem", f"{files.stub} is missing", fix)
+    if files.from_wheel:
+        libc = platform.libc_ver()[1]
+        if libc and _numbers(libc) < (2, 35):
+            fix = "Ubuntu 22.04, Debian 12 or newer, or NVIDIA's container"
+            yield Finding("Triton", "C library", "problem", f"glibc {libc}, but the wheel needs 2.35", fix)
+    release = expected_release(version)
+    has_backend = (files.backends / "tensorrt").is_dir()
+    if release is None:
+        if version:
+            text = f"which TensorRT {version} has is not in our table"
+            yield Finding("Triton", "its TensorRT", "info", text, f"see {SUPPORT_MATRIX}")
+    else:
+        note = "" if release.confirmed else " (not confirmed by a source)"
+        text = f"{release.tensorrt}{note}, CUDA {release.cuda}, as in container {release.container}"
+        text += "" if has_backend else "; this installation has no tensorrt backend"
+        pip = tensorrt_version()
+        same = not pip or _numbers(pip)[:2] == _numbers(release.tensorrt)[:2]
+        if same or not has_backend:
+            yield Finding("Triton", "its TensorRT", "ok" if has_backend else "info", text, f"source: {release.source}")
+        else:
+            fix = f"build with TensorRT {release.tensorrt}, or serve from the container that has {pip}"
+            yield Finding("Triton", "its TensorRT", "problem", f"{text}, but plans are built here with {pip}", fix)
+
+
+# -- plugins -----------------------------------------------------------------------------------------------------------
+
+# Asks a library what it is, in a process of its own: loading it may need what is not there, or crash.
+_ASK = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.ssdNmsPluginInfo.restype = ctypes.c_char_p
+print(library.ssdNmsPluginInfo().decode())
+"""
+# Whether TensorRT finds the creator once the library is loaded.
+_RESOLVE = """
+import ctypes, sys
+sys.path.insert(0, sys.argv[4])
+import tensorrt
+from build import tensorrt_compat as compat
+compat.load_plugins(tensorrt, tensorrt.Logger(tensorrt.Logger.ERROR), None)
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+raise SystemExit(compat.plugin_creator(tensorrt, sys.argv[2], sys.argv[3]) is None)
+"""
+
+
+def ask_plugin(machine: Machine, library: Path) -> tuple[dict[str, str], str]:
+    """What a plugin library says of itself, and why it cannot be loaded here (empty where it can)."""
+    status, output = machine.run([sys.executable, "-c", _ASK, str(library)])
+    last = output.splitlines()[-1] if output else f"ended with {status}"
+    if status == 0:
+        with contextlib.suppress(ValueError):
+            info: dict[str, str] = json.loads(last)
+            return info, ""
+    info = {}
+    with contextlib.suppress(SSDError, ValueError):
+        info = plugins.plugin_info(library)  # written in the file, so that one knows what it would need
+    return info, last.removeprefix("OSError: ")
+
+
+def _plugins(machine: Machine) -> Iterator[Finding]:
+    libraries = [path for path in sorted(machine.libraries.glob("*.so")) if not _without_tensorrt(path)]
+    preloaded = [Path(item) for item in re.split(r"[: ]", os.environ.get("LD_PRELOAD", "")) if item]
+    for path in preloaded:
+        if not path.is_file():
+            text = "LD_PRELOAD names it, but it is not there: the loader only warns"
+            yield Finding("Plugins", path.name, "warning", text, f"correct LD_PRELOAD, or put the file at {path}")
+    for path in dict.fromkeys([*libraries, *(path for path in preloaded if path.is_file() and "nms" in path.name)]):
+        info, refused = ask_plugin(machine, path)
+        if not info:
+            text = f"is no plugin that doctor knows: {refused}"
+            fix = "other plugins load at serve time; if this should be SSDNMS: ./invoke build-plugins"
+            yield Finding("Plugins", path.name, "warning", text, fix)
+            continue
+        what = ", ".join(f"{key} {value}" for key, value in info.items() if value)
+        if refused:
+            text = f"{what}; it cannot be loaded here: {refused}"
+            fix = f"load it where TensorRT {info.get('tensorrt', '')} is, or build it for the one that is here"
+            yield Finding("Plugins", path.name, "warning" if tensorrt_version() else "info", text, fix)
+        else:
+            yield Finding("Plugins", path.name, "ok", what)
+    if not libraries:
+        text = f"no plugin library in {_relative(machine.libraries)}: plans with SSDNMS cannot be built or served"
+        yield Finding("Plugins", "libssd_nms.so", "info", text, "only for TensorRT: ./invoke build-plugins")
+
+
+def _without_tensorrt(library: Path) -> bool:
+    """The CPU gold and the CUDA core, which are no plugins."""
+    return library.name in ("libssd_nms_gold.so", "libssd_nms_core.so")
+
+
+def _resolvable(machine: Machine, library: Path, name: str, version: str) -> str:
+    """Why this process could not resolve a plan's plugin from a library; empty where it could."""
+    command = [sys.executable, "-c", _RESOLVE, str(library), name, version, str(ROOT)]
+    status, output = machine.run(command)
+    if status == 0:
+        return ""
+    return f"TensorRT finds no creator {name} version {version} in it" if status == 1 and not output else output[-200:]
+
+
+# -- what is published -------------------------------------------------------------------------------------------------
+
+
+def _published(machine: Machine, gpu: Gpu | None, tensorrt: str) -> Iterator[Finding]:
+    folders = sorted(path.parent for path in machine.repository.glob(f"*/{repository.CONFIG}"))
+    if not folders:
+        text = f"nothing in {_relative(machine.repository)}"
+        yield Finding("Published", "models", "info", text, "publish: ./invoke build-engines")
+    for folder in folders:
+        name = folder.name
+        served = repository.served_version(machine.repository, name)
+        versions = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
+        if served is None or served not in versions:
+            text = f"{repository.CONFIG} names version {served}, there are {versions}"
+            yield Finding("Published", name, "problem", text, f"./invoke build-engines --model {name} --force")
+            continue
+        for version in versions:
+            where = f"{name} version {version}{', served' if version == served else ''}"
+            yield from _version(machine, folder / str(version), where, version == served, gpu, tensorrt)
+
+
+def _version(
+    machine: Machine, folder: Path, where: str, served: bool, gpu: Gpu | None, tensorrt: str
+) -> Iterator[Finding]:
+    name = folder.parent.name
+    again = f"./invoke build-engines --model {name} --force"
+    damage = repository._damage(folder)
+    if damage:
+        fix = again if served else f"it cannot be rolled back to: {again}"
+        yield Finding("Published", where, "problem" if served else "warning", damage, fix)
+        return
+    manifest: dict[str, Any] = json.loads((folder / repository.MANIFEST).read_bytes())
+    runtime, precision = manifest.get("runtime", ""), manifest.get("precision", "")
+    count = len(manifest.get("files", {}))
+    text = f"{precision}, {runtime}, {manifest.get('built', '')}; {count} files as published (SHA-256)"
+    yield Finding("Published", where, "ok", text)
+    if served:
+        yield from _stale(machine, name, manifest)
+    engine = manifest.get("engine")
+    if isinstance(engine, dict) and served:
+        yield from _plan(machine, where, engine, gpu, tensorrt, again)
+
+
+def _stale(machine: Machine, name: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether a build today would make something else."""
+    if not (machine.models / name / "spec.toml").is_file():
+        text = f"has no source in {_relative(machine.models)}: it cannot be built again here"
+        yield Finding("Published", f"{name}: source", "info", text, "keep its sources under models/")
+        return
+    wanted = repository.recipe(spec.load(machine.models / name), manifest["precision"], manifest["runtime"])
+    changed = []
+    for key, value in wanted.items():
+        old = manifest.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            changed += [k for k in {**value, **old} if value.get(k) != old.get(k)]
+        elif old != value:
+            changed.append(key)
+    if changed:
+        text = f"changed since: {', '.join(sorted(changed))}"
+        yield Finding("Published", f"{name}: source", "warning", text, f"./invoke build-engines --model {name}")
+    else:
+        yield Finding("Published", f"{name}: source", "ok", "as it was when this version was built")
+
+
+def _plan(
+    machine: Machine, where: str, engine: Mapping[str, Any], gpu: Gpu | None, tensorrt: str, again: str
+) -> Iterator[Finding]:
+    """Whether a plan can run here, and whether its plugin can be had."""
+    built = f"built for {engine['gpu']['name']} with TensorRT {engine['tensorrt']}"
+    if gpu is None:
+        text = f"{built}; there is no GPU here"
+        yield Finding(
+            "Published", f"{where}: plan", "problem", text, "serve it where that GPU is, or publish for the CPU"
+        )
+    else:
+        reason = plan.foreign(engine, gpu, tensorrt or engine["tensorrt"])
+        state, fix = ("problem", again) if reason else ("ok", "")
+        yield Finding("Published", f"{where}: plan", state, reason or built, fix)
+    with contextlib.suppress(SSDError):
+        release = expected_release(triton_version(serve.find_tritonserver()))
+        if release and _numbers(release.tensorrt)[:2] != _numbers(engine["tensorrt"])[:2]:
+            text = f"{built}, but tritonserver {release.triton} has TensorRT {release.tensorrt}"
+            fix = f"build with {release.tensorrt}, or serve from a container with {engine['tensorrt']}"
+            yield Finding("Published", f"{where}: server", "problem", text, fix)
+    needed = engine.get("plugin")
+    if not needed:
+        return
+    library = machine.libraries / needed["file"]
+    label = f"{where}: plugin"
+    named = f"{needed['plugin']} version {needed['plugin_version']} from {needed['file']}"
+    if not library.is_file():
+        text = f"needs {named}, which is not in {_relative(machine.libraries)}"
+        yield Finding("Published", label, "problem", text, "./invoke build-plugins, then build the plan again")
+    elif repository._sha256(library) != needed["sha256"]:
+        text = f"needs {named}, and the file there is another build of it"
+        yield Finding("Published", label, "warning", text, f"put the old file back, or {again}")
+    elif not tensorrt:
+        text = f"needs {named}, which is there; without the package tensorrt this process cannot resolve it"
+        yield Finding("Published", label, "info", text, f"serve it with LD_PRELOAD={library}")
+    else:
+        reason = _resolvable(machine, library, needed["plugin"], needed["plugin_version"])
+        if reason:
+            yield Finding("Published", label, "problem", f"needs {named}: {reason}", "./invoke build-plugins")
+        else:
+            yield Finding("Published", label, "ok", f"{named}; invoke serve loads it with LD_PRELOAD")
+
+
+# -- what a server needs -----------------------------------------------------------------------------------------------
+
+
+def _resources(machine: Machine) -> Iterator[Finding]:
+    for port in machine.ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                text = serve._holder(port) or "another program listens there"
+                fix = "stop it, or choose others: ./invoke serve --http-port 0 --grpc-port 0 --metrics-port 0"
+                yield Finding("Resources", f"port {port}", "warning", text, fix)
+            else:
+                yield Finding("Resources", f"port {port}", "ok", "free")
+    if not machine.shm.is_dir():
+        yield Finding("Resources", "shared memory", "problem", f"{machine.shm} is not there", "mount a tmpfs there")
+    else:
+        size = shutil.disk_usage(machine.shm)
+        text = f"{size.free / 2**20:,.0f} of {size.total / 2**20:,.0f} MiB free in {machine.shm}"
+        small = size.free < 256 << 20
+        fix = "enlarge it (docker run --shm-size=1g): every instance takes some" if small else ""
+        yield Finding(
+            "Resources", "shared memory", "problem" if size.free < 64 << 20 else "warning" if small else "ok", text, fix
+        )
+        yield from _leftovers(machine)
+    disk = shutil.disk_usage(ROOT)
+    text, small = f"{disk.free / 2**30:,.1f} GiB free", disk.free < 2 << 30
+    fix = "free some space: a build keeps a model three times" if small else ""
+    yield Finding("Resources", "disk", "warning" if small else "ok", text, fix)
+
+
+_REGIONS = ("ssd-triton-*", "triton_python_backend_shm_region_*")
+
+
+def _leftovers(machine: Machine) -> Iterator[Finding]:
+    """Shared memory that a killed server left: regions of servers of which no process has any open or mapped."""
+    used = _mapped()
+    servers: dict[str, list[Path]] = {}
+    for path in sorted(path for pattern in _REGIONS for path in machine.shm.glob(pattern)):
+        match = re.match(r"ssd-triton-[0-9a-f]+-", path.name)
+        servers.setdefault(f"{match[0]}*" if match else path.name, []).append(path)
+    left = {name: paths for name, paths in servers.items() if not any(str(path) in used for path in paths)}
+    if not left:
+        return
+    size = 0
+    for path in (path for paths in left.values() for path in paths):
+        with contextlib.suppress(OSError):
+            size += path.stat().st_blocks * 512
+    text = f"{sum(map(len, left.values()))} regions ({size / 2**20:.0f} MiB) that no process of yours uses"
+    fix = "if no server of another user runs: rm " + " ".join(str(machine.shm / name) for name in left)
+    yield Finding("Resources", "leftovers", "warning", text, fix)
+
+
+def _mapped() -> set[str]:
+    """The files under /dev/shm that a process of this user has mapped or open."""
+    found: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found.update(re.findall(r"(/dev/shm/\S+)", (process / "maps").read_text(errors="replace")))
+        with contextlib.suppress(OSError):
+            for descriptor in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    target = str(descriptor.readlink())
+                    if target.startswith("/dev/shm/"):
+                        found.add(target)
+    return found
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+# -- showing it --------------------------------------------------------------------------------------------------------
+
+_SIGNS = {"ok": "[green]✓[/]", "info": "[blue]·[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
+
+
+def _show(found: Sequence[Finding], console: Console | None) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = console or Console(highlight=False)
+    table = Table(box=None, padding=(0, 1), show_header=False)
+    table.add_column(width=1)
+    table.add_column(overflow="fold", max_width=34)
+    table.add_column(overflow="fold")
+    area = ""
+    for finding in found:
+        if finding.area != area:
+            area = finding.area
+            table.add_row("", f"[bold]{escape(area)}[/]")
+        text = escape(finding.text)
+        if finding.fix:
+            text += f"\n[dim]→ {escape(finding.fix)}[/]"
+        table.add_row(_SIGNS[finding.state], escape(finding.name), text)
+    console.print(table)
+    counts = {state: sum(finding.state == state for finding in found) for state in STATES}
+    verdict = "[red bold]not ready[/]" if counts["problem"] else "[green bold]ready[/]"
+    console.print(f"\n{verdict}: {counts['problem']} problems, {counts['warning']} warnings, {counts['ok']} in order")
