@@ -30,6 +30,14 @@ class GraphError(SSDError):
     """An ONNX model is corrupt or is not what its spec says."""
 
 
+class DataError(SSDError):
+    """Pictures or their labels are missing, unreadable or do not fit the model."""
+
+
+class QuantizeError(SSDError):
+    """A graph cannot be quantised or converted as asked, or its calibration does not fit it."""
+
+
 class OptionError(SSDError):
     """A task was given a value that it does not know."""
 

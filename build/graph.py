@@ -24,10 +24,14 @@ BATCH = "batch"
 OLDEST_OPSET = 13
 
 
-def attach(spec: Spec) -> onnx.ModelProto:
+def attach(spec: Spec, source: onnx.ModelProto | None = None) -> onnx.ModelProto:
     """The served graph of a spec's source model, with the inputs and outputs of docs/design.md, "The served model".
 
     The source takes FP32 [B,3,H,W] and answers `box_deltas` [B,N,4] and `class_logits` [B,N,C], FP32 or FP16.
+
+    Args:
+        spec: the spec.
+        source: what stands in for the spec's source model: the same one in another precision.
 
     Raises:
         GraphError: the source is no ONNX model, or not what its spec says.
@@ -38,6 +42,8 @@ def attach(spec: Spec) -> onnx.ModelProto:
 
     anchors = spec.load_anchors()
     model = load_source(spec)
+    if source is not None:
+        model.CopyFrom(source)
     _check(model, spec, len(anchors))
     graph, nms = model.graph, spec.nms
 

@@ -215,12 +215,28 @@ class TensorRT(Table):
 
 
 @dataclass(frozen=True)
-class Verify(Table):
-    """[verify]: the real pictures that a build is checked on before it is published; an empty text is none."""
+class Data(Table):
+    """[data]: the pictures that INT8 and FP8 are calibrated on, and those that every precision is audited on.
 
-    images: str = _key("")
-    annotations: str = _key("")
-    count: int = _key(64, low=1, high=10**6)
+    Each is a folder with an `instances.json`, or a split of `generator`; an empty text is none (build/datasets.py).
+    """
+
+    generator: str = _key("")
+    calibration: str = _key("")
+    calibration_count: int = _key(500, low=1, high=10**6)
+    held_out: str = _key("")
+    held_out_count: int = _key(500, low=1, high=10**6)
+
+
+@dataclass(frozen=True)
+class Quantization(Table):
+    """[quantization]: how INT8 and FP8 graphs are made, and how much accuracy any precision may lose."""
+
+    calibrator: str = _key("auto", choices=("auto", "minmax", "entropy", "percentile"))
+    percentile: float = _key(99.99, low=50, high=100)
+    exclude_nodes: Names = _key(())  # noqa: RUF009
+    rest: str = _key("fp32", choices=("fp32", "fp16"))
+    gate: float = _key(0.99, low=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -238,7 +254,8 @@ class Spec:
     nms: Nms
     serving: Serving
     tensorrt: TensorRT
-    verify: Verify
+    data: Data
+    quantization: Quantization
     labels: tuple[str, ...]
 
     @property
@@ -260,16 +277,6 @@ class Spec:
     def classes(self) -> int:
         """C: what the model's `class_logits` must have in its last dimension."""
         return len(self.labels) + (self.nms.background_class >= 0)
-
-    @property
-    def images_path(self) -> Path | None:
-        """The folder of the pictures that a build is checked on, where there is one."""
-        return self.path.parent / self.verify.images if self.verify.images else None
-
-    @property
-    def annotations_path(self) -> Path | None:
-        """The COCO JSON of those pictures, where they are labelled."""
-        return self.path.parent / self.verify.annotations if self.verify.annotations else None
 
     @property
     def profiles(self) -> Profiles:
@@ -312,7 +319,8 @@ _TABLES: dict[str, type[Table]] = {
     "nms": Nms,
     "serving": Serving,
     "tensorrt": TensorRT,
-    "verify": Verify,
+    "data": Data,
+    "quantization": Quantization,
 }
 _T = TypeVar("_T", bound=Table)
 
@@ -348,11 +356,6 @@ def load(path: str | Path) -> Spec:
             raise SpecError(
                 f"{path}: [model] {key} names {file}, which is not there", fix="put the file there or correct the name"
             )
-    for key, asked in (("images", spec.images_path), ("annotations", spec.annotations_path)):
-        if asked and not (asked.is_dir() if key == "images" else asked.is_file()):
-            raise SpecError(f"{path}: [verify] {key} names {asked}, which is not there", fix="correct the name")
-    if spec.annotations_path and not spec.images_path:
-        raise SpecError(f"{path}: [verify] has annotations, but no images", fix="name the folder of the pictures, too")
     labels, background = len(spec.labels), spec.nms.background_class
     if background > labels:
         raise SpecError(

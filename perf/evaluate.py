@@ -6,9 +6,12 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from build.errors import SSDError
+
+if TYPE_CHECKING:
+    from pycocotools.cocoeval import COCOeval
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,15 @@ def evaluate(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]])
     Raises:
         SSDError: a detection names an image or a category that the ground truth lacks, or there is nothing to score.
     """
-    import numpy as np
+    return accuracy(judge(ground_truth, detections))
+
+
+def judge(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> COCOeval:
+    """The arguments of `evaluate` → pycocotools' COCOeval after its work, with every match of every picture in it.
+
+    Raises:
+        SSDError: as `evaluate`.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -75,10 +86,18 @@ def evaluate(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]])
             ],
         }
         found.createIndex()
-        judge = COCOeval(truth, found, "bbox")
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
+        done = COCOeval(truth, found, "bbox")
+        done.evaluate()
+        done.accumulate()
+        done.summarize()
+    return done
+
+
+def accuracy(judge: COCOeval) -> Accuracy:
+    """COCO's metrics of what `judge` returned."""
+    import numpy as np
+
+    ground_truth = judge.cocoGt.dataset
 
     def mean(values: Any) -> float:
         kept = values[values > -1]
@@ -94,6 +113,6 @@ def evaluate(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]])
         map_medium=mean(precision[:, :, :, 2, -1]),
         map_large=mean(precision[:, :, :, 3, -1]),
         by_class={names[cid]: mean(precision[:, :, i, 0, -1]) for i, cid in enumerate(judge.params.catIds)},
-        images=len(image_ids),
+        images=len(ground_truth["images"]),
         objects=len(ground_truth["annotations"]),
     )

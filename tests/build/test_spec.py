@@ -196,17 +196,3 @@ def test_a_profile_without_opt_and_an_unknown_tactic_source() -> None:
         TensorRT(profiles=[{"min": 1, "max": 2}])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"cublass.*did you mean 'cublas'"):
         TensorRT(tactic_sources=("cublass",))
-
-
-@pytest.mark.parametrize(
-    ("lines", "complaint"),
-    [
-        ('images = "pictures"', r"images names .*pictures, which is not there"),
-        ('images = "."\nannotations = "a.json"', r"annotations names .*a\.json, which is not there"),
-        ('annotations = "labels.txt"', "annotations, but no images"),
-    ],
-)
-def test_wrong_pictures(path: Path, lines: str, complaint: str) -> None:
-    path.write_text(f"{path.read_text()}\n[verify]\n{lines}\n")
-    with pytest.raises(SpecError, match=complaint):
-        load(path)
