@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from build import tensorrt_compat as compat
 from build.cuda import Buffer, Cuda, Gpu
 from build.errors import EngineError
+from build.plugins import plugin_info
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -508,13 +509,16 @@ def _checked(path: Path, engine: Mapping[str, Any] | None, gpu: Gpu, tensorrt: s
     difference = foreign(engine, gpu, tensorrt)
     if difference:
         raise EngineError(f"{path} cannot run here: {difference}", fix=fix)
-    if plugin is not None and not plugin.is_file():
-        wanted = engine["plugin"]
-        raise EngineError(
-            f"{path} needs the plugin {wanted['plugin']} {wanted['plugin_version']} of {wanted['file']}, "
-            f"but {plugin} is not there",
-            fix="build it: ./invoke build-plugins",
-        )
+    if plugin is not None:
+        keys, wanted = ("plugin", "plugin_version"), engine["plugin"]
+        info = plugin_info(plugin) if plugin.is_file() else None
+        if info is None or any(info[key] != wanted[key] for key in keys):
+            found = f"holds {' '.join(info[key] for key in keys)}" if info else "is not there"
+            raise EngineError(
+                f"{path} needs the plugin {' '.join(wanted[key] for key in keys)} of {wanted['file']}, "
+                f"but {plugin} {found}",
+                fix="build it: ./invoke build-plugins",
+            )
     return data
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from build.errors import EngineError, RuntimeUnavailableError
+from build.plugins import plugin_info
 
 # What TensorRT < 11 must be allowed to use before it takes a type that a weakly typed graph asks for.
 _TYPE_FLAGS = {"HALF": "FP16", "BF16": "BF16", "INT8": "INT8", "FP8": "FP8"}
@@ -188,20 +189,25 @@ def load_plugins(trt: Any, log: Any, library: Path | None) -> None:
     """Registers TensorRT's own plugins, then those of a library: loading it is enough, they register themselves.
 
     Raises:
-        EngineError: the library cannot be loaded.
+        PluginBuildError: the library is not there, or is another one.
+        EngineError: it is of another TensorRT, or cannot be loaded.
     """
     trt.init_libnvinfer_plugins(log, "")
     if library is None:
         return
+    made_for, here = plugin_info(library)["tensorrt"], version(trt)
+    if made_for.split(".")[0] != here.split(".")[0]:  # it would end the process
+        raise EngineError(
+            f"the plugin library {library} was built for TensorRT {made_for}, here is TensorRT {here}",
+            fix="build it with this one's headers: ./invoke build-plugins --tensorrt-ref TAG (plugins/README.md)",
+        )
     try:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise EngineError(
             f"the plugin library {library} cannot be loaded: {error}",
-            why="it was built for another TensorRT: the libnvinfer that it names is not the one of this Python package"
-            if library.is_file()
-            else "it has not been built",
-            fix="build it for this TensorRT (see plugins/README.md)",
+            why="a library that it needs is missing, or is not the one that it was built with",
+            fix="build it on this machine (./invoke build-plugins)",
         ) from None
 
 

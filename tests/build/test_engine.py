@@ -17,6 +17,7 @@ import pytest
 from build import engine, graph
 from build.cuda import Gpu
 from build.errors import EngineError, RuntimeUnavailableError
+from build.plugins import PluginBuildError
 from build.spec import Spec, load
 from tests.build import tiny_model
 from tests.build.fake_tensorrt import VERSIONS, FakeTensorRT
@@ -140,7 +141,7 @@ def test_parser_errors_name_node_operator_and_types(version: str, spec: Spec, mo
 
 def test_a_missing_plugin(spec: Spec, model: onnx.ModelProto, tmp_path: Path) -> None:
     trt = FakeTensorRT(NEW, creators=set())
-    with pytest.raises(EngineError, match=r"libssd_nms\.so cannot be loaded"):
+    with pytest.raises(PluginBuildError, match=r"libssd_nms\.so cannot be read"):
         serialize(spec, model, trt, plugin=tmp_path / "libssd_nms.so")
     with pytest.raises(EngineError, match=r"no plugin SSDNMS of version 1[\s\S]*LD_PRELOAD"):
         serialize(spec, model, trt)

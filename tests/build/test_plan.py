@@ -232,8 +232,12 @@ def test_truncated_missing_and_exchanged_plans(tmp_path: Path, cudart: FakeCudar
 
 
 def test_the_plugin_is_not_there(tmp_path: Path, cudart: FakeCudart) -> None:
-    with pytest.raises(EngineError, match=r"needs the plugin SSDNMS 1 of libssd_nms\.so[\s\S]*build-plugins"):
-        opened(tmp_path, cudart, plugin=tmp_path / "libssd_nms.so")
+    library = tmp_path / "libssd_nms.so"
+    with pytest.raises(EngineError, match=r"needs the plugin SSDNMS 1 of .*is not there[\s\S]*build-plugins"):
+        opened(tmp_path, cudart, plugin=library)
+    library.write_bytes(b'SSD_NMS_PLUGIN_INFO:{"plugin": "SSDNMS", "plugin_version": "2"}\0')
+    with pytest.raises(EngineError, match=r"needs the plugin SSDNMS 1 of .*holds SSDNMS 2"):
+        opened(tmp_path, cudart, plugin=library)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper
 
 from build import tensorrt_compat as compat
 from build.errors import EngineError, RuntimeUnavailableError
+from build.plugins import PluginBuildError
 from tests.build.fake_tensorrt import SURFACES, VERSIONS, FakeTensorRT
 
 OLD, FIRST_10, LAST_10, NEW = VERSIONS
@@ -143,16 +145,33 @@ def test_creator_and_its_absence(trt: FakeTensorRT) -> None:
 
 def test_a_library_that_cannot_be_loaded(trt: FakeTensorRT, tmp_path: Path) -> None:
     broken = tmp_path / "libssd_nms.so"
-    with pytest.raises(EngineError, match=r"libssd_nms\.so cannot be loaded[\s\S]*not been built"):
+    with pytest.raises(PluginBuildError, match=r"libssd_nms\.so cannot be read[\s\S]*build-plugins"):
         compat.load_plugins(trt, None, broken)
     broken.write_bytes(b"no library")
-    with pytest.raises(EngineError, match=r"libssd_nms\.so cannot be loaded[\s\S]*another TensorRT"):
+    with pytest.raises(PluginBuildError, match=r"libssd_nms\.so is not the SSDNMS plugin"):
         compat.load_plugins(trt, None, broken)
+    broken.write_bytes(marker(trt.__version__))
+    with pytest.raises(EngineError, match=r"libssd_nms\.so cannot be loaded[\s\S]*build-plugins"):
+        compat.load_plugins(trt, None, broken)
+
+
+def test_a_plugin_of_another_tensorrt_is_not_loaded_at_all(trt: FakeTensorRT, tmp_path: Path) -> None:
+    """Loading it would end the process: TensorRT 8.6.0 and a plugin for 11 did."""
+    library = tmp_path / "libssd_nms.so"
+    library.write_bytes(marker("9.3.0"))
+    with pytest.raises(EngineError, match=rf"built for TensorRT 9\.3\.0, here is TensorRT {trt.__version__}"):
+        compat.load_plugins(trt, None, library)
+
+
+def marker(tensorrt: str) -> bytes:
+    """What build/plugins.py finds in a library of this TensorRT."""
+    return f'SSD_NMS_PLUGIN_INFO:{{"plugin": "SSDNMS", "plugin_version": "1", "tensorrt": "{tensorrt}"}}\0'.encode()
 
 
 def test_a_library_is_loaded(trt: FakeTensorRT, tmp_path: Path) -> None:
     source, library = tmp_path / "p.c", tmp_path / "libp.so"
-    source.write_text("int ssd_test_marker(void) { return 42; }")
+    text = json.dumps(marker(trt.__version__).decode().rstrip("\0"))
+    source.write_text(f"char const* const info = {text};\nint ssd_test_marker(void) {{ return 42; }}")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
     compat.load_plugins(trt, None, library)
     assert ctypes.CDLL(None).ssd_test_marker() == 42  # visible to all: RTLD_GLOBAL
