@@ -121,6 +121,23 @@ def build(
     return manifest
 
 
+def target(plugin: Path = PLUGIN, trt: Any = None, cuda: Cuda | None = None) -> dict[str, str]:
+    """What a plan that is built here is for: on another target a published one is stale.
+
+    Raises:
+        RuntimeUnavailableError: there is no TensorRT or no GPU here.
+        PluginBuildError: the plugin is not built.
+    """
+    gpu = (cuda or Cuda()).gpu()
+    plugin_info(plugin)
+    return {
+        "gpu": gpu.name,
+        "compute_capability": gpu.compute_capability,
+        "tensorrt": compat.version(trt or compat.load()),
+        "plugin_sha256": _sha256(plugin),
+    }
+
+
 def serialize(
     spec: Spec,
     model: onnx.ModelProto,

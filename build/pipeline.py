@@ -1,15 +1,18 @@
-"""`invoke build-engines`: spec → graph → self-check → model repository, and nothing at all where nothing changed."""
+"""`invoke build-engines`: spec → graph → self-check → engine → gate → model repository.
+
+Nothing at all where nothing changed, and nothing published of what fails its gate.
+"""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from build import graph, ssd_nms
+from build import engine, graph, plan, ssd_nms, verify
 from build import repository as store
 from build.errors import GraphError, OptionError, RuntimeUnavailableError, SpecError
 from build.spec import Spec, load
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RUNTIMES = ("onnxruntime", "tensorrt")
-PRECISIONS = ("fp32",)
+PRECISIONS = {"onnxruntime": ("fp32",), "tensorrt": ("fp32", "tf32")}
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +36,7 @@ def build_engines(
     *,
     sources: Path = _ROOT / "models",
     artifacts: Path = _ROOT / "artifacts",
+    judge: verify.Judge | None = None,
     console: Console | None = None,
 ) -> dict[str, int]:
     """Builds and publishes models; what is published already from the same inputs is left as it is.
@@ -40,11 +44,12 @@ def build_engines(
     Args:
         models: folders of `sources`; None = all that have a spec.toml.
         runtime: auto, onnxruntime or tensorrt.
-        precision: fp32.
+        precision: fp32, or for tensorrt also tf32.
         force: build and publish even where nothing changed.
         repository: where to publish.
         sources: where the models are.
-        artifacts: gets <name>/<precision>/model.onnx.
+        artifacts: gets <name>/<precision>/model.onnx, and model.plan beside it.
+        judge: mAP of COCO detections for the gate; None = the gate does not look at mAP.
         console: where to say what is done; None = standard output.
 
     Returns:
@@ -56,12 +61,13 @@ def build_engines(
     from rich.console import Console
 
     say = console or Console(highlight=False, soft_wrap=True)
-    if precision not in PRECISIONS:
-        raise OptionError(f"precision is {precision!r}, but this version builds {', '.join(PRECISIONS)} only")
     runtime, why = choose_runtime(runtime)
+    if precision not in PRECISIONS[runtime]:
+        known = ", ".join(PRECISIONS[runtime])
+        raise OptionError(f"precision is {precision!r}, but this version builds {known} only for {runtime}")
     say.print(f"runtime {runtime}: {why}", markup=False)
     return {
-        spec.model.name: _build(spec, runtime, precision, force, repository, artifacts, say)
+        spec.model.name: _build(spec, runtime, precision, force, repository, artifacts, judge, say)
         for spec in [load(sources / name) for name in _names(models, sources)]
     }
 
@@ -85,6 +91,98 @@ def rollback(model: str, repository: Path = _ROOT / "model_repository") -> int:
     return version
 
 
+def verify_published(
+    models: Sequence[str] | None = None,
+    repository: Path = _ROOT / "model_repository",
+    *,
+    sources: Path = _ROOT / "models",
+    artifacts: Path = _ROOT / "artifacts",
+    judge: verify.Judge | None = None,
+    count: int = verify.PICTURES,
+    console: Console | None = None,
+) -> list[verify.Report]:
+    """Puts what is served to its gate again, against the source model as it is now.
+
+    Args:
+        models: as for `build_engines`; None = all that have a spec.toml.
+        repository, sources, artifacts, judge: likewise.
+        count: how many pictures.
+        console: where the reports are printed; None = standard output.
+
+    Returns:
+        A report for each model; `require` of each raises if something did not hold.
+
+    Raises:
+        SSDError: a model is not published, damaged, or cannot run here.
+    """
+    from rich.console import Console
+
+    say = console or Console(highlight=False, soft_wrap=True)
+    reports = []
+    for spec in [load(sources / name) for name in _names(models, sources)]:
+        folder, manifest = store.served(repository, spec.model.name)
+        runtime, precision = manifest["runtime"], manifest["precision"]
+        reference = _typed(spec, precision, artifacts)
+        built = folder / store.MODEL_FILE[runtime]
+        report = _gate(spec, runtime, precision, reference, built, manifest.get("engine"), artifacts, judge, count)
+        say.print(str(report), markup=False)
+        reports.append(report)
+    return reports
+
+
+def _typed(spec: Spec, precision: str, artifacts: Path) -> onnx.ModelProto:
+    """The graph in a precision: FP32 from its source, any other as it was built.
+
+    Raises:
+        OptionError: it was not built here.
+    """
+    import onnx
+
+    if precision in PRECISIONS["tensorrt"]:
+        return graph.attach(spec)
+    path = artifacts / spec.model.name / precision / "model.onnx"
+    if not path.is_file():
+        raise OptionError(f"{path}: the graph to compare with is not there", fix="build it: ./invoke build-engines")
+    return onnx.load(path)
+
+
+def _gate(
+    spec: Spec,
+    runtime: str,
+    precision: str,
+    model: onnx.ModelProto,
+    built: Path,
+    facts: Mapping[str, Any] | None,
+    artifacts: Path,
+    judge: verify.Judge | None,
+    count: int,
+) -> verify.Report:
+    """The report on a built file: a plan on this machine's GPU, or an ONNX file in ONNX Runtime."""
+    import onnx
+
+    what = f"{spec.model.name} ({precision}, {runtime})"
+    within, cache = verify.tolerance(runtime, precision), artifacts / "datasets"
+    baseline = None if precision in PRECISIONS["tensorrt"] else graph.attach(spec)
+    if facts is None:
+        candidate = verify.onnxruntime_runner(onnx.load(built))
+        return verify.gate(
+            spec, what, candidate, model, within, baseline=baseline, judge=judge, cache=cache, count=count
+        )
+    with plan.Plan(built, facts, plugin=engine.PLUGIN) as running:
+        return verify.gate(
+            spec,
+            what,
+            running,
+            model,
+            within,
+            baseline=baseline,
+            judge=judge,
+            cache=cache,
+            count=max(count, running.max_batch),
+            max_batch=running.max_batch,
+        )
+
+
 def choose_runtime(runtime: str) -> tuple[str, str]:
     """The runtime to build for, and why.
 
@@ -101,7 +199,12 @@ def choose_runtime(runtime: str) -> tuple[str, str]:
         missing.append("an NVIDIA GPU (no /dev/nvidia0)")
     if importlib.util.find_spec("tensorrt") is None:
         missing.append("the Python package tensorrt")
-    missing.append("the engine build, which this version does not have yet")
+    if importlib.util.find_spec("cuda") is None:
+        missing.append("the Python package cuda-python")
+    if not engine.PLUGIN.is_file():
+        missing.append(f"{_relative(engine.PLUGIN)} (./invoke build-plugins)")
+    if not missing:
+        return "tensorrt", "a GPU, TensorRT and the plugin are here"
     if runtime == "auto":
         return "onnxruntime", f"tensorrt would need {'; '.join(missing)}"
     raise RuntimeUnavailableError(
@@ -155,13 +258,23 @@ def self_check(model: onnx.ModelProto, spec: Spec) -> None:
         raise GraphError(f"{spec.onnx_path}: its detections are not in order, or more or other ones than there can be")
 
 
-def _build(spec: Spec, runtime: str, precision: str, force: bool, target: Path, artifacts: Path, say: Console) -> int:
+def _build(
+    spec: Spec,
+    runtime: str,
+    precision: str,
+    force: bool,
+    target: Path,
+    artifacts: Path,
+    judge: verify.Judge | None,
+    say: Console,
+) -> int:
     name = spec.model.name
     artifact = artifacts / name / precision / "model.onnx"
-    manifest = None if force else store.fresh_manifest(spec, target, precision, runtime)
+    here = engine.target() if runtime == "tensorrt" else None
+    manifest = None if force else store.fresh_manifest(spec, target, precision, runtime, here)
     if manifest and artifact.is_file():
         digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
-        if manifest["files"]["model.onnx"] == digest:
+        if (manifest["engine"]["onnx_sha256"] if here else manifest["files"]["model.onnx"]) == digest:
             version: int = manifest["version"]
             say.print(f"{name}: nothing changed, version {version} stays ({precision}, {runtime})", markup=False)
             return version
@@ -176,7 +289,19 @@ def _build(spec: Spec, runtime: str, precision: str, force: bool, target: Path, 
         f"{name}: built {_relative(artifact)} ({artifact.stat().st_size / 1e6:.1f} MB), runs as its spec says",
         markup=False,
     )
-    version = store.publish(spec, artifact, target, precision, runtime)
+    built, facts = artifact, dict[str, Any]()
+    if here:
+        built = artifact.with_name("model.plan")
+        facts = {"target": here, "engine": engine.build(spec, model, precision, built, console=say)}
+        say.print(
+            f"{name}: built {_relative(built)} ({built.stat().st_size / 1e6:.1f} MB) for {here['gpu']} "
+            f"with TensorRT {here['tensorrt']} in {facts['engine']['build_seconds']:.0f} s",
+            markup=False,
+        )
+    report = _gate(spec, runtime, precision, model, built, facts.get("engine"), artifacts, judge, verify.PICTURES)
+    say.print(str(report.require()), markup=False)
+    facts["verified"] = report.as_dict()
+    version = store.publish(spec, built, target, precision, runtime, facts)
     chosen = store.recipe(spec, precision, runtime)["serving"]
     say.print(
         f"{name}: published version {version} to {_relative(target / name)} "

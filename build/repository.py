@@ -319,6 +319,22 @@ def served_version(repository: Path, name: str) -> int | None:
     return int(versions[0]) if len(versions) == 1 else None
 
 
+def served(repository: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of the served version, and its manifest.
+
+    Raises:
+        PublishError: nothing is published, or it is damaged.
+    """
+    version = served_version(repository, name)
+    if version is None:
+        raise PublishError(f"no model {name!r} is published in {repository}", fix="publish one: invoke build-engines")
+    folder = repository / name / str(version)
+    damage = _damage(folder)
+    if damage:
+        raise PublishError(f"{name}: version {version} is damaged: {damage}", fix="invoke build-engines --force")
+    return folder, json.loads((folder / MANIFEST).read_bytes())
+
+
 def fresh_manifest(
     spec: Spec, repository: Path, precision: str, runtime: str, target: Mapping[str, str] | None = None
 ) -> dict[str, Any] | None:

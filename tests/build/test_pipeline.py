@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +17,16 @@ import pytest
 from onnx import numpy_helper
 from rich.console import Console
 
-from build import graph, pipeline, repository
-from build.errors import GraphError, OptionError, RuntimeUnavailableError, SpecError
-from build.spec import load
+from build import graph, pipeline, repository, verify
+from build.errors import (
+    GraphError,
+    OptionError,
+    PublishError,
+    RuntimeUnavailableError,
+    SpecError,
+    VerifyError,
+)
+from build.spec import Spec, load
 from tests.build import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -104,7 +113,10 @@ def test_auto_says_why(place: Place) -> None:
 def test_tensorrt_says_all_that_is_missing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(pipeline.Path, "glob", lambda self, pattern: iter(()))
-    with pytest.raises(RuntimeUnavailableError, match=r"an NVIDIA GPU.*the Python package tensorrt.*the engine build"):
+    monkeypatch.setattr(pipeline.engine, "PLUGIN", place.sources / "libssd_nms.so")
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"an NVIDIA GPU.*the Python package tensorrt.*cuda-python.*libssd_nms\.so"
+    ):
         pipeline.choose_runtime("tensorrt")
     assert not place.repository.exists()
 
@@ -113,7 +125,7 @@ def test_tensorrt_says_all_that_is_missing(place: Place, monkeypatch: pytest.Mon
     ("options", "error", "message"),
     [
         ({"runtime": "tensort"}, OptionError, "runtime is 'tensort', but must be one of auto, onnxruntime, tensorrt"),
-        ({"precision": "int8"}, OptionError, "precision is 'int8', but this version builds fp32 only"),
+        ({"precision": "int8"}, OptionError, "precision is 'int8', but this version builds fp32 only for onnx"),
         ({"models": ["tinny"]}, SpecError, r"has no model 'tinny'(?s:.*)did you mean tiny"),
     ],
 )
@@ -156,3 +168,121 @@ def test_nothing_heavy_is_imported_with_the_modules() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert not {"onnx", "onnxruntime", "onnxscript", "tritonclient", "numpy", "rich", "google.protobuf"} & set(found)
+
+
+def swapped(run: verify.Runner) -> verify.Runner:
+    """A runner that answers the first two rows of a batch in the other's place."""
+
+    def wrong(feeds: Any) -> dict[str, np.ndarray]:
+        outputs = run(feeds)
+        return {name: a[[1, 0, *range(2, len(a))]] if len(a) > 1 else a for name, a in outputs.items()}
+
+    return wrong
+
+
+def test_the_gate_is_in_the_manifest(place: Place) -> None:
+    said = place.build()[1]
+    assert "ok   parity" in said
+    manifest = json.loads((place.repository / "tiny" / "1" / "manifest.json").read_text())
+    assert manifest["verified"]["passed"] is True
+    assert set(manifest["verified"]["checks"]) == {"contract", "repeatability", "rows", "parity"}
+
+
+def test_what_fails_its_gate_is_not_published(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.build()
+    right = verify.onnxruntime_runner
+    monkeypatch.setattr(
+        verify,
+        "onnxruntime_runner",
+        lambda model, optimised=True: swapped(right(model)) if optimised else right(model, optimised=False),
+    )
+    with pytest.raises(VerifyError, match=r"tiny \(fp32, onnxruntime\) failed its gate \(rows[\s\S]*another: look at"):
+        place.build(force=True)
+    assert repository.served_version(place.repository, "tiny") == 1
+    assert sorted(path.name for path in (place.repository / "tiny").iterdir()) == ["1", "config.pbtxt"]
+
+
+def checked(place: Place, **options: Any) -> list[verify.Report]:
+    return pipeline.verify_published(
+        repository=place.repository,
+        sources=place.sources,
+        artifacts=place.artifacts,
+        console=Console(quiet=True),
+        **options,
+    )
+
+
+def test_what_is_published_can_be_verified_again(place: Place) -> None:
+    with pytest.raises(PublishError, match="no model 'tiny' is published"):
+        checked(place)
+    place.build()
+    assert [report.passed for report in checked(place)] == [True]
+
+    source = onnx.load(place.sources / "tiny" / "model.onnx")  # trained on since
+    weights = next(item for item in source.graph.initializer if item.name == "w_box")
+    weights.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weights) * np.float32(1.1), "w_box"))
+    onnx.save(source, place.sources / "tiny" / "model.onnx")
+    (report,) = checked(place)
+    assert [check.name for check in report.checks if not check.passed] == ["parity"]
+
+    published = place.repository / "tiny" / "1" / "model.onnx"
+    published.write_bytes(published.read_bytes()[:-1])
+    with pytest.raises(PublishError, match=r"version 1 is damaged: model\.onnx has changed"):
+        checked(place)
+
+
+class StandInPlan:
+    """A plan that is the ONNX file itself, run by ONNX Runtime."""
+
+    max_batch = 4
+    wrong = False
+
+    def __init__(self, path: Path, facts: Any, plugin: Path) -> None:
+        run = verify.onnxruntime_runner(onnx.load(path))
+        self.run = swapped(run) if self.wrong else run
+
+    def __call__(self, feeds: Any) -> Any:
+        return self.run(feeds)
+
+    def __enter__(self) -> StandInPlan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_the_way_of_a_plan(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages' order and what goes from one to the next; the stages themselves are stand-ins here."""
+    here = {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.13.2", "plugin_sha256": "ab"}
+    built = []
+
+    def build(spec: Spec, model: onnx.ModelProto, precision: str, target: Path, console: Console) -> dict[str, Any]:
+        built.append(precision)
+        data = model.SerializeToString(deterministic=True)
+        target.write_bytes(data)
+        return tiny_model.engine_of(spec) | {"onnx_sha256": hashlib.sha256(data).hexdigest(), "build_seconds": 1.0}
+
+    monkeypatch.setattr(pipeline, "choose_runtime", lambda runtime: ("tensorrt", "a stand-in"))
+    monkeypatch.setattr(pipeline.engine, "target", lambda: here)
+    monkeypatch.setattr(pipeline.engine, "build", build)
+    monkeypatch.setattr(pipeline.plan, "Plan", StandInPlan)
+    assert place.build(runtime="tensorrt", precision="tf32")[0] == {"tiny": 1}
+    assert "for NVIDIA H200 with TensorRT 10.13.2" in place.build(runtime="tensorrt", force=True)[1]
+    folder = place.repository / "tiny" / "2"
+    assert {path.name for path in folder.iterdir()} == {"config.pbtxt", "labels.txt", "manifest.json", "model.plan"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["target"], manifest["engine"]["tensorrt"], manifest["verified"]["passed"]) == (
+        here,
+        "10.13.2",
+        True,
+    )
+    assert built == ["tf32", "fp32"]
+    assert "nothing changed, version 2 stays" in place.build(runtime="tensorrt")[1]
+    assert [report.passed for report in checked(place)] == [True]
+
+    here["tensorrt"] = "11.1"  # stale: built again, for what is here now
+    assert place.build(runtime="tensorrt")[0] == {"tiny": 3}
+    monkeypatch.setattr(StandInPlan, "wrong", True)
+    with pytest.raises(VerifyError, match="rows"):
+        place.build(runtime="tensorrt", force=True)
+    assert repository.served_version(place.repository, "tiny") == 3

@@ -393,28 +393,9 @@ def tensorrt_spec(spec: Spec) -> Spec:
     return load(spec.path)
 
 
-def engine_of(spec: Spec) -> dict[str, Any]:
-    """What build/engine.py says of a plan that fits the spec."""
-    size, most = (spec.input.height, spec.input.width), spec.nms.max_detections
-    shapes = {
-        "images": ("INPUT", "UINT8", [*size, 3]),
-        "score_threshold": ("INPUT", "FLOAT", [1]),
-        "iou_threshold": ("INPUT", "FLOAT", [1]),
-        "num_detections": ("OUTPUT", "INT32", [1]),
-        "detection_boxes": ("OUTPUT", "FLOAT", [most, 4]),
-        "detection_scores": ("OUTPUT", "FLOAT", [most]),
-        "detection_classes": ("OUTPUT", "INT32", [most]),
-    }
-    table = []
-    for name, (mode, kind, rest) in shapes.items():
-        sizes = [[[p.min, *rest], [p.opt, *rest], [p.max, *rest]] for p in spec.profiles] if mode == "INPUT" else []
-        table.append({"name": name, "mode": mode, "dtype": kind, "shape": [-1, *rest], "profiles": sizes})
-    return {"io": table, "tensorrt": "10.13.2"}
-
-
 def test_the_config_of_a_plan_is_the_golden_one(tensorrt_spec: Spec) -> None:
     made = repository.config(tensorrt_spec, 3, "fp16", "tensorrt", "ab" * 32)
-    repository.check_engine(made, engine_of(tensorrt_spec))
+    repository.check_engine(made, tiny_model.engine_of(tensorrt_spec))
     text = repository._text(made)
     if os.environ.get("WRITE_GOLDEN"):
         GOLDEN.write_text(text)
@@ -447,7 +428,7 @@ def test_a_plans_config_with_the_defaults(spec: Spec) -> None:
 def test_a_plan_that_the_config_does_not_fit_is_not_published(
     tensor: int, key: str, value: Any, complaint: str, spec: Spec, built: Path, target: Path
 ) -> None:
-    engine = engine_of(spec)
+    engine = tiny_model.engine_of(spec)
     engine["io"][tensor][key] = value
     if key == "profiles":
         for other in engine["io"][1:3]:
@@ -459,7 +440,7 @@ def test_a_plan_that_the_config_does_not_fit_is_not_published(
 
 def test_a_plan_is_published_with_its_facts(spec: Spec, built: Path, target: Path) -> None:
     here = {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.13.2", "plugin_sha256": "cd" * 32}
-    facts = {"target": here, "engine": engine_of(spec), "verified": {"passed": True}}
+    facts = {"target": here, "engine": tiny_model.engine_of(spec), "verified": {"passed": True}}
     assert repository.publish(spec, built, target, "fp32", "tensorrt", facts) == 1
     names = {path.name for path in (target / "tiny" / "1").iterdir()}
     assert names == {"config.pbtxt", "labels.txt", "manifest.json", "model.plan"}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from build.spec import Spec
 
 LABELS = ("cat", "dog")
 ANCHORS = 8
@@ -83,3 +86,22 @@ def write(
     np.save(folder / "anchors.npy", boxes.astype(np.float32))
     onnx.save(model or source(), folder / "model.onnx")
     return folder / "spec.toml"
+
+
+def engine_of(spec: Spec) -> dict[str, Any]:
+    """What build/engine.py says of a plan that fits the spec."""
+    size, most = (spec.input.height, spec.input.width), spec.nms.max_detections
+    shapes = {
+        "images": ("INPUT", "UINT8", [*size, 3]),
+        "score_threshold": ("INPUT", "FLOAT", [1]),
+        "iou_threshold": ("INPUT", "FLOAT", [1]),
+        "num_detections": ("OUTPUT", "INT32", [1]),
+        "detection_boxes": ("OUTPUT", "FLOAT", [most, 4]),
+        "detection_scores": ("OUTPUT", "FLOAT", [most]),
+        "detection_classes": ("OUTPUT", "INT32", [most]),
+    }
+    table = []
+    for name, (mode, kind, rest) in shapes.items():
+        sizes = [[[p.min, *rest], [p.opt, *rest], [p.max, *rest]] for p in spec.profiles] if mode == "INPUT" else []
+        table.append({"name": name, "mode": mode, "dtype": kind, "shape": [-1, *rest], "profiles": sizes})
+    return {"io": table, "tensorrt": "10.13.2"}
