@@ -266,7 +266,7 @@ class Source:
             flip = node.op_type == "Gemm" and _attribute(node, "transA", 0)
             return 2 * elements * first[0][-2 if flip else -1]
         if node.op_type in ("MaxPool", "AveragePool"):
-            return elements * math.prod(_attribute(node, "kernel_shape", [1]))
+            return elements * float(math.prod(_attribute(node, "kernel_shape", [1])))
         if node.op_type in ("GlobalAveragePool", "ReduceMean", "ReduceSum", "ReduceMax"):
             first = self.shapes.get(node.input[0])
             return float(math.prod(first[0])) if first else None
@@ -283,12 +283,12 @@ def _numbered(name: str) -> Iterable[str]:
 
 def _reads(node: onnx.NodeProto) -> list[str]:
     """All tensors that a node reads, those that its subgraphs take from outside included."""
-    names = [name for name in node.input if name]
+    names = [str(name) for name in node.input if name]
     for attribute in node.attribute:
         for inner in [attribute.g, *attribute.graphs]:
             if not inner.node:
                 continue
-            made = {item.name for item in [*inner.input, *inner.initializer]}
+            made = {item.name for item in inner.input} | {item.name for item in inner.initializer}
             made |= {name for inside in inner.node for name in inside.output}
             names += [name for inside in inner.node for name in _reads(inside) if name not in made]
     return names
@@ -319,7 +319,7 @@ def _shapes(model: onnx.ModelProto, batch: int) -> dict[str, tuple[tuple[int, ..
                 dim.dim_value = batch
     with contextlib.suppress(Exception):  # what cannot be inferred stays unknown
         fixed = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
-    widths = {TensorProto.BOOL: 1.0, TensorProto.INT4: 0.5, TensorProto.UINT4: 0.5}
+    widths: dict[int, float] = {TensorProto.BOOL: 1.0, TensorProto.INT4: 0.5, TensorProto.UINT4: 0.5}
     found: dict[str, tuple[tuple[int, ...], float]] = {}
     for item in [*fixed.graph.input, *fixed.graph.value_info, *fixed.graph.output]:
         tensor = item.type.tensor_type
@@ -491,9 +491,10 @@ def onnxruntime_report(
         unfused_milliseconds=sum(unfused.times.values()),
         unfused_kernels=len(unfused.graph.graph.node),
     )
-    if fused.whole > 1.3 * report.milliseconds:
+    in_kernels = sum(fused.times.values())
+    if fused.whole > 1.3 * in_kernels:
         report.notes.append(
-            f"A whole call took {fused.whole:.1f} ms at the median, its kernels {report.milliseconds:.1f} ms: the "
+            f"A whole call took {fused.whole:.1f} ms at the median, its kernels {in_kernels:.1f} ms: the "
             f"process was interrupted (load {os.getloadavg()[0]:.1f} on {repository.cores()} cores), and long kernels "
             "were, too. Shares are less exact than on an idle machine; the mapping is the same."
         )
@@ -760,9 +761,10 @@ def _finish(report: Report, source: Source) -> None:
         _classify(kernel, source)
         _measure(kernel, source, report.ceilings)
     times = [kernel.milliseconds for kernel in report.kernels if kernel.milliseconds is not None]
+    whole = sum(time for time in times)
     for kernel in report.kernels:
-        if kernel.milliseconds is not None and sum(times):
-            kernel.share = kernel.milliseconds / sum(times)
+        if kernel.milliseconds is not None and whole:
+            kernel.share = kernel.milliseconds / whole
     report.edges = [
         (source.producer[name], i) for i, op in enumerate(source.ops) for name in _reads(op) if name in source.producer
     ]

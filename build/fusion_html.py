@@ -434,21 +434,21 @@ def roofline_svg(report: Report) -> str:
     dots = ""
     named: list[tuple[float, float]] = []
     for rank, kernel in enumerate(sorted(points, key=lambda k: -(k.share or 0))):
-        at = (x(kernel.intensity or 1), y(reached[id(kernel)]))
+        spot_at = (x(kernel.intensity or 1), y(reached[id(kernel)]))
         radius = 3 + 34 * math.sqrt(kernel.share or 0) / 1.6
         hint = f"{title(report, kernel)}: {number(kernel.milliseconds)} ms, {reached[id(kernel)] / 1e9:.1f} GFLOP/s"
         spot = _tag(
             "circle",
             _tag("title", escape(hint)),
-            cx=round(at[0], 1),
-            cy=round(at[1], 1),
+            cx=round(spot_at[0], 1),
+            cy=round(spot_at[1], 1),
             r=round(radius, 1),
             class_=f"dot {kernel.bound}",
         )
         dots = spot + dots  # small ones in front
-        if rank < 8 and not any(abs(at[0] - a) < 150 and abs(at[1] - b) < 14 for a, b in named) and at[0] < right - 160:
-            named.append(at)
-            dots += _text(at[0] + radius + 4, at[1] + 4, title(report, kernel).split(" + ")[0], class_="dotname")
+        if rank < 8 and not any(abs(spot_at[0] - a) < 150 and abs(spot_at[1] - b) < 14 for a, b in named) and spot_at[0] < right - 160:
+            named.append(spot_at)
+            dots += _text(spot_at[0] + radius + 4, spot_at[1] + 4, title(report, kernel).split(" + ")[0], class_="dotname")
     body += _tag("g", roofs + dots, clip_path="url(#plot)")
     body += _tag("rect", x=left, y=top, width=plot_width, height=plot_height, class_="frame")
     label = "Roofline: reached operations per second over operations per byte"

@@ -8,10 +8,12 @@ one with raw heads, and what to export instead is said.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from build import graph, spec
 from build.errors import OptionError, RuntimeUnavailableError, SSDError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,8 +156,8 @@ def _apply(tables: dict[str, dict[str, Any]], settings: Sequence[str]) -> None:
         if not found:
             raise OptionError(f"setting {setting!r} is not of the form table.key=value")
         try:
-            value = spec.tomllib.loads(f"value ={found[3]}")["value"]
-        except (spec.tomllib.TOMLDecodeError, KeyError):
+            value = tomllib.loads(f"value ={found[3]}")["value"]
+        except (tomllib.TOMLDecodeError, KeyError):
             raise OptionError(
                 f"setting {setting!r} has no TOML value", fix='quote a text: nms.score_activation="sigmoid"'
             ) from None
@@ -168,23 +175,15 @@ def load_torchvision() -> Any:
     Raises:
         RuntimeUnavailableError: torch or torchvision is not installed, or they do not fit together.
     """
-    try:
-        import torch
-    except ImportError:
-        raise RuntimeUnavailableError(
-            "torch is not installed", fix="install the extra: pip install torch torchvision onnxscript"
-        ) from None
+    torch = _torch()
     try:
         with contextlib.suppress(RuntimeError):
-            import torchvision
-
-            return torchvision
+            return importlib.import_module("torchvision")
         library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             with contextlib.suppress(RuntimeError):
                 library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
-
+        torchvision: Any = importlib.import_module("torchvision")
         torchvision._ssd_declared_operators = library  # they go when the library object goes
     except ImportError as error:
         raise RuntimeUnavailableError(
@@ -198,6 +197,15 @@ def load_torchvision() -> Any:
     return torchvision
 
 
+def _torch() -> Any:
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise RuntimeUnavailableError(
+            "torch is not installed", fix="install the extra: pip install torch torchvision onnxscript"
+        ) from None
+
+
 def torchvision_model(architecture: str, weights: str, labels: Sequence[str] | None = None) -> tuple[Any, list[str]]:
     """A torchvision detector in evaluation mode, and its foreground labels.
 
@@ -209,15 +217,14 @@ def torchvision_model(architecture: str, weights: str, labels: Sequence[str] | N
     Raises:
         ImportModelError: the weights cannot be had, or do not fit.
     """
-    load_torchvision()
-    import torch
-    from torchvision.models import detection, get_model_weights
+    models = load_torchvision().models
+    torch = _torch()
 
     if weights == "default" and labels is not None:
         raise OptionError("the default weights have COCO's labels", fix="leave --labels out, or name a weights file")
-    published = get_model_weights(architecture).DEFAULT  # type: ignore[attr-defined]
+    published = models.get_model_weights(architecture).DEFAULT
     names = list(labels) if labels is not None else _unique(published.meta["categories"][1:])
-    make = getattr(detection, architecture)
+    make = getattr(models.detection, architecture)
     options: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": len(names) + 1}
     try:
         if weights == "default":
@@ -255,9 +262,9 @@ def raw_heads(model: Any) -> Any:
 
     torchvision limits the logarithms of width and height before it decodes; the same limit stands here on the deltas.
     """
-    import torch
+    torch = _torch()
 
-    class RawHeads(torch.nn.Module):
+    class RawHeads(torch.nn.Module):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.backbone, self.head = model.backbone, model.head
@@ -273,14 +280,13 @@ def raw_heads(model: Any) -> Any:
 
 def torchvision_anchors(model: Any) -> NDArray[np.float32]:
     """FP32 [N,4]: the default boxes as cx,cy,w,h in 0..1, in the order of the heads."""
-    import torch
-    from torchvision.models.detection.image_list import ImageList
-
+    torch = _torch()
+    image_list = load_torchvision().models.detection.image_list
     width, height = model.transform.fixed_size
     images = torch.zeros(1, 3, height, width)
     with torch.no_grad():
         features = list(model.backbone(images).values())
-    corners = model.anchor_generator(ImageList(images, [(height, width)]), features)[0].double()
+    corners = model.anchor_generator(image_list.ImageList(images, [(height, width)]), features)[0].double()
     size = torch.tensor([width, height], dtype=torch.float64)
     low, high = corners[:, :2] / size, corners[:, 2:] / size
     found: NDArray[np.float32] = torch.cat([(low + high) / 2, high - low], 1).float().numpy()
@@ -293,8 +299,7 @@ def _torchvision(
     import numpy as np
 
     model, names = torchvision_model(architecture, weights, None if labels is None else _lines(labels))
-    import torch
-
+    torch = _torch()
     width, height = model.transform.fixed_size
     batch = {0: "batch"}
     torch.onnx.export(
@@ -368,7 +373,7 @@ def _onnx(
     tables: dict[str, dict[str, Any]] = {"model": {}, "input": _input_size(model)}
     if spec_file is not None:
         try:
-            given = spec.tomllib.loads(spec_file.read_text(encoding="utf-8"))
+            given = tomllib.loads(spec_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ImportModelError(
                 f"{spec_file}: cannot be read: {error}", fix="give the path of a spec.toml"
