@@ -254,17 +254,22 @@ class _Session:
             with contextlib.suppress(SSDClientError):
                 yield _Send(self._codec.unregister(region.name), self._timeout)
         region = Region(byte_size)
+        self._regions.add(
+            region
+        )  # before it is registered: a task that is cancelled meanwhile cannot say whether it was
         try:
             yield from self._call(self._codec.register(region.name, region.key, byte_size))
-        except (InferenceError, InvalidInputError) as error:  # the wording of some versions names no region
-            raise SharedMemoryError(
+        except (InferenceError, InvalidInputError, SharedMemoryError) as error:
+            self._regions.forget(region)
+            if isinstance(error, SharedMemoryError):
+                raise
+            raise SharedMemoryError(  # the wording of some versions names no region
                 f"the server at {self.endpoint} does not take shared memory: {error}",
                 why="Triton 2.68 and newer must be started with --allow-client-shm=true",
                 fix="start it accordingly, or use shared_memory=None",
             ) from error
         finally:
             region.hide()
-        self._regions.add(region)
         return region
 
     def _call(self, message: Message) -> _Steps[Any]:

@@ -66,7 +66,7 @@ class Region:
 
 
 class RegionPool:
-    """The regions that the server knows. Safe from several threads."""
+    """The regions that the server knows or may know. Safe from several threads."""
 
     def __init__(self) -> None:
         self._known: dict[str, Region] = {}
@@ -74,7 +74,7 @@ class RegionPool:
         self._lock = threading.Lock()
 
     def add(self, region: Region) -> None:
-        """Note a region that the server knows from now on; whoever made it uses it first."""
+        """Note a region that the server is told of; whoever made it uses it first."""
         with self._lock:
             self._known[region.name] = region
 

@@ -55,15 +55,22 @@ def config_proto(name: str, parameters: dict[str, str], max_batch_size: int = 8)
     return config
 
 
-def write_repository(repository: Path) -> Path:
-    """Four models: two that obey the contract, one without its parameters, one of a later contract."""
+def write_repository(repository: Path, *names: str) -> Path:
+    """Two models that obey the contract, one without its parameters, one of a later contract; or those of `names`."""
     bare = {key: PARAMETERS[key] for key in ("score_threshold", "iou_threshold", "color_order")}
     models = {"fake": PARAMETERS, "letterbox": LETTERBOX, "bare": bare, "future": {**PARAMETERS, "contract": "2"}}
-    for name, parameters in models.items():
+    for name in names or models:
         (repository / name / "1").mkdir(parents=True)
         shutil.copy(Path(__file__).with_name("fake_model.py"), repository / name / "1" / "model.py")
-        (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config_proto(name, parameters)))
+        config = config_proto(name, models[name])
+        (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))
     return repository
+
+
+def server_on(repository: Path, *options: str, http_port: int = 0, grpc_port: int = 0) -> TritonServer:
+    """Loads one model after the other: on a busy machine the stubs of all at once miss their own time limits."""
+    arguments = ["--model-load-thread-count=1", *options]
+    return TritonServer(repository, http_port=http_port, grpc_port=grpc_port, extra_args=arguments)
 
 
 def url_of(server: TritonServer, protocol: str) -> str:
@@ -94,11 +101,12 @@ def order(what: int, tenths: int = 0, batch: int = 1) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_repository(tmp_path_factory.mktemp("fake") / "repository")
+    """One model, for servers that are started for one test."""
+    return write_repository(tmp_path_factory.mktemp("fake") / "repository", "fake")
 
 
 @pytest.fixture(scope="session")
-def server(repository: Path) -> Iterator[TritonServer]:
-    """One server for all tests that do not harm it."""
-    with TritonServer(repository) as running:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """One server with all models for the tests that do not harm it."""
+    with server_on(write_repository(tmp_path_factory.mktemp("fakes") / "repository")) as running:
         yield running

@@ -40,7 +40,7 @@ from ssd_client.shared_memory import Region
 
 from build.serve import TritonServer
 from tests.client import fake_model
-from tests.client.conftest import HEIGHT, WIDTH, order, scene, server_regions, url_of
+from tests.client.conftest import HEIGHT, WIDTH, order, scene, server_on, server_regions, url_of
 
 pytestmark = pytest.mark.triton
 
@@ -355,7 +355,7 @@ def test_deadline(server: TritonServer, client: SSDClient, face: Any) -> None:
 
 @pytest.mark.parametrize(("protocol", "memory"), WAYS)
 def test_killed_in_mid_request_and_started_again(repository: Path, protocol: Any, memory: Any, face: Any) -> None:
-    with TritonServer(repository) as first:
+    with server_on(repository) as first:
         ports = {key: int(getattr(first, f"{key}_url").rsplit(":", 1)[1]) for key in ("http", "grpc")}
         client = face(url_of(first, protocol), model="fake", protocol=protocol, shared_memory=memory, retries=1)
         with client:
@@ -368,7 +368,7 @@ def test_killed_in_mid_request_and_started_again(repository: Path, protocol: Any
             with pytest.raises(ServerUnavailableError):
                 client.infer(noise(2))
             first.stop()
-            with TritonServer(repository, http_port=ports["http"], grpc_port=ports["grpc"]):
+            with server_on(repository, http_port=ports["http"], grpc_port=ports["grpc"]):
                 time.sleep(0.2)
                 assert_same_bits(client.infer(noise(2)), expected(noise(2)))
                 assert len(client.detect([scene()] * 9)) == 9
@@ -376,7 +376,7 @@ def test_killed_in_mid_request_and_started_again(repository: Path, protocol: Any
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_retries_bridge_a_restart(repository: Path, protocol: Any, face: Any) -> None:
-    with TritonServer(repository) as first:
+    with server_on(repository) as first:
         ports = {key: int(getattr(first, f"{key}_url").rsplit(":", 1)[1]) for key in ("http", "grpc")}
         client = face(url_of(first, protocol), model="fake", protocol=protocol, retries=20, timeout=60)
         client.infer(noise(1))
@@ -384,7 +384,7 @@ def test_retries_bridge_a_restart(repository: Path, protocol: Any, face: Any) ->
     answered = threading.Event()
 
     def start_again() -> None:  # the server ends with the thread that started it
-        with TritonServer(repository, http_port=ports["http"], grpc_port=ports["grpc"]):
+        with server_on(repository, http_port=ports["http"], grpc_port=ports["grpc"]):
             answered.wait(60)
 
     starter = threading.Thread(target=start_again)

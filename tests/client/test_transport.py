@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from ssd_client import TLS, InvalidInputError, ServerUnavailableError, SSDClient, SSDClientError
 
-from build.serve import TritonServer
-from tests.client.conftest import scene
+from tests.client.conftest import scene, server_on
 from tests.client.test_client import FACES
 
 
@@ -75,7 +74,7 @@ def encrypted(repository: Path, certificate: tuple[Path, Path]) -> Iterator[dict
     """`localhost:port` by protocol: Triton's own TLS for gRPC, a TLS proxy before Triton's HTTP."""
     chain, key = certificate
     options = ["--grpc-use-ssl=true", f"--grpc-server-cert={chain}", f"--grpc-server-key={key}"]
-    with TritonServer(repository, extra_args=options) as server:
+    with server_on(repository, *options) as server:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(chain, key)
         host, _, port = server.http_url.rpartition(":")
