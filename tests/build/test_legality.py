@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
+from PIL import Image
 
-from build import graph
+from build import audit, graph
+from build.precision import PRECISIONS
 from build.spec import load
 from tests.build import tiny_model
 
@@ -59,26 +61,21 @@ def attached(path: Path) -> onnx.ModelProto:
     return graph.before_nms(graph.attach(load(path)))
 
 
-def half(path: Path) -> onnx.ModelProto:
-    """The tiny model with its backbone in FP16, typed as precision fp16 is: casts around, weights in FP16."""
-    model = attached(path)
-    for constant in model.graph.initializer:
-        if constant.data_type == TensorProto.FLOAT and not constant.name.startswith("ssd/"):
-            constant.CopyFrom(
-                numpy_helper.from_array(numpy_helper.to_array(constant).astype(np.float16), constant.name)
-            )
-    for node in model.graph.node:
-        if node.name == "conv":
-            model.graph.node.insert(
-                list(model.graph.node).index(node),
-                helper.make_node("Cast", [node.input[0]], ["half"], name="to_half", to=TensorProto.FLOAT16),
-            )
-            break
-    next(node for node in model.graph.node if node.name == "conv").input[0] = "half"
-    del model.graph.value_info[:]
-    for output in model.graph.output:
-        output.type.tensor_type.elem_type = TensorProto.FLOAT16
-    return model
+def typed(kind: str) -> Callable[[Path], onnx.ModelProto]:
+    """Makes the tiny model's graph in a precision, INT8 and FP8 calibrated on pictures of noise."""
+
+    def make(path: Path) -> onnx.ModelProto:
+        folder = path.parent / "calibration"
+        if not folder.exists():
+            folder.mkdir()
+            random = np.random.default_rng(3)
+            for i in range(4):
+                Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+            path.write_text(path.read_text() + '\n[data]\ncalibration = "calibration"\n')
+        (candidate,) = audit.candidates(load(path), kind, path.parent / "artifacts", calibrators=("minmax",))
+        return graph.before_nms(candidate.graph)
+
+    return make
 
 
 def mixed_types(path: Path) -> onnx.ModelProto:
@@ -114,8 +111,7 @@ def fixed_batch(path: Path) -> onnx.ModelProto:
 
 
 CASES: dict[str, Callable[[Path], onnx.ModelProto]] = {
-    "fp32": attached,
-    "fp16": half,
+    **{kind: typed(kind) for kind in PRECISIONS},
     "mixed types": mixed_types,
     "integer bias": integer_bias,
     "unknown operator": unknown_operator,
@@ -151,13 +147,11 @@ def results(rtx: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
     return dict(zip(CASES, compiled(rtx, spec, paths), strict=True))
 
 
-@pytest.mark.parametrize(("case", "heads"), [("fp32", "FLOAT"), ("fp16", "HALF")])
-def test_legal_graphs_are_built_with_the_types_that_they_say(
-    case: str, heads: str, results: dict[str, dict[str, Any]]
-) -> None:
-    assert "error" not in results[case], results[case]["error"]
-    assert results[case]["types"] == {"images": "UINT8", "box_deltas": heads, "class_logits": heads}
-    assert results[case]["bytes"] > 1000
+@pytest.mark.parametrize("kind", PRECISIONS)
+def test_every_precision_is_legal_and_typed_as_the_contract_says(kind: str, results: dict[str, dict[str, Any]]) -> None:
+    assert "error" not in results[kind], results[kind]["error"]
+    assert results[kind]["types"] == {"images": "UINT8", "box_deltas": "FLOAT", "class_logits": "FLOAT"}
+    assert results[kind]["bytes"] > 1000
 
 
 @pytest.mark.parametrize(
