@@ -29,6 +29,8 @@ constexpr uint32_t kWholeWarp = 0xFFFFFFFFU;
 constexpr int32_t kWarpSize = 32;
 
 constexpr int32_t kFindThreads = 256;
+//! Blocks for each multiprocessor that registers must leave room for: enough loads under way to saturate the memory.
+constexpr int32_t kFindBlocks = 4;
 constexpr int32_t kAnchorsPerTile = 64;
 //! A tile of logits that fits here is copied to shared memory in whole vectors; larger ones are read where they are.
 constexpr int32_t kTileBytes = 32 * 1024;
@@ -137,7 +139,7 @@ __device__ T const* stage(T const* source, int32_t count, unsigned char* target)
 
 //! One block for each tile of anchors. kLanesPerAnchor neighbours look at one anchor together.
 template <typename T>
-__global__ void __launch_bounds__(kFindThreads) findCandidates(Problem const problem)
+__global__ void __launch_bounds__(kFindThreads, kFindBlocks) findCandidates(Problem const problem)
 {
     SSD_NMS_DYNAMIC_SHARED(memory);
     auto& count = *reinterpret_cast<int32_t*>(memory);
@@ -251,7 +253,7 @@ __global__ void __launch_bounds__(kFindThreads) findCandidates(Problem const pro
 template <typename Visit>
 __device__ __forceinline__ void forEachKey(Problem const& problem, int32_t row, Visit visit)
 {
-    constexpr int32_t kLanes = 8; // most tiles hold few candidates
+    constexpr int32_t kLanes = 4; // most tiles hold few candidates, and their loads should be under way together
     int32_t const lane = static_cast<int32_t>(threadIdx.x) % kLanes;
     int64_t const firstTile = static_cast<int64_t>(row) * problem.tiling.tilesPerRow;
     for (int32_t tile = static_cast<int32_t>(threadIdx.x) / kLanes; tile < problem.tiling.tilesPerRow;
