@@ -97,7 +97,9 @@ def build(
         data = serialize(spec, model, precision, trt=trt, plugin=plugin, cache=cache, console=console)
     seconds = time.monotonic() - started
     log = plans.Log()
-    engine = plans.deserialize(trt, data, compat.logger(trt, log), log, str(target))
+    logger = compat.logger(trt, log)  # must outlive the engine
+    compatible = spec.tensorrt.version_compatible
+    engine = plans.deserialize(trt, data, logger, log, str(target), version_compatible=compatible)
     manifest = {
         "plan_sha256": hashlib.sha256(data).hexdigest(),
         "onnx_sha256": hashlib.sha256(serialized).hexdigest(),
@@ -342,7 +344,8 @@ def _run(trt: Any, builder: Any, network: Any, config: Any, log: plans.Log, cons
                 progress.console.print(f"TensorRT {compat.version(trt)} cannot stop in between: waiting for it")
             progress.console.print("Ctrl-C again ends the process; what is published stays as it is")
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise
     if outcome.error:
