@@ -105,8 +105,11 @@ class Report:
     def __str__(self) -> str:
         return "\n".join([f"{self.what}, on {self.pictures}", *(f"  {check}" for check in self.checks)])
 
-    def require(self) -> Report:
+    def require(self, then: str = "nothing was published") -> Report:
         """Itself, if everything held.
+
+        Args:
+            then: what follows where something did not.
 
         Raises:
             VerifyError: something did not; says what and where to look.
@@ -115,7 +118,7 @@ class Report:
             return self
         failed = [check for check in self.checks if not check.passed]
         raise VerifyError(
-            f"{self.what} failed its gate ({', '.join(check.name for check in failed)}); nothing was published:\n"
+            f"{self.what} failed its gate ({', '.join(check.name for check in failed)}); {then}:\n"
             + "\n".join(f"  {check}" for check in self.checks),
             fix="; ".join(dict.fromkeys(check.look for check in failed)),
         )
