@@ -531,15 +531,16 @@ def serve(
             table.add_row("log", str(log))
             console.print(table)
             console.print("Ctrl-C stops it.")
-            seen = len(server.log_lines())
-            while True:
-                time.sleep(1)
-                server.check_alive()
-                lines = server.log_lines()
-                for line in lines[seen:]:
-                    if line[:1] in "EW":
-                        console.print(line, markup=False, highlight=False)
-                seen = len(lines)
+            with log.open(errors="replace") as written:
+                written.seek(0, os.SEEK_END)
+                rest = ""
+                while True:
+                    time.sleep(1)
+                    server.check_alive()
+                    *lines, rest = (rest + written.read()).split("\n")
+                    for line in _telling(lines):
+                        if line[:1] in "EW":
+                            console.print(line, markup=False, highlight=False)
     except KeyboardInterrupt:
         console.print("stopped")
     finally:
