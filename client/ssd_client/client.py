@@ -250,9 +250,9 @@ class _Session:
         if region is not None:
             if region.byte_size >= byte_size:
                 return region
-            self._regions.forget(region)
-            with contextlib.suppress(SSDClientError):
+            with contextlib.suppress(SSDClientError):  # in use by a request that was given up: close() sees to it
                 yield _Send(self._codec.unregister(region.name), self._timeout)
+                self._regions.forget(region)
         region = Region(byte_size)
         self._regions.add(
             region
