@@ -589,7 +589,7 @@ def _show(found: Sequence[Finding], console: Console | None) -> None:
     console = console or Console(highlight=False)
     table = Table(box=None, padding=(0, 1), show_header=False)
     table.add_column(width=1)
-    table.add_column(overflow="fold", max_width=34)
+    table.add_column(overflow="fold", max_width=44)
     table.add_column(overflow="fold")
     area = ""
     for finding in found:

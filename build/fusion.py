@@ -198,6 +198,7 @@ class Source:
                 self.consumers.setdefault(name, []).append(i)
         self.functions = {(f.domain, f.name) for f in model.functions}
         self.constant = self._constants()
+        self.alias = self._aliases()
         self.shapes = _shapes(model, batch)
 
     def _constants(self) -> set[str]:
@@ -208,12 +209,29 @@ class Source:
                 constant.update(name for name in node.output if name)
         return constant
 
+    def _aliases(self) -> dict[str, str]:
+        """Outputs of a node that does what an earlier one does, by the earlier one's."""
+        first: dict[Any, onnx.NodeProto] = {}
+        alias: dict[str, str] = {}
+        for node in self.ops:
+            inputs = tuple(alias.get(name, name) for name in node.input)
+            settings = sorted(item.SerializeToString(deterministic=True) for item in node.attribute)
+            twin = first.setdefault((node.op_type, node.domain, inputs, *settings), node)
+            if twin is not node and not node.op_type.startswith("Random"):
+                alias.update({b: a for a, b in zip(twin.output, node.output, strict=False) if b not in self.outputs})
+        return alias
+
+    def known_as(self, tensor: str) -> str:
+        """The tensor of the same value that an earlier equal node makes, or itself."""
+        return self.alias.get(tensor, tensor)
+
     def between(self, targets: Iterable[str], stops: set[str]) -> set[int] | None:
         """The nodes that make `targets` out of `stops` and constants; None where they need something else."""
         found: set[int] = set()
         todo = list(targets)
+        stops = {self.known_as(name) for name in stops}
         while todo:
-            tensor = todo.pop()
+            tensor = self.known_as(todo.pop())
             if tensor in stops or tensor in self.constant:
                 continue
             if tensor not in self.producer:
@@ -361,7 +379,7 @@ def map_optimised(source: Source, optimised: onnx.ModelProto) -> list[Kernel]:
             continue
         reads = [name for name in _reads(node) if name not in fixed]
         known = {identity[name] for name in reads if name in identity}
-        if node.op_type == "ReorderInput" and len(reads) == 1 and reads[0] in identity:
+        if len(reads) == 1 and reads[0] in identity and _only_layout(node, optimised, identity):
             identity[node.output[0]] = identity[reads[0]]
             kernel.evidence = "layout"
             continue
@@ -374,6 +392,18 @@ def map_optimised(source: Source, optimised: onnx.ModelProto) -> list[Kernel]:
             claimed |= found
             break
     return kernels
+
+
+def _only_layout(node: onnx.NodeProto, optimised: onnx.ModelProto, identity: Mapping[str, str]) -> bool:
+    """Whether the runtime put this node in for a kernel that wants its data in another order."""
+    if node.output[0] in identity:
+        return False
+    if node.op_type == "ReorderInput":
+        return True
+    others = [item for item in optimised.graph.node if _attribute(item, "channels_last", 0)]
+    enters = [item for item in optimised.graph.node if node.output[0] in item.input]
+    leaves = any(node.input[0] in item.output for item in others)
+    return node.op_type == "Transpose" and (leaves or (bool(enters) and all(item in others for item in enters)))
 
 
 def _heavy(source: Source, nodes: set[int]) -> set[int]:
@@ -411,7 +441,7 @@ def _targets(source: Source, node: onnx.NodeProto, identity: Mapping[str, str]) 
         yield [identity[name] for name in outputs], "tensor"
         return
     plain = re.sub(r"_token_\d+$", "", node.name)
-    for name in dict.fromkeys([node.name, plain, plain.removesuffix("_nchwc")]):
+    for name in dict.fromkeys([node.name, plain, re.sub("(_bn)?_nchwc$", "", plain)]):
         if name in source.producer and len(outputs) == 1:
             first = name
         elif name in source.by_name and len(outputs) == 1:
@@ -431,27 +461,37 @@ def _fits(source: Source, node: onnx.NodeProto, nodes: set[int], known: set[str]
     """Whether a kernel can do the work of these nodes and reads nothing that they do not."""
     ops = [source.ops[i] for i in nodes]
     types = [op.op_type for op in ops]
-    used = {name for op in ops for name in _reads(op)}
+    used = {source.known_as(name) for op in ops for name in _reads(op)}
     if not nodes:
         return node.op_type in ("ReorderOutput", "ReorderInput", "Transpose", "Identity", "Cast")
-    if not {name for name in known if name not in source.constant} <= used:
+    if not {source.known_as(name) for name in known if name not in source.constant} <= used:
         return False
     activation = _attribute(node, "activation", b"")
     if activation and activation.decode() not in types:
         return False
+    if node.op_type.startswith("QLinear") and "QuantizeLinear" not in types:
+        return False
     mains = [op for op in ops if op.op_type in HEAVY]
     if "Conv" in node.op_type:
-        if len(mains) != 1 or "Conv" not in mains[0].op_type:
-            return False
-        same = all(_attribute(node, key, None) in (None, _attribute(mains[0], key, None)) for key in _CONV_KEYS)
+        if not mains:  # a BatchNormalization of its own is a convolution of every channel with one number
+            return "BatchNormalization" in types
         summed = node.op_type in ("Conv", "FusedConv") and len(node.input) > 3 and node.input[3]
+        same = len(mains) == 1 and "Conv" in mains[0].op_type and _convolves_alike(node, mains[0])
         return same and (not summed or "Add" in types or "Sum" in types)
     if "Gemm" in node.op_type or "MatMul" in node.op_type:
         return len(mains) == 1
     return not mains
 
 
-_CONV_KEYS = ("kernel_shape", "strides", "group")
+def _convolves_alike(node: onnx.NodeProto, main: onnx.NodeProto) -> bool:
+    """Whether kernel size, strides and groups agree, as far as both say them."""
+    shape = _attribute(node, "kernel_shape", _attribute(main, "kernel_shape", []))
+    ones = [1] * len(shape)
+    return bool(
+        shape == _attribute(main, "kernel_shape", shape)
+        and _attribute(node, "strides", ones) == _attribute(main, "strides", ones)
+        and _attribute(node, "group", 1) == _attribute(main, "group", 1)
+    )
 
 
 def onnxruntime_report(
@@ -739,24 +779,25 @@ def _finish(report: Report, source: Source) -> None:
         for i in kernel.nodes:
             report.nodes[i].kernels.append(k)
     needed = source.between(source.outputs, source.inputs) or set()
-    signatures: dict[Any, int] = {}
     mapped = {i for kernel in report.kernels for i in kernel.nodes}
     everything_else_known = all(kernel.evidence != "unmapped" for kernel in report.kernels)
     for i, (node, op) in enumerate(zip(report.nodes, source.ops, strict=True)):
-        signature = (op.op_type, op.domain, tuple(op.input), *(a.SerializeToString() for a in op.attribute))
-        twin = signatures.setdefault(signature, i)
         if i in mapped:
             node.fate = "kernel"
         elif all(name in source.constant for name in op.output if name):
             node.fate = "folded"
+        elif op.output[0] in source.alias and source.producer[source.alias[op.output[0]]] in mapped:
+            node.fate = "merged"
+            node.kernels = list(report.nodes[source.producer[source.alias[op.output[0]]]].kernels)
         elif i not in needed:
             node.fate = "dead"
-        elif twin != i and twin in mapped:
-            node.fate, node.kernels = "merged", list(report.nodes[twin].kernels)
         elif _only_shapes(source, i):
             node.fate = "folded"
         elif everything_else_known and op.op_type in LAYOUT | {"Identity", "Dropout", "Cast"}:
             node.fate = "eliminated"
+    wasted = [source.ops[i].name for i in sorted(mapped - needed) if source.ops[i].output[0] not in source.alias]
+    if wasted:
+        report.notes.append(f"No output needs {', '.join(wasted)}, and yet a kernel runs for it.")
     for kernel in report.kernels:
         _classify(kernel, source)
         _measure(kernel, source, report.ceilings)

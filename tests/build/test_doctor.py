@@ -1,0 +1,287 @@
+"""Doctor on machines of every kind: what it finds, what it says to do, and its exit status."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import text_format
+from rich.console import Console
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from build import doctor, serve
+from build.doctor import Finding, Machine, examine
+from build.errors import ServeError
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE = {
+    "tensorrt": "10.16.1.11",
+    "gpu": {"name": "NVIDIA H200", "compute_capability": "9.0"},
+    "options": {},
+    "plugin": {"file": "libssd_nms.so", "sha256": "0" * 64, "plugin": "SSDNMS", "plugin_version": "1"},
+}
+SMI = "NVIDIA H200, 9.0, 143771, 580.65.06"
+
+
+def fake_run(answers: dict[str, tuple[int, str]]) -> Any:
+    """Commands by the name of their program; anything else is not installed."""
+
+    def run(command: Sequence[str]) -> tuple[int, str]:
+        name = Path(command[0]).name
+        if name == "nvidia-smi" and len(command) == 1 and answers.get(name, (1, ""))[0] == 0:
+            return 0, "| NVIDIA-SMI 580.65.06   Driver Version: 580.65.06   CUDA Version: 13.0 |"
+        return answers.get(name, (-1, f"{name}: not found"))
+
+    return run
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    """A machine with nothing on it, and a free port."""
+    for name in ("repository", "models", "lib", "shm"):
+        (tmp_path / name).mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return Machine(
+        tmp_path / "models", tmp_path / "repository", tmp_path / "lib", tmp_path / "shm", [port], fake_run({})
+    )
+
+
+def published(machine: Machine, name: str = "shapes", version: int = 1, **manifest: Any) -> Path:
+    """A version folder as `build.repository` publishes it."""
+    folder = machine.repository / name / str(version)
+    folder.mkdir(parents=True)
+    (folder / "model.plan").write_bytes(b"plan")
+    data = {"runtime": "tensorrt", "precision": "fp32", "built": "today", **manifest}
+    data["files"] = {"model.plan": hashlib.sha256(b"plan").hexdigest()}
+    text = json.dumps(data).encode()
+    (folder / "manifest.json").write_bytes(text)
+    config = ModelConfig(name=name)
+    config.version_policy.specific.versions.append(version)
+    config.parameters["manifest_sha256"].string_value = hashlib.sha256(text).hexdigest()
+    for target in (folder, folder.parent):
+        (target / "config.pbtxt").write_text(text_format.MessageToString(config))
+    return folder
+
+
+def only(findings: list[Finding], area: str, name: str) -> Finding:
+    found = [finding for finding in findings if finding.area == area and finding.name == name]
+    assert len(found) == 1, [(f.area, f.name) for f in findings]
+    return found[0]
+
+
+def test_a_machine_without_anything_is_examined_to_the_end(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Any:
+        raise ServeError("no tritonserver on PATH", fix="run through ./invoke")
+
+    monkeypatch.setattr(serve, "find_tritonserver", none)
+    monkeypatch.setattr(doctor, "driver_version", lambda: "")
+    found = examine(machine)
+    assert {finding.area for finding in found} >= {"Python", "GPU", "TensorRT", "Triton", "Plugins", "Published"}
+    assert only(found, "GPU", "GPU").state == "info"
+    assert only(found, "Triton", "tritonserver").state == "problem"
+    assert only(found, "Published", "models").state == "info"
+
+
+def test_every_fault_says_what_to_do(machine: Machine) -> None:
+    published(machine, engine=ENGINE)
+    (machine.libraries / "libother.so").write_bytes(b"no library")
+    found = examine(machine)
+    assert [finding for finding in found if finding.state in ("warning", "problem")]
+    assert all(finding.fix for finding in found if finding.state in ("warning", "problem"))
+    assert all(finding.state in doctor.STATES and finding.text for finding in found)
+
+
+def test_the_gpu_and_its_driver(machine: Machine) -> None:
+    machine.run = fake_run({"nvidia-smi": (0, SMI)})
+    found = examine(machine)
+    assert only(found, "GPU", "GPU").text == "NVIDIA H200, compute capability 9.0, 140 GiB"
+    assert only(found, "GPU", "driver").text == "580.65.06, for CUDA up to 13.0"
+
+
+def test_a_driver_that_does_not_answer_is_a_problem(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.run = fake_run({"nvidia-smi": (9, "Failed to initialize NVML: Driver/library version mismatch")})
+    monkeypatch.setattr(doctor, "driver_version", lambda: "580.65.06")
+    finding = only(examine(machine), "GPU", "GPU")
+    assert finding.state == "problem"
+    assert "version mismatch" in finding.text
+
+
+def test_a_whole_model_and_one_that_was_touched(machine: Machine) -> None:
+    folder = published(machine, runtime="onnxruntime")
+    assert only(examine(machine), "Published", "shapes version 1, served").state == "ok"
+    (folder / "model.plan").write_bytes(b"other")
+    finding = only(examine(machine), "Published", "shapes version 1, served")
+    assert finding.state == "problem"
+    assert "model.plan has changed" in finding.text
+    assert "--force" in finding.fix
+
+
+def test_a_damaged_older_version_only_spoils_the_rollback(machine: Machine) -> None:
+    old = published(machine, version=1, runtime="onnxruntime")
+    published(machine, version=2, runtime="onnxruntime")
+    (old / "manifest.json").write_text("{}")
+    found = examine(machine)
+    assert only(found, "Published", "shapes version 1").state == "warning"
+    assert only(found, "Published", "shapes version 2, served").state == "ok"
+
+
+def test_a_config_without_its_version_is_a_problem(machine: Machine) -> None:
+    published(machine, version=3)
+    config = machine.repository / "shapes" / "config.pbtxt"
+    config.write_text(config.read_text().replace("3", "4", 1))
+    finding = only(examine(machine), "Published", "shapes")
+    assert finding.state == "problem"
+    assert "[3]" in finding.text
+
+
+def test_a_stale_model_names_what_changed(machine: Machine) -> None:
+    machine.models = ROOT / "models"
+    published(machine, runtime="onnxruntime", inputs={"spec.toml": "0" * 64})
+    finding = only(examine(machine), "Published", "shapes: source")
+    assert finding.state == "warning"
+    assert "spec.toml" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("smi", "state", "text"),
+    [
+        ("", "problem", "no GPU here"),
+        (SMI, "ok", "built for NVIDIA H200 with TensorRT 10.16.1.11"),
+        ("Tesla T4, 7.5, 15360, 580.65.06", "problem", "here is Tesla T4 (7.5)"),
+    ],
+)
+def test_a_plan_and_the_gpu_here(machine: Machine, smi: str, state: str, text: str) -> None:
+    machine.run = fake_run({"nvidia-smi": (0, smi)} if smi else {})
+    published(machine, engine=ENGINE)
+    finding = only(examine(machine), "Published", "shapes version 1, served: plan")
+    assert (finding.state, text in finding.text) == (state, True)
+
+
+def test_a_plan_of_another_tensorrt_than_the_servers(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.run = fake_run({"nvidia-smi": (0, SMI)})
+    monkeypatch.setattr(doctor, "triton_version", lambda files: "2.71.0")
+    monkeypatch.setattr(serve, "find_tritonserver", lambda: serve.ServerFiles(*map(Path, "abc"), from_wheel=False))
+    published(machine, engine=ENGINE)
+    finding = only(examine(machine), "Published", "shapes version 1, served: server")
+    assert "tritonserver 2.71 has TensorRT 11.1" in finding.text
+    published(machine, "other", engine={**ENGINE, "tensorrt": "11.1.0.5"})
+    assert not [f for f in examine(machine) if f.name == "other version 1, served: server"]
+
+
+def test_the_plugin_that_a_plan_needs(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    label = "shapes version 1, served: plugin"
+    library = machine.libraries / "libssd_nms.so"
+    data = b"the library"
+    engine = {**ENGINE, "plugin": {**ENGINE["plugin"], "sha256": hashlib.sha256(data).hexdigest()}}  # type: ignore[dict-item]
+    published(machine, engine=engine)
+    finding = only(examine(machine), "Published", label)
+    assert finding.state == "problem"
+    assert "SSDNMS version 1 from libssd_nms.so" in finding.text
+    library.write_bytes(b"another build")
+    assert "another build" in only(examine(machine), "Published", label).text
+    library.write_bytes(data)
+    finding = only(examine(machine), "Published", label)
+    assert (finding.state, "LD_PRELOAD" in finding.fix) == ("info", True)  # without tensorrt nobody can ask
+    monkeypatch.setattr(doctor, "tensorrt_version", lambda: "10.16.1.11")
+    machine.run = fake_run({Path(sys.executable).name: (1, "")})
+    assert "finds no creator SSDNMS" in only(examine(machine), "Published", label).text
+    machine.run = fake_run({Path(sys.executable).name: (0, "{}")})
+    assert only(examine(machine), "Published", label).state == "ok"
+
+
+INFO = '{\\"plugin\\": \\"SSDNMS\\", \\"tensorrt\\": \\"10.16.1\\"}'
+SOURCE = f'extern "C" char const* ssdNmsPluginInfo() {{ return "{INFO}"; }}'
+
+
+def compiled(source: str, target: Path, *options: str) -> None:
+    compiler = next((c for c in ("c++", "g++", "clang++") if doctor.shutil.which(c)), None)
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    target.with_suffix(".cpp").write_text(source)
+    command = [compiler, "-shared", "-fPIC", str(target.with_suffix(".cpp")), "-o", str(target), *options]
+    subprocess.run(command, check=True)
+
+
+def test_a_real_library_is_asked_what_it_is(machine: Machine) -> None:
+    machine.run = doctor._run
+    compiled(SOURCE, machine.libraries / "libssd_nms.so")
+    finding = only(examine(machine), "Plugins", "libssd_nms.so")
+    assert (finding.state, finding.text) == ("ok", "plugin SSDNMS, tensorrt 10.16.1")
+
+
+def test_a_library_that_crashes_or_lacks_something_does_not_take_doctor_along(machine: Machine) -> None:
+    machine.run = doctor._run
+    missing = f'char const* marker = "SSD_NMS_PLUGIN_INFO:{INFO}";'
+    compiled(f"extern int nowhere(); {missing} int call() {{ return nowhere(); }}", machine.libraries / "liba.so")
+    crash = "__attribute__((constructor)) void start() { __builtin_trap(); }"
+    compiled(crash, machine.libraries / "libb.so")
+    found = examine(machine)
+    assert "tensorrt 10.16.1; it cannot be loaded here" in only(found, "Plugins", "liba.so").text
+    assert "is no plugin" in only(found, "Plugins", "libb.so").text
+
+
+def test_a_taken_port_and_leftover_shared_memory(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        machine.ports = [taken.getsockname()[1]]
+        assert only(examine(machine), "Resources", f"port {machine.ports[0]}").state == "warning"
+    (machine.shm / "ssd-triton-0123456789ab-1").write_bytes(b"x" * 5000)
+    (machine.shm / "ssd-triton-0123456789ab-2").write_bytes(b"x")
+    (machine.shm / "ssd-triton-ba9876543210-1").write_bytes(b"x")
+    (machine.shm / "somebody-elses").write_bytes(b"x")
+    monkeypatch.setattr(doctor, "_mapped", lambda: {str(machine.shm / "ssd-triton-ba9876543210-1")})
+    finding = only(examine(machine), "Resources", "leftovers")
+    assert "2 regions" in finding.text
+    assert finding.fix.endswith(f"rm {machine.shm}/ssd-triton-0123456789ab-*")
+
+
+def test_regions_in_use_are_seen() -> None:
+    path = doctor.SHM / "ssd-doctor-test"
+    if not doctor.SHM.is_dir():
+        pytest.skip("needs /dev/shm")
+    with path.open("wb"):
+        assert str(path) in doctor._mapped()
+    path.unlink()
+    assert str(path) not in doctor._mapped()
+
+
+def test_the_table_of_releases_is_in_order_and_has_sources() -> None:
+    versions = [doctor._numbers(release.triton) for release in doctor.RELEASES]
+    assert versions == sorted(versions)
+    assert all(release.source.startswith("https://docs.nvidia.com/") for release in doctor.RELEASES)
+    assert doctor.expected_release("2.60.0") == doctor.RELEASES[2]
+    assert doctor.expected_release("2.6.0") is None
+    assert doctor.expected_release("") is None
+
+
+def test_exit_status_and_json(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.doctor(as_json=True, machine=machine) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["ok"] is True
+    assert {"area", "name", "state", "text", "fix"} == set(data["findings"][0])
+    published(machine, engine=ENGINE)
+    assert doctor.doctor(as_json=True, machine=machine) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_the_table_shows_all_of_it(machine: Machine) -> None:
+    published(machine, name="odd[bold]", engine=ENGINE)
+    console = Console(width=400, record=True, file=io.StringIO())
+    assert doctor.doctor(machine=machine, console=console) == 1
+    shown = " ".join(console.export_text().split())
+    assert "not ready" in shown
+    for finding in examine(replace(machine)):
+        if finding.name != "leftovers":
+            assert finding.name in shown
