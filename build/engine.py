@@ -312,7 +312,7 @@ def _run(trt: Any, builder: Any, network: Any, config: Any, log: plans.Log, cons
 
     show = console or Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    stop, outcome = threading.Event(), _Outcome()
+    stop, done, outcome = threading.Event(), threading.Event(), _Outcome()
     with Progress(*columns, console=show, transient=True) as progress:
         total = progress.add_task(f"TensorRT {compat.version(trt)} builds", total=None)
         tasks: dict[str, Any] = {}
@@ -332,12 +332,14 @@ def _run(trt: Any, builder: Any, network: Any, config: Any, log: plans.Log, cons
                 outcome.data = builder.build_serialized_network(network, config)
             except BaseException as error:
                 outcome.error = error
+            finally:
+                done.set()
 
         thread = threading.Thread(target=work, name="tensorrt-build", daemon=True)
         try:
             thread.start()
-            while thread.is_alive():
-                thread.join(0.1)
+            while not done.wait(0.1):  # not join: a join that Ctrl-C interrupts takes the thread for dead
+                pass
         except KeyboardInterrupt:
             stop.set()
             if not can_stop:
@@ -345,7 +347,7 @@ def _run(trt: Any, builder: Any, network: Any, config: Any, log: plans.Log, cons
             progress.console.print("Ctrl-C again ends the process; what is published stays as it is")
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if thread.ident is not None:
-                thread.join()
+                done.wait()
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise
     if outcome.error:

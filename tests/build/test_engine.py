@@ -204,21 +204,25 @@ def test_two_builds_at_once(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_the_builder(spec: Spec, model: onnx.ModelProto) -> None:
-    asked = []
+    asked, finished = [], threading.Event()
 
     def slow(config: Any) -> None:
         monitor = config.assigned["progress_monitor"]
         monitor.phase_start("Timing", None, 1000)
+        time.sleep(0.3)  # until it is waited for
         os.kill(os.getpid(), signal.SIGINT)
         for step in range(1000):
             asked.append(step)
             if not monitor.step_complete("Timing", step):
+                time.sleep(0.3)  # it may take its time to end
+                finished.set()
                 return
             time.sleep(0.02)
 
     with pytest.raises(KeyboardInterrupt):
         serialize(spec, model, FakeTensorRT(NEW, script=slow))
     assert len(asked) < 1000
+    assert finished.is_set()  # a builder that still runs when the process ends would abort it
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -226,6 +230,7 @@ def test_ctrl_c_waits_where_the_version_cannot_stop(spec: Spec, model: onnx.Mode
     finished = threading.Event()
 
     def slow(config: Any) -> None:
+        time.sleep(0.3)  # until it is waited for
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.6)
         finished.set()
