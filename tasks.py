@@ -40,6 +40,16 @@ def _explained(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
+def _models(model: str) -> list[str] | None:
+    return [model] if model else None
+
+
+def _map(ground_truth: dict[str, Any], detections: list[dict[str, Any]]) -> float:
+    from perf.evaluate import evaluate
+
+    return evaluate(ground_truth, detections).map
+
+
 def _need(c: Context, module: str, group: str) -> None:
     """Installs a group of pyproject.toml from its lock when its tools are not there yet."""
     if importlib.util.find_spec(module) is None:
@@ -63,7 +73,7 @@ def demo(c: Context, quick: bool = False) -> None:
     help={
         "model": "one model of models/ (default: all of them)",
         "runtime": "auto, onnxruntime or tensorrt",
-        "precision": "fp32",
+        "precision": "fp32, fp16 or int8; for tensorrt also tf32, bf16 and fp8",
         "force": "rebuild even where nothing changed",
         "rollback": "serve the version before the current one again (needs --model)",
     }
@@ -77,13 +87,166 @@ def build_engines(
     force: bool = False,
     rollback: bool = False,
 ) -> None:
-    """models/*/ → model_repository/: attach the pixel front and SSDNMS, check, publish atomically."""
+    """models/*/ → model_repository/: attach front and SSDNMS, build, pass the gate, publish atomically."""
     from build import pipeline
 
     if rollback:
         pipeline.rollback(model, repository=REPOSITORY)
     else:
-        pipeline.build_engines([model] if model else None, runtime, precision, force=force, repository=REPOSITORY)
+        pipeline.build_engines(_models(model), runtime, precision, force, REPOSITORY, artifacts=ARTIFACTS, judge=_map)
+
+
+@task(help={"model": "one model (default: all of them)", "count": "how many pictures"})
+@_explained
+def verify(c: Context, model: str = "", count: int = 0) -> None:
+    """What is served, against ONNX Runtime on real pictures: parity, row invariance, repeatability, mAP."""
+    from build import pipeline
+    from build.verify import PICTURES
+
+    for report in pipeline.verify_published(
+        _models(model), REPOSITORY, artifacts=ARTIFACTS, judge=_map, count=count or PICTURES
+    ):
+        report.require()
+
+
+@task(
+    help={
+        "model": "the model to judge",
+        "precision": "one precision (default: all of them)",
+        "sensitivity": "rank the layers by what INT8 costs, find the smallest set to leave out, write it to spec.toml",
+        "budget": "seconds that the sensitivity analysis may take (0 = all it needs); it goes on where it ended",
+        "speed": "time FP32 and INT8 side by side instead: one thread, in turn, medians",
+        "served": "judge what model_repository serves, through a real server, instead of graphs in process",
+    }
+)
+@_explained
+def audit(
+    c: Context,
+    model: str = "shapes",
+    precision: str = "",
+    sensitivity: bool = False,
+    budget: float = 0.0,
+    speed: bool = False,
+    served: bool = False,
+) -> None:
+    """What every precision and calibrator costs in mAP on held-out pictures; writes artifacts/audit/."""
+    from build import audit as judged
+    from build import sensitivity as layers
+    from build import speed as timed
+    from build.spec import load
+
+    spec = load(ROOT / "models" / model)
+    if sensitivity:
+        layers.search(spec, ARTIFACTS, budget=budget)
+    elif speed:
+        timed.measure(spec, ARTIFACTS)
+    elif served:
+        from perf.served_accuracy import serving
+
+        with serving(REPOSITORY, model) as detector:
+            judged.audit(spec, ARTIFACTS, served=detector)
+    elif precision:
+        judged.audit(spec, ARTIFACTS, precisions=[precision])
+    else:
+        judged.audit(spec, ARTIFACTS)
+
+
+@task
+@_explained
+def doctor(c: Context, json: bool = False) -> None:
+    """What is on this machine, what is published, and whether they fit; says what to do. Exit status 1 on a problem."""
+    from build.doctor import doctor as run
+
+    if run(as_json=json):
+        raise Exit(code=1)
+
+
+@task(
+    help={
+        "runtime": "onnxruntime (measured here) or tensorrt (from inspector JSON)",
+        "layers": "tensorrt: the engine inspector's JSON",
+        "profile": "tensorrt: the per-layer profile's JSON",
+        "ceilings": "tensorrt: JSON with the GPU's measured compute and memory ceilings",
+    }
+)
+@_explained
+def fusion_report(
+    c: Context,
+    runtime: str = "onnxruntime",
+    model: str = "shapes",
+    precision: str = "fp32",
+    layers: str = "",
+    profile: str = "",
+    ceilings: str = "",
+) -> None:
+    """Which source nodes became which kernel, what each costs, and what bounds it: Markdown, JSON, HTML."""
+    from build.fusion import fusion_report as run
+
+    files = {"layers": layers, "profile": profile, "ceilings": ceilings}
+    run(runtime, model, precision, artifacts=ARTIFACTS, **{k: Path(v) if v else None for k, v in files.items()})
+
+
+@task(
+    help={
+        "source": "ssd300_vgg16, ssdlite320_mobilenet_v3_large, or an ONNX file with raw heads",
+        "name": "of the new model (default: the source's)",
+        "weights": "torchvision: default (downloaded), none (random) or a file with a state dict",
+        "spec": "ONNX: a spec.toml to take over",
+        "labels": "a text file with one foreground label per line",
+        "anchors": "ONNX without a spec: .npy, FP32 [N,4] of cx,cy,w,h in 0..1",
+        "boxes": "ONNX: the output with the box deltas, where it is not called box_deltas",
+        "logits": "ONNX: the output with the class logits, where it is not called class_logits",
+        "settings": "table.key=value for spec.toml, for example nms.score_activation='\"sigmoid\"' (repeatable)",
+        "force": "replace a model of this name",
+    },
+    iterable=["settings"],
+)
+@_explained
+def import_model(
+    c: Context,
+    source: str,
+    settings: list[str],
+    name: str = "",
+    weights: str = "default",
+    spec: str = "",
+    labels: str = "",
+    anchors: str = "",
+    boxes: str = "",
+    logits: str = "",
+    force: bool = False,
+) -> None:
+    """Make models/<name>/ out of a torchvision SSD or any ONNX with raw heads."""
+    from build.import_model import import_model as run
+
+    files = {"spec_file": spec, "labels": labels, "anchors": anchors}
+    paths = {key: Path(value) if value else None for key, value in files.items()}
+    run(source, name, weights=weights, boxes=boxes, logits=logits, settings=settings, force=force, **paths)
+
+
+@task(
+    help={
+        "tensorrt_source": "URL or path of a git repository with TensorRT's headers under include/",
+        "tensorrt_ref": "its tag, for example v10.16.1; without it the headers of TENSORRT_ROOT or of the system",
+        "architectures": "such as 90 or 80,90-virtual (default: all from 7.5 to 12.0 that nvcc knows, and PTX)",
+        "stage": "gold, core or plugin, if it must be that one (default: the furthest that is possible)",
+    }
+)
+@_explained
+def build_plugins(
+    c: Context, tensorrt_source: str = "", tensorrt_ref: str = "", architectures: str = "", stage: str = ""
+) -> None:
+    """Build the NMS plugin as far as nvcc and TensorRT's headers are at hand; says what is missing."""
+    from build.plugins import build_plugins as run
+
+    built = run(tensorrt_source=tensorrt_source, tensorrt_ref=tensorrt_ref, architectures=architectures, stage=stage)
+    print(built)
+
+
+@task
+def train(c: Context) -> None:
+    """Train models/shapes again on the CPU (about an hour on two cores; installs torch first)."""
+    _need(c, "torch", "train")
+    c.run(f"{sys.executable} -m models.shapes.train")
 
 
 @task(
@@ -130,7 +293,7 @@ def lint(c: Context) -> None:
 @task
 def lock(c: Context) -> None:
     """Resolve the groups of pyproject.toml into the hashed files under requirements/ (needs uv)."""
-    for group in ("runtime", "dev"):
+    for group in ("runtime", "dev", "train"):
         c.run(
             f"uv pip compile pyproject.toml --group {group} --universal --generate-hashes --python-version 3.10 "
             f"--no-header --no-annotate --quiet -o requirements/{group}.lock"

@@ -16,14 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
     from rich.table import Table
-    from ssd_client import SSDClient
-
-    from perf.evaluate import Accuracy
 
 MODEL = "shapes"
 DRAWN = 24
 DRAW_THRESHOLD = 0.5
-EVALUATION_THRESHOLD = 0.01  # COCO's mAP wants the whole precision-recall curve
 COLUMNS = 6
 
 
@@ -44,9 +40,10 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     from build import pipeline
     from build.serve import TritonServer
     from models.shapes.scenes import write_split
+    from perf.served_accuracy import evaluate_served
     from perf.served_ratio import measure
 
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
     out = artifacts / "demo"
     out.mkdir(parents=True, exist_ok=True)
@@ -92,15 +89,6 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
         "  ./invoke serve                   keep it running; then: .venv/bin/python -m ssd_client IMAGE --out DIR"
     )
     return summary
-
-
-def evaluate_served(client: SSDClient, pictures: Sequence[Path], truth: dict[str, Any]) -> Accuracy:
-    """COCO accuracy of what the server answers for `pictures` (image id = position + 1)."""
-    from perf.evaluate import evaluate
-
-    found = client.detect(list(pictures), score_threshold=EVALUATION_THRESHOLD)
-    results = [row for image_id, detections in enumerate(found, start=1) for row in detections.to_coco(image_id)]
-    return evaluate(truth, results)
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int = COLUMNS, gap: int = 6) -> Image.Image:
