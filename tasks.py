@@ -44,6 +44,10 @@ def _models(model: str) -> list[str] | None:
     return [model] if model else None
 
 
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
 def _map(ground_truth: dict[str, Any], detections: list[dict[str, Any]]) -> float:
     from perf.evaluate import evaluate
 
@@ -182,8 +186,15 @@ def fusion_report(
     """Which source nodes became which kernel, what each costs, and what bounds it: Markdown, JSON, HTML."""
     from build.fusion import fusion_report as run
 
-    files = {"layers": layers, "profile": profile, "ceilings": ceilings}
-    run(runtime, model, precision, artifacts=ARTIFACTS, **{k: Path(v) if v else None for k, v in files.items()})
+    run(
+        runtime,
+        model,
+        precision,
+        layers=_path(layers),
+        profile=_path(profile),
+        ceilings=_path(ceilings),
+        artifacts=ARTIFACTS,
+    )
 
 
 @task(
@@ -218,9 +229,18 @@ def import_model(
     """Make models/<name>/ out of a torchvision SSD or any ONNX with raw heads."""
     from build.import_model import import_model as run
 
-    files = {"spec_file": spec, "labels": labels, "anchors": anchors}
-    paths = {key: Path(value) if value else None for key, value in files.items()}
-    run(source, name, weights=weights, boxes=boxes, logits=logits, settings=settings, force=force, **paths)
+    run(
+        source,
+        name,
+        weights=weights,
+        spec_file=_path(spec),
+        labels=_path(labels),
+        anchors=_path(anchors),
+        boxes=boxes,
+        logits=logits,
+        settings=settings,
+        force=force,
+    )
 
 
 @task(
