@@ -46,8 +46,9 @@ def measure(
     Returns:
         `latency_ms` {p50, p90, p99} of one client with shared memory; `throughput_ips` {concurrency: images/s} with
         shared memory; `served_ratio` {shm, grpc}: median over the rounds of served divided by raw at 4 clients, with
-        shared memory and with pictures sent by gRPC; `served_ips` and `raw_ips`, the medians behind it, and
-        `raw_threads`, the split of the threads that was the fastest raw.
+        shared memory and with pictures sent by gRPC; `served_ips` and `raw_ips`, the medians behind it;
+        `raw_threads`, the split of the threads that was the fastest raw; `other_load`, the share of the cores that
+        other programs took just before: where it is not near 0, the figures say little.
 
     Raises:
         PerfError: perf_analyzer could not measure.
@@ -64,6 +65,7 @@ def measure(
     if not path.is_file():
         raise ServeError(f"{path} is not there", why=f"model {model} is served by {config.runtime}, not by onnxruntime")
     thresholds = _thresholds(config)
+    busy = other_load()
     raw = fastest_raw(path, _feeds(images, thresholds), _threads(server, model))
     with tempfile.TemporaryDirectory(prefix="ssd-perf-") as folder:
         data = write_input(Path(folder) / "input.json", images, thresholds)
@@ -91,6 +93,7 @@ def measure(
         "served_ips": {"shm": statistics.median(shm), "grpc": statistics.median(grpc)},
         "raw_ips": statistics.median(raw_ips),
         "raw_threads": f"{raw.sessions} x {raw.threads}",
+        "other_load": busy,
     }
 
 
@@ -149,6 +152,13 @@ def fastest_raw(path: Path, feeds: Sequence[dict[str, NDArray[np.generic]]], thr
     for candidate in candidates:
         candidate.throughput(0.1)
     return max(candidates, key=lambda candidate: candidate.throughput(0.4))
+
+
+def other_load(seconds: float = 0.5) -> float:
+    """Share of all cores, 0..1, that is in use while this process waits."""
+    import psutil
+
+    return float(psutil.cpu_percent(interval=seconds)) / 100
 
 
 def _threads(server: TritonServer, model: str) -> int:

@@ -16,15 +16,18 @@ from perf import served_ratio
 @pytest.mark.triton
 @pytest.mark.slow
 def test_served_ratio(triton_server: TritonServer) -> None:
+    busy = served_ratio.other_load()
+    if busy > 0.2:
+        pytest.skip(f"needs an idle machine: other programs take {busy:.0%} of its cores")
     pictures = [scene("held_out", index).image for index in range(4)]
     load = served_ratio.measure(triton_server, "shapes", pictures, quick=True)
     assert set(load["served_ratio"]) == {"shm", "grpc"}
     assert set(load["throughput_ips"]) == {"1", "2", "4"}
     assert 0 < load["latency_ms"]["p50"] <= load["latency_ms"]["p90"] <= load["latency_ms"]["p99"]
     assert load["raw_ips"] > 0
-    # The demo's full run shows the real figures; other load on the machine can only blur this short one so far.
-    assert 0.6 < load["served_ratio"]["shm"] < 1.5
-    assert 0.5 < load["served_ratio"]["grpc"] < 1.5
+    # The demo's full run shows the real figures; this short one swings.
+    assert 0.7 < load["served_ratio"]["shm"] < 1.2
+    assert 0.6 < load["served_ratio"]["grpc"] < 1.2
 
 
 @pytest.mark.triton
