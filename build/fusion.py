@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from build import graph as served
 from build import repository, ssd_nms
-from build.errors import GraphError, OptionError, RuntimeUnavailableError
+from build.errors import GraphError, OptionError, RuntimeUnavailableError, SSDError
 from build.roofline import Ceilings, FusionError, measure_ceilings, read_ceilings, read_json
 from build.spec import Spec, load
 
@@ -487,11 +487,16 @@ def _convolves_alike(node: onnx.NodeProto, main: onnx.NodeProto) -> bool:
     """Whether kernel size, strides and groups agree, as far as both say them."""
     shape = _attribute(node, "kernel_shape", _attribute(main, "kernel_shape", []))
     ones = [1] * len(shape)
+    groups, wanted = _attribute(node, "group", 1), _attribute(main, "group", 1)
+    rounded = node.domain == "com.microsoft.nchwc"
     return bool(
         shape == _attribute(main, "kernel_shape", shape)
         and _attribute(node, "strides", ones) == _attribute(main, "strides", ones)
-        and _attribute(node, "group", 1) == _attribute(main, "group", 1)
+        and (groups == wanted or (rounded and 1 < wanted <= groups < wanted + _NCHWC_BLOCK))
     )
+
+
+_NCHWC_BLOCK = 16  # channels of the widest block (AVX-512) that ONNX Runtime rounds a depthwise convolution up to
 
 
 def onnxruntime_report(
@@ -922,6 +927,7 @@ def fusion_report(
     runs: int = 50,
     models: Path = ROOT / "models",
     artifacts: Path = ROOT / "artifacts",
+    published: Path = ROOT / "model_repository",
 ) -> Path:
     """Writes report.md, report.json and report.html, and prints the essence.
 
@@ -929,13 +935,15 @@ def fusion_report(
         runtime: onnxruntime, or tensorrt.
         model: a folder of `models`.
         precision: fp32, or another one that has been built.
-        layers: tensorrt: the engine inspector's JSON; default artifacts/<model>/<precision>/layers.json.
+        layers: tensorrt: the engine inspector's JSON; default: what the published plan says on the GPU here, which is
+            kept as artifacts/<model>/<precision>/layers.json, or else what was kept there before.
         profile: tensorrt: times in trtexec's format; default profile.json beside it, where it is there.
         ceilings: a JSON file of ceilings; default: measured here for onnxruntime, ceilings.json beside the layers.
         threads: for onnxruntime; 0 = as many as a served instance has.
         runs: profiled runs.
         models: where the source models are.
         artifacts: where built models are and where the report goes.
+        published: the model repository.
 
     Returns:
         The folder with the three files: artifacts/<model>/<precision>/fusion-<runtime>.
@@ -968,13 +976,9 @@ def fusion_report(
         limits = read_ceilings(ceilings) if ceilings else measure_ceilings(threads)
         report = onnxruntime_report(spec, source, precision, threads, runs, limits)
     else:
-        layers = layers or built / "layers.json"
-        if not layers.is_file():
-            raise FusionError(
-                f"{layers} is not there",
-                why="no plan of this precision was built and inspected",
-                fix="build one on a machine with a GPU, or name a file of trtexec --exportLayerInfo with --layers",
-            )
+        if layers is None:
+            layers = built / "layers.json"
+            record_layers(spec, source, precision, published, layers, runs)
         beside = layers.with_name("profile.json")
         profile = profile or (beside if beside.is_file() else None)
         beside = layers.with_name("ceilings.json")
@@ -988,6 +992,42 @@ def fusion_report(
     (folder / "report.html").write_text(fusion_html.html(report), encoding="utf-8")
     _print(report, folder)
     return folder
+
+
+def record_layers(spec: Spec, model: onnx.ModelProto, precision: str, published: Path, layers: Path, runs: int) -> None:
+    """Asks the published plan for its layers and their times, on the GPU that it was built for; keeps both as JSON.
+
+    Where that cannot be done, what was recorded before is kept.
+
+    Raises:
+        FusionError: there is no plan of this precision, and nothing was recorded before.
+        SSDError: the plan cannot be run here, and nothing was recorded before.
+    """
+    from build.plan import Plan
+    from build.serve import PLUGIN
+
+    folder = published / spec.model.name / str(repository.served_version(published, spec.model.name))
+    try:
+        if not (folder / "model.plan").is_file():
+            raise FusionError(
+                f"{layers} is not there, and no plan of {spec.model.name} is published in {published}",
+                fix="build one on a machine with a GPU, or name a file of trtexec --exportLayerInfo with --layers",
+            )
+        manifest = json.loads((folder / repository.MANIFEST).read_bytes())
+        if manifest.get("precision") != precision:
+            raise FusionError(
+                f"{folder / 'model.plan'} is {manifest.get('precision')}, not {precision}",
+                fix=f"publish that one: ./invoke build-engines --runtime tensorrt --precision {precision}",
+            )
+        with Plan(folder / "model.plan", manifest.get("engine"), plugin=PLUGIN) as plan:
+            found, rows = plan.layers(), plan.layer_times(_feeds(spec, model), runs)
+    except SSDError:
+        if layers.is_file():
+            return
+        raise
+    layers.parent.mkdir(parents=True, exist_ok=True)
+    layers.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    layers.with_name("profile.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def _print(report: Report, folder: Path) -> None:

@@ -161,6 +161,63 @@ def test_residuals_and_what_needs_no_kernel(tmp_path: Path) -> None:
         assert sum(name in group for group in groups) == 1
 
 
+def test_depthwise_channels_that_are_rounded_up_are_still_known(tmp_path: Path) -> None:
+    """ONNX Runtime rounds the groups of a depthwise convolution up to its block of channels."""
+    nodes = [
+        node("Conv", ["pixels", "w3"], "c1", **PAD),
+        node("Relu", ["c1_out"], "r1"),
+        node("Conv", ["r1_out", "w_depth"], "depth", group=24, **PAD),
+        node("Clip", ["depth_out"], "r2"),
+    ]
+    model = network(nodes, ["r2_out"], channels=24)
+    weight = np.random.default_rng(1).normal(0, 1, (24, 1, 3, 3)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w_depth"))
+    source = fusion.Source(model)
+    report = report_of(source, fusion.map_optimised(source, optimised(source.model, tmp_path)))
+    groups = list(mapped(report).values())
+    assert all(kernel.evidence != "unmapped" for kernel in report.kernels)
+    assert any("depth" in group for group in groups)
+    assert {"c1", "r1"} in groups
+
+
+class FakePlan:
+    """A plan that says what the fixtures say."""
+
+    def __init__(self, path: Path, engine: Any, *, plugin: Path) -> None:
+        assert path.name == "model.plan"
+
+    def __enter__(self) -> FakePlan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def layers(self) -> Any:
+        return json.loads((FIXTURES / "written_after_schema_tensorrt_10.json").read_text())
+
+    def layer_times(self, feeds: Any, runs: int) -> Any:
+        assert feeds["images"].shape == (1, 300, 300, 3)
+        return json.loads((FIXTURES / "written_after_schema_profile.json").read_text())
+
+
+def test_a_published_plan_is_asked_and_its_answer_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("build.plan.Plan", FakePlan)
+    monkeypatch.setattr("build.repository.served_version", lambda *_: 1)
+    folder = tmp_path / "repository" / "shapes" / "1"
+    folder.mkdir(parents=True)
+    (folder / "model.plan").write_bytes(b"plan")
+    (folder / "manifest.json").write_text('{"precision": "fp32", "engine": {}}')
+    options: dict[str, Any] = {"artifacts": tmp_path / "artifacts", "published": tmp_path / "repository"}
+    made = fusion.fusion_report("tensorrt", **options)
+    assert json.loads((made / "report.json").read_text())["runtime"] == "tensorrt"
+    assert (tmp_path / "artifacts" / "shapes" / "fp32" / "layers.json").is_file()
+    (folder / "manifest.json").write_text('{"precision": "fp16", "engine": {}}')
+    fusion.fusion_report("tensorrt", **options)  # from what was kept
+    (tmp_path / "artifacts" / "shapes" / "fp32" / "layers.json").unlink()
+    with pytest.raises(fusion.FusionError, match="is fp16, not fp32"):
+        fusion.fusion_report("tensorrt", **options)
+
+
 def test_a_kernel_without_evidence_is_unmapped_and_the_others_are_not(tmp_path: Path) -> None:
     nodes = [*residual_nodes(), node("Conv", ["r2_out", "w_box"], "box", kernel_shape=[1, 1])]
     source = fusion.Source(network(nodes, ["box_out"], channels=16))
@@ -395,7 +452,8 @@ def test_the_task_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("options", "message"),
     [
         ({"runtime": "cuda"}, "runtime is 'cuda'"),
-        ({"runtime": "tensorrt"}, "layers.json is not there"),
+        ({"runtime": "tensorrt"}, "no plan of shapes is published"),
+        ({"runtime": "tensorrt", "layers": Path("nowhere.json")}, "cannot be read"),
         ({"precision": "fp7"}, "model.onnx is not there"),
         ({"runs": 0}, "runs is 0"),
         ({"threads": -1}, "threads is -1"),
@@ -404,7 +462,7 @@ def test_the_task_writes_three_files(tmp_path: Path, capsys: pytest.CaptureFixtu
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(SSDError, match=message):
-        fusion.fusion_report(**options, artifacts=tmp_path)
+        fusion.fusion_report(**options, artifacts=tmp_path, published=tmp_path)
 
 
 @pytest.mark.parametrize(
