@@ -49,7 +49,7 @@ def _path(text: str) -> Path | None:
 
 
 def _map(ground_truth: dict[str, Any], detections: list[dict[str, Any]]) -> float:
-    from perf.evaluate import evaluate
+    from build.evaluate import evaluate
 
     return evaluate(ground_truth, detections).map
 

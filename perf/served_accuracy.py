@@ -1,4 +1,4 @@
-"""COCO accuracy of what a server answers: the client's detections, judged by perf/evaluate.py."""
+"""COCO accuracy of what a server answers: the client's detections, judged by build/evaluate.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ssd_client import SSDClient
 
     from build.audit import Detector, Found
-    from perf.evaluate import Accuracy
+    from build.evaluate import Accuracy
 
 SCORE_THRESHOLD = 0.01  # COCO's mAP wants the whole precision-recall curve
 
@@ -23,7 +23,7 @@ def evaluate_served(client: SSDClient, pictures: Sequence[Path], truth: dict[str
         SSDClientError: the server does not answer.
         SSDError: the ground truth does not fit.
     """
-    from perf.evaluate import evaluate
+    from build.evaluate import evaluate
 
     found = client.detect(list(pictures), score_threshold=SCORE_THRESHOLD)
     return evaluate(truth, [row for i, detections in enumerate(found, start=1) for row in detections.to_coco(i)])

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from build.errors import SSDError
+from build.evaluate import evaluate
 from models.shapes.scenes import coco_ground_truth
-from perf.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")
