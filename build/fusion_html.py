@@ -82,7 +82,7 @@ def _summary(report: Report) -> list[tuple[str, str]]:
     """The figures that come first."""
     groups = len(report.groups("Conv+BatchNormalization+Relu"))
     found = [("nodes → kernels", f"{report.computing_nodes()} → {len(report.kernels)}")]
-    found.append(("Conv+BatchNormalization+Relu in one kernel", str(groups)))
+    found.append(("Conv+BN+Relu, one kernel each", str(groups)))
     if report.milliseconds is not None:
         found.append(("one image, all kernels", f"{number(report.milliseconds)} ms"))
     if report.milliseconds and report.unfused_milliseconds:

@@ -8,9 +8,12 @@ one with raw heads, and what to export instead is said.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import importlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -113,32 +116,41 @@ def _write(models: Path, name: str, force: bool, fill: Callable[[Path], dict[str
         raise ImportModelError(f"{target} exists already", fix="give another name, or replace it with --force")
     models.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".importing-", dir=models.parent))
-    staging.chmod(0o755)
+    content = staging / name
     try:
-        tables = fill(staging)
+        content.mkdir()
+        tables = fill(content)
         tables.setdefault("model", {})["name"] = name
-        (staging / "spec.toml").write_text(_toml(name, tables), encoding="utf-8")
-        checked = spec.load(staging)
+        (content / "spec.toml").write_text(_toml(name, tables), encoding="utf-8")
+        checked = spec.load(content)
         pipeline.self_check(graph.attach(checked), checked)
-        old = staging / ".old"
-        if target.exists():
-            target.rename(old)
-        try:
-            kept = staging / ".new"
-            kept.mkdir()
-            for item in list(staging.iterdir()):
-                if item not in (old, kept):
-                    item.rename(kept / item.name)
-            kept.rename(target)
-        except OSError:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
+        _put(content, target)
     except OSError as error:
         raise ImportModelError(f"{target} cannot be written: {error}", fix="check the disk and its rights") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def _put(new: Path, target: Path) -> None:
+    """Renames a folder into place; one that is there already is left under the new one's old name, in one step."""
+    if not target.exists():
+        new.rename(target)
+        return
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(here, os.fsencode(new), here, os.fsencode(target), exchange) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(code, os.strerror(code), str(target))
+    aside = new.with_name(".replaced")  # a file system that cannot exchange: two steps
+    target.rename(aside)
+    try:
+        new.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
 
 
 def _toml(name: str, tables: Mapping[str, Mapping[str, Any]]) -> str:

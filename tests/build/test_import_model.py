@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from build import graph, spec
+from build import import_model as import_module
 from build.errors import OptionError, SSDError
 from build.fusion import picture
 from build.import_model import (
@@ -130,6 +132,37 @@ def test_a_model_is_not_replaced_without_force_and_survives_a_failed_import(
     assert (made / "spec.toml").read_bytes() == before
     import_model(source, force=True, settings=["nms.max_detections=3"], **options)
     assert spec.load(made).nms.max_detections == 3
+
+
+def test_a_folder_is_replaced_in_one_step_or_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, target = tmp_path / "staging" / "new", tmp_path / "target"
+    for folder, text in ((new, "new"), (target, "old")):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(text)
+    import_module._put(new, target)
+    assert ((target / "file").read_text(), (new / "file").read_text()) == ("new", "old")
+
+    class Old:
+        """A kernel or a file system without the exchange."""
+
+        def renameat2(self, *_: object) -> int:
+            import_module.ctypes.set_errno(import_module.errno.EINVAL)
+            return -1
+
+    monkeypatch.setattr(import_module.ctypes, "CDLL", lambda *_, **__: Old())
+    import_module._put(new, target)
+    assert (target / "file").read_text() == "old"
+    with pytest.raises(FileNotFoundError):
+        import_module._put(new, target)  # there is nothing to put any more
+    assert (target / "file").read_text() == "old"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="needs an environment without torch")
+def test_without_torch_it_says_what_to_install(tmp_path: Path) -> None:
+    with pytest.raises(SSDError, match="torch is not installed"):
+        import_model("ssd300_vgg16", weights="none", models=tmp_path / "models")
+    assert not list((tmp_path / "models").iterdir())
+    assert not list(tmp_path.glob(".importing-*"))
 
 
 NMS_CONSTANTS = {"k": np.array([10], np.int64), "i": np.array([0.5], np.float32), "s": np.array([0.1], np.float32)}
