@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import itertools
 import json
 import os
@@ -174,6 +175,7 @@ GRIDS = {
 CLASSES = {"SSD300-COCO": 81, "SSD-MobileNet": 91}
 
 
+@functools.cache
 def grid_anchors(model: str, device: str) -> torch.Tensor:
     """FP32 [N,4]: centres on the grids of the model's feature maps, sizes and shapes as SSD has them."""
     rows = []
@@ -341,12 +343,12 @@ def check(gold: ctypes.CDLL, core: ctypes.CDLL, device: str, count: int) -> dict
     return {"compared": done, "detections in cases": detections, "failures": failures[:20], "failed": len(failures)}
 
 
-def sanitize(core: Path, gold: Path) -> dict[str, str]:
+def sanitize(core: Path, gold: Path) -> dict[str, Any]:
     """compute-sanitizer's tools over the small checks, every allocation one of its own."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return {"not run": "compute-sanitizer is not installed"}
-    told = {}
+    told: dict[str, Any] = {}
     for name in ("memcheck", "racecheck", "synccheck"):
         command = [tool, "--tool", name, "--error-exitcode", "9"]
         if name != "memcheck":  # torch's own kernels are not what is checked
@@ -359,13 +361,13 @@ def sanitize(core: Path, gold: Path) -> dict[str, str]:
                 capture_output=True,
                 text=True,
                 env=environment,
-                timeout=150,
+                timeout=120,
                 check=False,
             )
             summary = [line for line in run.stdout.splitlines() if "SUMMARY" in line or "rror" in line]
             told[name] = f"exit {run.returncode}: {' | '.join(summary[-3:]) or run.stderr[-300:]}"
         except subprocess.TimeoutExpired:
-            told[name] = "not finished after 150 s"
+            told[name] = "not finished after 120 s"
     return told
 
 
@@ -535,27 +537,28 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("torch sees no NVIDIA GPU", file=sys.stderr)
         return 2
-    parts = [arguments.only] if arguments.only else ["check", "sanitize", "measure"]
+    parts = [arguments.only] if arguments.only else ["check", "measure", "sanitize"]
     result: dict[str, Any] = {"environment": environment()}
     with tempfile.TemporaryDirectory() as folder:
         gold, core = arguments.gold, arguments.core
         if gold is None or core is None:
             built = build(Path(folder))
             gold, core = gold or built[0], core or built[1]
-        if "check" in parts:
+        for part in parts:  # what is done is written, whatever comes after
             start = time.perf_counter()
-            result["check"] = check(load(gold), load(core), arguments.device, 12 if arguments.small else 400)
-            result["check"]["seconds"] = round(time.perf_counter() - start, 1)
-            print(json.dumps(result["check"], indent=1), flush=True)
-        if "sanitize" in parts:
-            result["sanitizer"] = sanitize(core, gold)
-            print(json.dumps(result["sanitizer"], indent=1), flush=True)
-        if "measure" in parts:
-            result["measurements"] = measure(load(core))
-            print(table(result["measurements"]["rows"]))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            if part == "check":
+                result[part] = check(load(gold), load(core), arguments.device, 12 if arguments.small else 400)
+            elif part == "measure":
+                result[part] = measure(load(core))
+                print(table(result[part]["rows"]))
+            else:
+                result[part] = sanitize(core, gold)
+            result[part]["seconds"] = round(time.perf_counter() - start, 1)
+            if part != "measure":
+                print(json.dumps(result[part], indent=1), flush=True)
+            if arguments.out:
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if result.get("check", {}).get("failed") else 0
 
 

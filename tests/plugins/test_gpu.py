@@ -53,7 +53,8 @@ def test_the_kernels_give_the_bits_of_the_gold(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compute_sanitizer_finds_nothing(tmp_path: Path) -> None:
-    told = bench("sanitize", tmp_path)["sanitizer"]
+    told = bench("sanitize", tmp_path)["sanitize"]
     if "not run" in told:
         pytest.skip(f"needs compute-sanitizer: {told['not run']}")
-    assert {tool: words.split(":")[0] for tool, words in told.items()} == dict.fromkeys(told, "exit 0")
+    exits = {tool: told[tool].split(":")[0] for tool in ("memcheck", "racecheck", "synccheck")}
+    assert exits == dict.fromkeys(exits, "exit 0")
