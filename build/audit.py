@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from perf.evaluate import Accuracy
+    from build.evaluate import Accuracy
 
 SCORE_THRESHOLD = 0.01  # COCO's mAP wants the whole precision-recall curve
 SHOWN_THRESHOLD = 0.3  # of the boxes that are drawn and counted as seen
 REPLICATES = 500
 WORST = 8
+UNTYPED = ("fp32", "tf32")  # their graph is the source's own: there is nothing to judge
 _QUANTISED = ("int8", "fp8")
 
 
@@ -52,9 +53,9 @@ class Candidate:
     Attributes:
         precision: of precision.PRECISIONS.
         calibrator: how its activations are clipped; empty where nothing is.
-        source: the typed source model; None where a server holds it.
+        source: the typed source model.
         graph: the served graph as TensorRT gets it.
-        runs: the same as it is served by ONNX Runtime.
+        runs: the same for ONNX Runtime: for INT8 with UINT8 Relus, for BF16 in FP32 with every result rounded.
         quantised: names of the quantised Convs.
     """
 
@@ -97,7 +98,7 @@ def candidates(
         SSDError: no such graph can be made.
     """
     source = graph.load_source(spec)
-    if kind in ("fp32", "tf32"):
+    if kind in UNTYPED:
         whole = graph.attach(spec, source)
         return [Candidate(kind, "", source, whole, whole)]
     folded = quantize.fold(source)
@@ -131,7 +132,7 @@ def approved(spec: Spec, kind: str, cache: Path, console: Console) -> Candidate:
         SSDError: no graph can be made, or nothing to judge it on.
     """
     found = candidates(spec, kind, cache, console=console)
-    if kind in ("fp32", "tf32"):
+    if kind in UNTYPED:
         return found[0]
     if kind not in _QUANTISED and not spec.data.held_out:
         console.print(f"warning: {spec.path}: [data] names no held-out pictures: {kind} was not audited", markup=False)
@@ -161,20 +162,20 @@ def approved(spec: Spec, kind: str, cache: Path, console: Console) -> Candidate:
 # -- accuracy ----------------------------------------------------------------------------------------------------------
 
 
-def in_process(spec: Spec, model: onnx.ModelProto, threads: int = 0) -> Detector:
+def in_process(spec: Spec, model: onnx.ModelProto, *, literal: bool = False) -> Detector:
     """A detector that runs a served graph in ONNX Runtime here, one picture at a time, as the server's instances do.
 
     Args:
         spec: how pictures are brought to the input.
         model: the graph.
-        threads: 0 = ONNX Runtime's choice.
+        literal: as for `session`.
 
     Raises:
         QuantizeError: ONNX Runtime has no kernels for it.
     """
     import numpy as np
 
-    runs = session(model, threads)
+    runs = session(model, literal=literal)
     thresholds = {
         "score_threshold": np.full((1, 1), SCORE_THRESHOLD, np.float32),
         "iou_threshold": np.full((1, 1), spec.nms.iou_threshold, np.float32),
@@ -220,7 +221,7 @@ def score(pictures: datasets.Pictures, detector: Detector, title: str, console: 
     nothing = Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
     found: list[Found] = []
     unreadable = 0
-    with Progress(console=console or Console(stderr=True), transient=True) as progress:
+    with Progress(console=console or Console(stderr=True, soft_wrap=True), transient=True) as progress:
         task = progress.add_task(title, total=len(pictures))
         for start in range(0, len(pictures), 8):
             part = pictures.paths[start : start + 8]
@@ -259,13 +260,18 @@ def score(pictures: datasets.Pictures, detector: Detector, title: str, console: 
 def _judged(
     spec: Spec, pictures: datasets.Pictures, candidate: Candidate, console: Console | None
 ) -> tuple[Score, dict[str, float]]:
-    """The worse of a candidate's forms, and the mAP of each: the graph itself, and as it is served on a CPU."""
-    forms = {"model.onnx": candidate.graph, "onnxruntime": candidate.runs}
-    if candidate.precision == "bf16" or candidate.runs is candidate.graph:
-        del forms["model.onnx"]
+    """The worse of a candidate's forms, and the mAP of each.
+
+    `as written` is the graph that TensorRT gets, each Q/DQ pair computed for itself; `onnxruntime` what a CPU serves.
+    """
+    detectors = {}
+    if candidate.precision in _QUANTISED:
+        detectors["as written"] = in_process(spec, candidate.graph, literal=True)
+    if candidate.precision != "fp8":
+        detectors["onnxruntime"] = in_process(spec, candidate.runs)
     scores = {
-        form: score(pictures, in_process(spec, model), f"{candidate.name} as {form}: mAP on held-out pictures", console)
-        for form, model in forms.items()
+        form: score(pictures, detector, f"{candidate.name} {form}: mAP on held-out pictures", console)
+        for form, detector in detectors.items()
     }
     worse = min(scores.values(), key=lambda one: one.accuracy.map)
     return worse, {form: one.accuracy.map for form, one in scores.items()}
@@ -333,22 +339,22 @@ class Curves:
         return total
 
 
-def difference(reference: Curves, other: Curves, replicates: int = REPLICATES) -> tuple[float, float]:
-    """95 % confidence interval of `other`'s mAP minus `reference`'s: paired bootstrap over pictures.
+def differences(reference: Curves, others: Sequence[Curves], replicates: int = REPLICATES) -> list[tuple[float, float]]:
+    """95 % confidence interval of each other's mAP minus the reference's: paired bootstrap over pictures.
 
-    Both are scored on the same resampled pictures (Efron and Tibshirani 1993, chapters 8 and 13), with replacement,
-    seeded; the interval is the replicates' 2.5th to 97.5th percentile.
+    All are scored on the same resampled pictures (Efron and Tibshirani 1993, chapters 8 and 13), with replacement,
+    seeded; an interval reaches from the 2.5th to the 97.5th percentile of the replicates.
     """
     import numpy as np
 
     rng = np.random.default_rng(0)
     count = reference.pictures
-    found = []
-    for _ in range(replicates):
+    found = np.empty((replicates, len(others)))
+    for row in found:
         weights = np.bincount(rng.integers(0, count, count), minlength=count).astype(np.float64)
-        found.append(other.mean_average_precision(weights) - reference.mean_average_precision(weights))
-    low, high = np.nanpercentile(found, [2.5, 97.5])
-    return float(low), float(high)
+        base = reference.mean_average_precision(weights)
+        row[:] = [other.mean_average_precision(weights) - base for other in others]
+    return [(float(low), float(high)) for low, high in np.nanpercentile(found, [2.5, 97.5], axis=0).T]
 
 
 def audit(
@@ -396,9 +402,9 @@ def audit(
         for kind in precisions:
             for one in candidates(spec, kind, artifacts, calibrators=all_calibrators(kind), console=say):
                 judged.append((kind, one.calibrator, *_judged(spec, pictures, one, say)))
-    for kind, calibrator, result, forms in judged:
-        with say.status(f"{kind} {calibrator}: confidence interval"):
-            interval = difference(reference.curves, result.curves)
+    with say.status("confidence intervals: resampling the pictures"):
+        intervals = differences(reference.curves, [result.curves for _, _, result, _ in judged])
+    for (kind, calibrator, result, forms), interval in zip(judged, intervals, strict=True):
         rows.append(_row(kind, calibrator, result, reference, interval, forms))
         if worst is None or result.accuracy.map < worst[1].accuracy.map:
             worst = (f"{kind} {calibrator}".strip(), result)
@@ -533,8 +539,13 @@ def _drawn(picture: Image.Image, found: Found, labels: Sequence[str], title: str
 # -- for the neighbours: build/sensitivity.py, build/speed.py ----------------------------------------------------------
 
 
-def session(model: onnx.ModelProto, threads: int = 0) -> Any:
-    """An ONNX Runtime session on the CPU; 0 threads = its own choice.
+def session(model: onnx.ModelProto, threads: int = 0, *, literal: bool = False) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        model: the graph.
+        threads: 0 = ONNX Runtime's choice.
+        literal: compute every Q/DQ pair for itself in place of integer kernels.
 
     Raises:
         QuantizeError: it cannot run the graph.
@@ -545,6 +556,10 @@ def session(model: onnx.ModelProto, threads: int = 0) -> Any:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    if literal:
+        # ONNX Runtime 1.31's further optimisations take FP8 pairs for INT8 ones and give wrong answers.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exceptions have no common type

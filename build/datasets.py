@@ -90,6 +90,21 @@ def held_out(spec: Spec, cache: Path) -> Pictures:
     return _pictures(spec, spec.data.held_out, spec.data.held_out_count, cache, labelled=True)
 
 
+def digest(spec: Spec) -> dict[str, str]:
+    """SHA-256 of what a calibration depends on, by name: the generator, or the pictures themselves; {} without either.
+
+    Raises:
+        OSError: it cannot be read.
+        DataError: the folder holds no pictures.
+    """
+    if not spec.data.calibration:
+        return {}
+    if spec.data.generator:
+        path = spec.path.parent / spec.data.generator
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"calibration": calibration(spec, spec.path.parent).digest()}
+
+
 def arrays(pictures: Pictures, into: Input, batch: int) -> Iterator[NDArray[np.uint8]]:
     """The readable pictures as UINT8 [b,H,W,3], b ≤ batch.
 
@@ -119,7 +134,7 @@ def arrays(pictures: Pictures, into: Input, batch: int) -> Iterator[NDArray[np.u
     if unreadable:
         from rich.console import Console
 
-        Console(stderr=True).print(
+        Console(stderr=True, soft_wrap=True).print(
             f"{pictures.name}: {len(unreadable)} of {len(pictures)} pictures cannot be read and were left out, like "
             f"{unreadable[0]}",
             markup=False,

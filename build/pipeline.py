@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import engine, graph, plan, ssd_nms, verify
+from build import audit, engine, graph, plan, ssd_nms, verify
 from build import repository as store
 from build.errors import GraphError, OptionError, RuntimeUnavailableError, SpecError
 from build.spec import Spec, load
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 RUNTIMES = ("onnxruntime", "tensorrt")
-PRECISIONS = {"onnxruntime": ("fp32",), "tensorrt": ("fp32", "tf32")}
+PRECISIONS = {
+    "onnxruntime": ("fp32", "fp16", "int8"),  # on a CPU it has no kernels for the others
+    "tensorrt": ("fp32", "tf32", "fp16", "bf16", "int8", "fp8"),
+}
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,11 +47,12 @@ def build_engines(
     Args:
         models: folders of `sources`; None = all that have a spec.toml.
         runtime: auto, onnxruntime or tensorrt.
-        precision: fp32, or for tensorrt also tf32.
+        precision: fp32, fp16 or int8; for tensorrt also tf32, bf16 and fp8.
         force: build and publish even where nothing changed.
         repository: where to publish.
         sources: where the models are.
-        artifacts: gets <name>/<precision>/model.onnx, and model.plan beside it.
+        artifacts: gets <name>/<precision>/model.onnx; beside it what a runtime is given instead: model.plan, or
+            onnxruntime.onnx, where the same numbers are typed otherwise to be fast on a CPU.
         judge: mAP of COCO detections for the gate; None = the gate does not look at mAP.
         console: where to say what is done; None = standard output.
 
@@ -122,7 +126,7 @@ def verify_published(
     for spec in [load(sources / name) for name in _names(models, sources)]:
         folder, manifest = store.served(repository, spec.model.name)
         runtime, precision = manifest["runtime"], manifest["precision"]
-        reference = _typed(spec, precision, artifacts)
+        reference = _typed(spec, runtime, precision, artifacts)
         built = folder / store.MODEL_FILE[runtime]
         report = _gate(spec, runtime, precision, reference, built, manifest.get("engine"), artifacts, judge, count)
         say.print(str(report), markup=False)
@@ -130,20 +134,26 @@ def verify_published(
     return reports
 
 
-def _typed(spec: Spec, precision: str, artifacts: Path) -> onnx.ModelProto:
-    """The graph in a precision: FP32 from its source, any other as it was built.
+def _typed(spec: Spec, runtime: str, precision: str, artifacts: Path) -> onnx.ModelProto:
+    """The graph that a runtime gets in a precision: FP32 from its source, any other as it was built.
 
     Raises:
         OptionError: it was not built here.
     """
     import onnx
 
-    if precision in PRECISIONS["tensorrt"]:
+    if precision in audit.UNTYPED:
         return graph.attach(spec)
-    path = artifacts / spec.model.name / precision / "model.onnx"
+    path = _artifact(spec, runtime, precision, artifacts)
     if not path.is_file():
         raise OptionError(f"{path}: the graph to compare with is not there", fix="build it: ./invoke build-engines")
     return onnx.load(path)
+
+
+def _artifact(spec: Spec, runtime: str, precision: str, artifacts: Path) -> Path:
+    """The ONNX file that a runtime gets."""
+    special = (runtime, precision) == ("onnxruntime", "int8")
+    return artifacts / spec.model.name / precision / ("onnxruntime.onnx" if special else "model.onnx")
 
 
 def _gate(
@@ -162,7 +172,7 @@ def _gate(
 
     what = f"{spec.model.name} ({precision}, {runtime})"
     within, cache = verify.tolerance(runtime, precision), artifacts / "datasets"
-    baseline = None if precision in PRECISIONS["tensorrt"] else graph.attach(spec)
+    baseline = None if precision in audit.UNTYPED else graph.attach(spec)
     if facts is None:
         candidate = verify.onnxruntime_runner(onnx.load(built))
         return verify.gate(
@@ -269,7 +279,7 @@ def _build(
     say: Console,
 ) -> int:
     name = spec.model.name
-    artifact = artifacts / name / precision / "model.onnx"
+    artifact = _artifact(spec, runtime, precision, artifacts)
     here = engine.target() if runtime == "tensorrt" else None
     manifest = None if force else store.fresh_manifest(spec, target, precision, runtime, here)
     if manifest and artifact.is_file():
@@ -278,13 +288,15 @@ def _build(
             version: int = manifest["version"]
             say.print(f"{name}: nothing changed, version {version} stays ({precision}, {runtime})", markup=False)
             return version
-    model = graph.attach(spec)
-    self_check(model, spec)
+    chosen = audit.approved(spec, precision, artifacts, say)
+    model = chosen.runs if artifact.name == "onnxruntime.onnx" else chosen.graph
+    self_check(chosen.runs, spec)
     with store.explained(artifact):
         artifact.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = artifact.with_suffix(".new")
-        unfinished.write_bytes(model.SerializeToString(deterministic=True))
-        unfinished.replace(artifact)
+        for path, written in {artifact.with_name("model.onnx"): chosen.graph, artifact: model}.items():
+            unfinished = path.with_suffix(".new")
+            unfinished.write_bytes(written.SerializeToString(deterministic=True))
+            unfinished.replace(path)
     say.print(
         f"{name}: built {_relative(artifact)} ({artifact.stat().st_size / 1e6:.1f} MB), runs as its spec says",
         markup=False,
@@ -302,10 +314,10 @@ def _build(
     say.print(str(report.require()), markup=False)
     facts["verified"] = report.as_dict()
     version = store.publish(spec, built, target, precision, runtime, facts)
-    chosen = store.recipe(spec, precision, runtime)["serving"]
+    serving = store.recipe(spec, precision, runtime)["serving"]
     say.print(
         f"{name}: published version {version} to {_relative(target / name)} "
-        f"({precision}, {runtime}, instances x threads: {chosen['instances']} x {chosen['threads']})",
+        f"({precision}, {runtime}, instances x threads: {serving['instances']} x {serving['threads']})",
         markup=False,
     )
     return version

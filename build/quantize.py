@@ -172,7 +172,7 @@ def calibrate(spec: Spec, source: onnx.ModelProto, cache: Path, console: Console
     from rich.console import Console
     from rich.progress import Progress
 
-    say = console or Console(stderr=True)
+    say = console or Console(stderr=True, soft_wrap=True)
     pictures = datasets.calibration(spec, cache / "datasets")
     if len(pictures) < FEW_PICTURES:
         say.print(

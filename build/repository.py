@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from build import ssd_nms
+from build import datasets, ssd_nms
 from build.errors import PublishError
 from build.spec import Spec
 
@@ -43,6 +43,7 @@ _BUILDERS = {
         "tensorrt": ("build/engine.py", "build/tensorrt_compat.py"),
     }.items()
 }
+_TYPERS = tuple(map(Path, ("build/precision.py", "build/quantize.py", "build/datasets.py")))
 _TOOLS = ("onnx", "onnxscript", "onnxruntime")
 _STAGING = ".publishing"
 
@@ -62,7 +63,10 @@ def recipe(spec: Spec, precision: str, runtime: str) -> dict[str, Any]:
     instances, threads = _instances_and_threads(spec, runtime)
     try:
         inputs = {path.name: _sha256(path) for path in sources}
-        inputs |= {str(path): _sha256(_ROOT / path) for path in _BUILDERS[runtime]}
+        builders = _BUILDERS[runtime] + (() if precision in ("fp32", "tf32") else _TYPERS)
+        inputs |= {str(path): _sha256(_ROOT / path) for path in builders}
+        if precision in ("int8", "fp8"):
+            inputs |= datasets.digest(spec)
     except OSError as error:
         raise PublishError(f"{error.filename}: cannot be read: {error.strerror}") from None
     return {

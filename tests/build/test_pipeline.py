@@ -125,7 +125,7 @@ def test_tensorrt_says_all_that_is_missing(place: Place, monkeypatch: pytest.Mon
     ("options", "error", "message"),
     [
         ({"runtime": "tensort"}, OptionError, "runtime is 'tensort', but must be one of auto, onnxruntime, tensorrt"),
-        ({"precision": "int8"}, OptionError, "precision is 'int8', but this version builds fp32 only for onnx"),
+        ({"precision": "bf16"}, OptionError, "precision is 'bf16', but .* builds fp32, fp16, int8 only for onnx"),
         ({"models": ["tinny"]}, SpecError, r"has no model 'tinny'(?s:.*)did you mean tiny"),
     ],
 )
