@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from build import datasets, graph, precision, quantize, ssd_nms
+from build import datasets, evaluate, graph, precision, quantize, ssd_nms
 from build.errors import DataError, QuantizeError, VerifyError
 from build.spec import Spec
 
@@ -215,8 +215,6 @@ def score(pictures: datasets.Pictures, detector: Detector, title: str, console: 
     from rich.console import Console
     from rich.progress import Progress
 
-    from perf import evaluate
-
     assert pictures.truth is not None
     nothing = Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
     found: list[Found] = []
@@ -281,7 +279,7 @@ class Curves:
     """Every match that pycocotools found, kept so that mAP of any resampling of the pictures is a few sums.
 
     Args:
-        judge: what `perf.evaluate.judge` returned.
+        judge: what `evaluate.judge` returned.
     """
 
     def __init__(self, judge: COCOeval) -> None:
