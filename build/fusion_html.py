@@ -431,7 +431,7 @@ def roofline_svg(report: Report) -> str:
         turn = f"rotate({-slope:.1f} {x(at):.1f} {y(at * speed):.1f})"
         name = f"{speed / 1e9:.0f} GB/s ({size / 2**20:g} MiB)"
         roofs += _text(x(at), y(at * speed) + offset, name, transform=turn, class_="roofname")
-    dots = ""
+    dots = names = ""
     named: list[tuple[float, float]] = []
     for rank, kernel in enumerate(sorted(points, key=lambda k: -(k.share or 0))):
         spot_at = (x(kernel.intensity or 1), y(reached[id(kernel)]))
@@ -445,11 +445,13 @@ def roofline_svg(report: Report) -> str:
             r=round(radius, 1),
             class_=f"dot {kernel.bound}",
         )
-        dots = spot + dots  # small ones in front
-        if rank < 8 and not any(abs(spot_at[0] - a) < 150 and abs(spot_at[1] - b) < 14 for a, b in named) and spot_at[0] < right - 160:
+        dots += spot  # small ones in front
+        here, below = spot_at
+        free = not any(abs(here - a) < 150 and abs(below - b) < 14 for a, b in named)
+        if rank < 8 and free and here < right - 160:
             named.append(spot_at)
-            dots += _text(spot_at[0] + radius + 4, spot_at[1] + 4, title(report, kernel).split(" + ")[0], class_="dotname")
-    body += _tag("g", roofs + dots, clip_path="url(#plot)")
+            names += _text(here + radius + 4, below + 4, title(report, kernel).split(" + ")[0], class_="dotname")
+    body += _tag("g", roofs + dots + names, clip_path="url(#plot)")
     body += _tag("rect", x=left, y=top, width=plot_width, height=plot_height, class_="frame")
     label = "Roofline: reached operations per second over operations per byte"
     return _tag("svg", body, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img", aria_label=label)

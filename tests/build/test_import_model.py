@@ -152,6 +152,7 @@ def test_a_folder_is_replaced_in_one_step_or_put_back(tmp_path: Path, monkeypatc
     monkeypatch.setattr(import_module.ctypes, "CDLL", lambda *_, **__: Old())
     import_module._put(new, target)
     assert (target / "file").read_text() == "old"
+    import_module.shutil.rmtree(tmp_path / "staging" / ".replaced")
     with pytest.raises(FileNotFoundError):
         import_module._put(new, target)  # there is nothing to put any more
     assert (target / "file").read_text() == "old"
