@@ -173,9 +173,18 @@ def test_the_tolerances_are_those_that_were_agreed() -> None:
     """Whoever loosens one changes it here, too, and says why in the commit."""
     table = json.loads(verify.TOLERANCES.read_text())
     exact, close, far = (0, 1e-5, 1e-5, 0.0), (1, 5e-3, 1e-2, 0.01), (2, 2e-2, 5e-2, 0.03)
+    # A logit that falls to the next of its 127 codes moves a score by a quarter of that step, two of them by a half.
+    codes = (2, 2e-2, 1.2e-1, 0.03)
     agreed = {
-        "onnxruntime": {"fp32": exact, "fp16": close, "bf16": far, "int8": far, "fp8": far},
-        "tensorrt": {"fp32": (0, 1e-4, 1e-4, 0.0), "tf32": close, "fp16": close, "bf16": far, "int8": far, "fp8": far},
+        "onnxruntime": {"fp32": exact, "fp16": close, "bf16": far, "int8": codes, "fp8": far},
+        "tensorrt": {
+            "fp32": (0, 1e-4, 1e-4, 0.0),
+            "tf32": close,
+            "fp16": close,
+            "bf16": far,
+            "int8": codes,
+            "fp8": far,
+        },
     }
     assert set(table) == {"about", *agreed}
     for runtime, precisions in agreed.items():
