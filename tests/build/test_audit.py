@@ -283,7 +283,8 @@ def test_sensitivity_finds_what_to_leave_out_and_writes_it(
         "",
         "[quantization]\ngate = 0.9\n",
         '[quantization]\nexclude_nodes = ["old"]  # why\ngate = 0.9\n',
-X
+        "[quantization]\ngate = 0.9\nexclude_nodes = [\n    'old',  # [why]\n    \"other\"\n]\n"
+        "\n[data]\ncalibration = 'x'\n",
     ],
 )
 def test_exclude_nodes_are_written_and_the_rest_is_left(tmp_path: Path, before: str) -> None:

@@ -23,7 +23,7 @@ import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from build import audit, graph
+from build import audit, graph, precision, quantize
 from build.precision import PRECISIONS
 from build.spec import load
 from tests.build import tiny_model
@@ -174,5 +174,30 @@ def test_exporter_mistakes_are_refused_and_named(
 def test_the_models_here_are_legal(spec: Path, rtx: Path, tmp_path: Path) -> None:
     onnx.save(attached(spec), tmp_path / "model.onnx")
     (result,) = compiled(rtx, spec, [tmp_path / "model.onnx"])
+    assert "error" not in result, result["error"]
+    assert result["types"] == {"images": "UINT8", "box_deltas": "FLOAT", "class_logits": "FLOAT"}
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "int8", "int8 beside fp16", "fp8"])
+def test_every_precision_of_shapes_is_legal(kind: str, rtx: Path, tmp_path: Path) -> None:
+    """As it is built but for the clipping, which no type depends on: every Conv but the named ones is quantised."""
+    spec = load(ROOT / "models" / "shapes")
+    source = quantize.fold(graph.load_source(spec))
+    if kind in ("fp16", "bf16"):
+        typed_source = precision.half(source, kind)
+    else:
+        clips = {name: 4.0 for node in source.graph.node for name in node.output} | {"ssd/front/div": 1.0}
+        excluded = spec.quantization.exclude_nodes
+        placed = quantize.quantize(source, clips, kind=kind.split()[0], exclude=excluded)
+        assert set(placed.nodes) == {conv.name for conv in quantize.convs(source)} - set(excluded)
+        typed_source = precision.half(placed.model, "fp16") if kind.endswith("fp16") else placed.model
+        constants = {one.name: one for one in typed_source.graph.initializer}
+        for node in typed_source.graph.node:
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                zero = constants[node.input[2]]
+                assert zero.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN)
+                assert not any(zero.raw_data)
+    onnx.save(graph.before_nms(graph.attach(spec, typed_source)), tmp_path / "model.onnx")
+    (result,) = compiled(rtx, spec.path, [tmp_path / "model.onnx"])
     assert "error" not in result, result["error"]
     assert result["types"] == {"images": "UINT8", "box_deltas": "FLOAT", "class_logits": "FLOAT"}
