@@ -4,7 +4,8 @@
     python plugins/bench/bench.py --only check --core build/libssd_nms_core.so
 
 Times are CUDA events around a graph of many calls on different inputs, together larger than the L2 cache; the median of
-the replays. Beside each: the bytes of inputs and outputs, once, over the copy bandwidth that this GPU reached.
+the replays. Beside each: the bytes of inputs and outputs, once, over the copy bandwidth that this GPU reached; and
+EfficientNMS_TRT on the same inputs, where TensorRT is there (efficient_nms.py says what that needs).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from efficient_nms import CUT, Peer
 
 SOURCE = Path(__file__).resolve().parent.parent / "ssd_nms"
 HOST_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-shared"]
@@ -440,7 +442,7 @@ def torchvision_time(settings: Settings, inputs: Inputs) -> float | str:
     return statistics.median(times[2:])
 
 
-def measure(core: ctypes.CDLL) -> dict[str, Any]:
+def measure(core: ctypes.CDLL, peer: Peer) -> dict[str, Any]:
     """All the rows of the table."""
     bandwidth = copy_bandwidth()
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -484,15 +486,31 @@ def measure(core: ctypes.CDLL) -> dict[str, Any]:
             "times the floor": round(median / (total / bandwidth * 1e6), 2),
         }
         if dtype == torch.float16 and threshold == 0.05:
-            peer = torchvision_time(settings, first)
-            row["us, torchvision"] = round(peer, 1) if isinstance(peer, float) else peer
+            other = torchvision_time(settings, first)
+            row["us, torchvision"] = round(other, 1) if isinstance(other, float) else other
+        given = [call.inputs for call in calls]
+        row |= beside(peer.measure((model, batch, dtype, kind), given, settings, REPLAYS), median, one, candidates)
         rows.append(row)
         print(json.dumps(row), flush=True)
-        del calls, one, first
+        del calls, one, first, given
     return {
         "copy bandwidth, GB/s": round(bandwidth / 1e9),
         "rows": rows,
-        "EfficientNMS_TRT": "not measured: no TensorRT",
+        "EfficientNMS_TRT": peer.summary(),
+    }
+
+
+def beside(told: dict[str, Any] | str, us: float, ours: Call, candidates: float) -> dict[str, Any]:
+    """The row's part about EfficientNMS_TRT: its figures and the ratio, or why there are none."""
+    if isinstance(told, str):
+        return {"us, EfficientNMS_TRT": told}
+    details = told | {"detections per image, ours, first set": round(float(ours.outputs[0].float().mean()), 1)}
+    if candidates > CUT:
+        details["cut"] = f"takes {CUT} of {candidates:.0f} candidates: not the same work"
+    return {
+        "us, EfficientNMS_TRT": told["us"],
+        "ours / EfficientNMS_TRT": round(us / told["us"], 3),
+        "EfficientNMS_TRT": details,
     }
 
 
@@ -519,9 +537,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     columns = ["model", "type", "batch", "threshold", "inputs", "candidates per image", "us", "us, one call alone"]
     columns += ["us, bytes floor", "times the floor", "us, torchvision"]
+    columns += ["us, EfficientNMS_TRT", "ours / EfficientNMS_TRT"]
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(str(row.get(column, "")) for column in columns) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
+    reasons: list[str] = []
+
+    def cell(value: Any) -> str:
+        text, _, reason = str(value).partition(": ")  # a reason stands below the table, once
+        if reason and text == "not measured" and reason not in reasons:
+            reasons.append(reason)
+        return f"{text} ({reasons.index(reason) + 1})" if reason in reasons else str(value)
+
+    lines += [" | ".join(cell(row.get(column, "")) for column in columns) for row in rows]
+    notes = [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join([*(f"| {line} |" for line in lines), *([""] if notes else []), *notes])
 
 
 def main() -> int:
@@ -549,7 +577,8 @@ def main() -> int:
             if part == "check":
                 result[part] = check(load(gold), load(core), arguments.device, 12 if arguments.small else 400)
             elif part == "measure":
-                result[part] = measure(load(core))
+                with Peer(Path(folder) / "inputs") as peer:
+                    result[part] = measure(load(core), peer)
                 print(table(result[part]["rows"]))
             else:
                 result[part] = sanitize(core, gold)
