@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from build import datasets, evaluate, graph, precision, quantize, ssd_nms
-from build.errors import DataError, QuantizeError, VerifyError
+from build.errors import DataError, QuantizeError, RuntimeUnavailableError, VerifyError
 from build.spec import Spec
 
 if TYPE_CHECKING:
@@ -373,7 +373,8 @@ def audit(
         spec: the model.
         artifacts: where to write, and where calibration and generated pictures are kept.
         precisions: beside fp32.
-        served: (precision, detector) of a running server, judged in place of the graphs.
+        served: (precision, detector) of a running server, judged in place of the graphs; the files' names then begin
+            with served_.
         console: for progress and the table.
 
     Returns:
@@ -417,16 +418,20 @@ def audit(
     }
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "summary.json", summary)
+        prefix = "" if served is None else "served_"
+        write_json(out / f"{prefix}summary.json", summary)
         about = {"model": spec.model.name, "pictures": len(pictures), "gate": spec.quantization.gate, "rows": rows}
-        write_json(out / "report.json", about)
+        write_json(out / f"{prefix}report.json", about)
         if worst is not None:
-            draw_worst(out / "worst", spec, pictures, reference, *worst)
+            draw_worst(out / f"{prefix}worst", spec, pictures, reference, *worst)
         if served is None and any(kind in _QUANTISED for kind in precisions):
             folded = quantize.fold(graph.load_source(spec))
             calibration = quantize.calibrate(spec, folded, artifacts, say)
             quantize.write_scales(out / "scales.csv", calibration, spec.quantization.percentile)
-            quantize.draw_histograms(out / "histograms.png", calibration, spec.quantization.percentile)
+            try:
+                quantize.draw_histograms(out / "histograms.png", calibration, spec.quantization.percentile)
+            except RuntimeUnavailableError as missing:
+                say.print(f"no {out / 'histograms.png'}: {missing.what}", markup=False)
     say.print(_table(spec, rows, summary))
     return summary
 

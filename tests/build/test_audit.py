@@ -222,7 +222,11 @@ def test_a_served_model_is_judged_by_what_it_answers(seen: Spec, tmp_path: Path)
     summary = audit.audit(seen, tmp_path, served=("int8", half_blind), console=silent())
     assert set(summary) == {"fp32", "int8 served"}
     assert summary["int8 served"]["ratio"] < 0.8
-    assert not (tmp_path / "audit" / "scales.csv").exists()
+    assert {path.name for path in (tmp_path / "audit").iterdir()} == {
+        "served_summary.json",
+        "served_report.json",
+        "served_worst",
+    }
 
 
 def test_the_gate_takes_the_best_and_refuses_what_loses_too_much(seen: Spec, tmp_path: Path) -> None:
