@@ -462,18 +462,7 @@ def _table(spec: Spec, rows: Iterable[dict[str, Any]], summary: Mapping[str, Any
     from rich.table import Table
 
     table = Table(title=f"{spec.model.name}: what each precision keeps (gate {spec.quantization.gate:g} of FP32's mAP)")
-    columns = (
-        "precision",
-        "calibrator",
-        "mAP",
-        "mAP50",
-        "of fp32",
-        "95 % interval",
-        "small",
-        "medium",
-        "large",
-    )
-    for column in (*columns, "verdict"):
+    for column in ("precision", "calibrator", "mAP", "mAP50", "of fp32", "95 % interval", "verdict"):
         table.add_column(column, justify="left" if column in ("precision", "calibrator", "verdict") else "right")
     for row in rows:
         best = summary[row["precision"]]["calibrator"] == row["calibrator"]
@@ -485,7 +474,6 @@ def _table(spec: Spec, rows: Iterable[dict[str, Any]], summary: Mapping[str, Any
             f"{row['map50']:.4f}",
             f"{row['ratio']:.2%}",
             f"{row['ci95'][0]:+.4f} .. {row['ci95'][1]:+.4f}",
-            *(f"{value:.3f}" for value in row["by_size"].values()),
             ("passes" if passes else "fails") + (", best" if best and row["calibrator"] else ""),
         )
     return table

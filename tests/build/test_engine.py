@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,6 +204,15 @@ def test_two_builds_at_once(tmp_path: Path) -> None:
         pass
 
 
+@pytest.fixture
+def _sigint_as_in_a_terminal() -> Iterator[None]:
+    """A shell hands SIGINT down ignored to what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_sigint_as_in_a_terminal")
 def test_ctrl_c_stops_the_builder(spec: Spec, model: onnx.ModelProto) -> None:
     asked, finished = [], threading.Event()
 
@@ -226,6 +236,7 @@ def test_ctrl_c_stops_the_builder(spec: Spec, model: onnx.ModelProto) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("_sigint_as_in_a_terminal")
 def test_ctrl_c_waits_where_the_version_cannot_stop(spec: Spec, model: onnx.ModelProto) -> None:
     finished = threading.Event()
 
