@@ -78,6 +78,7 @@ def demo(c: Context, quick: bool = False) -> None:
         "model": "one model of models/ (default: all of them)",
         "runtime": "auto, onnxruntime or tensorrt",
         "precision": "fp32, fp16 or int8; for tensorrt also tf32, bf16 and fp8",
+        "calibration": "explicit, or for int8 with TensorRT up to 10 implicit: TensorRT's own calibrator",
         "force": "rebuild even where nothing changed",
         "rollback": "serve the version before the current one again (needs --model)",
     }
@@ -88,6 +89,7 @@ def build_engines(
     model: str = "",
     runtime: str = "auto",
     precision: str = "fp32",
+    calibration: str = "explicit",
     force: bool = False,
     rollback: bool = False,
 ) -> None:
@@ -97,7 +99,16 @@ def build_engines(
     if rollback:
         pipeline.rollback(model, repository=REPOSITORY)
     else:
-        pipeline.build_engines(_models(model), runtime, precision, force, REPOSITORY, artifacts=ARTIFACTS, judge=_map)
+        pipeline.build_engines(
+            _models(model),
+            runtime,
+            precision,
+            force,
+            REPOSITORY,
+            artifacts=ARTIFACTS,
+            judge=_map,
+            calibration=calibration,
+        )
 
 
 @task(help={"model": "one model (default: all of them)", "count": "how many pictures"})

@@ -445,7 +445,8 @@ def _stale(machine: Machine, name: str, manifest: Mapping[str, Any]) -> Iterator
         text = f"has no source in {_relative(machine.models)}: it cannot be built again here"
         yield Finding("Published", f"{name}: source", "info", text, "keep its sources under models/")
         return
-    wanted = repository.recipe(spec.load(machine.models / name), manifest["precision"], manifest["runtime"])
+    way = manifest.get("calibration", {}).get("way", "explicit")
+    wanted = repository.recipe(spec.load(machine.models / name), manifest["precision"], manifest["runtime"], way)
     changed = []
     for key, value in wanted.items():
         old = manifest.get(key)

@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from build import implicit, ssd_nms
 from build import plan as plans
-from build import ssd_nms
 from build import tensorrt_compat as compat
 from build.cuda import Cuda, Gpu
 from build.errors import EngineError, RuntimeUnavailableError
 from build.plugins import plugin_info
-from build.spec import Spec
+from build.spec import Profile, Spec
 
 if TYPE_CHECKING:
     import onnx
@@ -65,6 +65,7 @@ def build(
     *,
     plugin: Path = PLUGIN,
     timing_caches: Path = TIMING_CACHES,
+    calibration: Path | None = None,
     console: Console | None = None,
     trt: Any = None,
     cuda: Cuda | None = None,
@@ -78,6 +79,8 @@ def build(
         target: gets the plan, whole or not at all.
         plugin: the library with the SSDNMS plugin.
         timing_caches: the folder of the timing caches.
+        calibration: the artifacts' folder, where TensorRT is to calibrate INT8 by itself and to keep what it measured;
+            None = the graph says what is quantised.
         console: where progress is shown; None = standard error.
         trt, cuda: the packages; None = the installed ones.
 
@@ -86,15 +89,23 @@ def build(
 
     Raises:
         EngineError: the plan cannot be built; `target` is as it was.
-        RuntimeUnavailableError: there is no TensorRT or no GPU here.
+        RuntimeUnavailableError: there is no TensorRT or no GPU here, or it has no calibrators any more.
+        DataError: there are no pictures to calibrate on.
     """
     trt = trt or compat.load()
     cuda = cuda or Cuda()
     gpu = cuda.gpu()
     serialized = model.SerializeToString(deterministic=True)
+    calibrator = None
+    if calibration:
+        method = implicit.method_of(spec)
+        batch = _calibration_sizes(spec).opt
+        calibrator = implicit.calibrator(spec, method, serialized, calibration, batch=batch, trt=trt, cuda=cuda)
     started = time.monotonic()
     with timing_cache(timing_caches, gpu, compat.version(trt)) as cache:
-        data = serialize(spec, model, precision, trt=trt, plugin=plugin, cache=cache, console=console)
+        data = serialize(
+            spec, model, precision, trt=trt, plugin=plugin, cache=cache, calibrator=calibrator, console=console
+        )
     seconds = time.monotonic() - started
     log = plans.Log()
     logger = compat.logger(trt, log)  # must outlive the engine
@@ -109,7 +120,7 @@ def build(
         "gpu": gpu.as_dict(),
         "precision": precision,
         "tf32": _tf32(spec, precision),
-        "strongly_typed": compat.strongly_typed(trt),
+        "strongly_typed": calibrator is None and compat.strongly_typed(trt),
         "profiles": [dataclasses.asdict(profile) for profile in spec.profiles],
         "options": {k: v for k, v in dataclasses.asdict(spec.tensorrt).items() if k not in ("profiles", "tf32")},
         "build_seconds": round(seconds, 1),
@@ -148,6 +159,7 @@ def serialize(
     trt: Any,
     plugin: Path | None = None,
     cache: Path | None = None,
+    calibrator: Any = None,
     console: Console | None = None,
 ) -> bytes:
     """Parses and builds.
@@ -158,6 +170,7 @@ def serialize(
         trt: the tensorrt module, or another of its interface.
         plugin: the plugin's library.
         cache: the timing cache, read and written; None = without.
+        calibrator: for an FP32 graph that TensorRT quantises by itself; None = types are the graph's.
         console: where progress is shown; None = standard error.
 
     Raises:
@@ -177,13 +190,18 @@ def serialize(
             why="there is no NVIDIA GPU here, or its driver is too old",
             fix="see what nvidia-smi says; in a container, start it with --gpus all",
         ) from None
-    network = compat.create_network(trt, builder)
+    network = compat.create_network(trt, builder, typed=calibrator is None)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(stripped.SerializeToString()):
         raise _parser_error(model, compat.parser_faults(parser), log)
     config = builder.create_builder_config()
     _configure(trt, config, spec, precision)
-    compat.set_types(trt, network, config, _types(model))
+    if calibrator is None:
+        compat.set_types(trt, network, config, _types(model))
+    else:
+        profile = _profile(builder, network, _calibration_sizes(spec), "the calibration's profile")
+        half, exclude = spec.quantization.rest == "fp16", spec.quantization.exclude_nodes
+        compat.set_calibration(trt, network, config, calibrator, profile, half=half, exclude=exclude)
     _add_profiles(builder, network, config, spec)
     timings = _attach_cache(config, cache) if cache else None
     data = _run(trt, builder, network, config, log, console)
@@ -262,24 +280,39 @@ def _add_profiles(builder: Any, network: Any, config: Any, spec: Spec) -> None:
     Raises:
         EngineError: the graph cannot take a profile's batches.
     """
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
     for number, sizes in enumerate(spec.profiles):
-        profile = builder.create_optimization_profile()
-        for tensor in inputs:
-            batch, *rest = (int(size) for size in tensor.shape)
-            if batch != -1 and not sizes.min == sizes.opt == sizes.max == batch:
-                raise _profile_error(number, sizes, f"input {tensor.name!r} has the fixed batch {batch}")
-            try:
-                profile.set_shape(tensor.name, *((size, *rest) for size in (sizes.min, sizes.opt, sizes.max)))
-            except ValueError as error:
-                raise _profile_error(number, sizes, f"input {tensor.name!r} {[batch, *rest]}: {error}") from None
-        if config.add_optimization_profile(profile) < 0:
-            raise _profile_error(number, sizes, "TensorRT does not accept it")
+        what = f"optimisation profile {number}"
+        if config.add_optimization_profile(_profile(builder, network, sizes, what)) < 0:
+            raise _profile_error(what, sizes, "TensorRT does not accept it")
 
 
-def _profile_error(number: int, sizes: Any, reason: str) -> EngineError:
+def _profile(builder: Any, network: Any, sizes: Profile, what: str) -> Any:
+    """A profile with these batches of every input.
+
+    Raises:
+        EngineError: the graph cannot take them.
+    """
+    profile = builder.create_optimization_profile()
+    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+        batch, *rest = (int(size) for size in tensor.shape)
+        if batch != -1 and not sizes.min == sizes.opt == sizes.max == batch:
+            raise _profile_error(what, sizes, f"input {tensor.name!r} has the fixed batch {batch}")
+        try:
+            profile.set_shape(tensor.name, *((size, *rest) for size in (sizes.min, sizes.opt, sizes.max)))
+        except ValueError as error:
+            raise _profile_error(what, sizes, f"input {tensor.name!r} {[batch, *rest]}: {error}") from None
+    return profile
+
+
+def _calibration_sizes(spec: Spec) -> Profile:
+    """What a calibrator feeds: batches of one size, since TensorRT takes whole ones only."""
+    batch = min(8, spec.serving.max_batch_size)
+    return Profile(batch, batch, batch)
+
+
+def _profile_error(what: str, sizes: Profile, reason: str) -> EngineError:
     return EngineError(
-        f"optimisation profile {number} (batch {sizes.min} to {sizes.max}) does not fit the model: {reason}",
+        f"{what} (batch {sizes.min} to {sizes.max}) does not fit the model: {reason}",
         fix="correct [[tensorrt.profiles]], or export the model with a dynamic batch",
     )
 

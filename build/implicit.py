@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from build import datasets, graph, ssd_nms
 from build import tensorrt_compat as compat
 from build.cuda import Buffer, Cuda
-from build.errors import RuntimeUnavailableError
+from build.errors import DataError, RuntimeUnavailableError
 from build.spec import Spec
 
 if TYPE_CHECKING:
@@ -53,17 +53,16 @@ def calibrator(
 
     Raises:
         RuntimeUnavailableError: TensorRT is not there, or has no calibrators any more.
-        DataError: there are no pictures.
+        DataError: there are no pictures, or not enough for one batch.
     """
     trt = trt or compat.load()
-    base = getattr(trt, BASES[method], None)
-    if base is None:
-        raise RuntimeUnavailableError(
-            f"TensorRT {compat.version(trt)} has no {BASES[method]}: implicit calibration is not possible with it",
-            why="TensorRT 11 removed calibrators together with weakly typed networks",
-            fix="calibrate explicitly, which every version takes: leave --calibration implicit out",
-        )
+    base = base_class(method, trt)
     pictures = datasets.calibration(spec, cache / "datasets")
+    if len(pictures) < batch:
+        raise DataError(
+            f"{pictures.name} holds {len(pictures)} pictures, but TensorRT calibrates on whole batches of {batch}",
+            fix="name a folder with more: [data] calibration; some hundreds make good scales",
+        )
     feed = _Feed(spec, pictures, batch, cuda)
     about = [method, spec.quantization.percentile, compat.version(trt), pictures.digest(), batch]
     key = hashlib.sha256(json.dumps(about).encode() + model).hexdigest()
@@ -98,6 +97,28 @@ def calibrator(
             return None
 
     return Calibrator()
+
+
+def method_of(spec: Spec) -> str:
+    """The spec's calibrator; entropy where it leaves the choice open."""
+    return "entropy" if spec.quantization.calibrator == "auto" else spec.quantization.calibrator
+
+
+def base_class(method: str, trt: Any = None) -> Any:
+    """TensorRT's base class of a method.
+
+    Raises:
+        RuntimeUnavailableError: TensorRT is not there, or has no calibrators any more.
+    """
+    trt = trt or compat.load()
+    base = getattr(trt, BASES[method], None)
+    if base is None:
+        raise RuntimeUnavailableError(
+            f"TensorRT {compat.version(trt)} has no {BASES[method]}: implicit calibration is not possible with it",
+            why="TensorRT 11 removed calibrators together with weakly typed networks",
+            fix="calibrate explicitly, which every version takes: leave --calibration implicit out",
+        )
+    return base
 
 
 def read_cache(file: Path, key: str) -> bytes | None:

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import audit, engine, graph, plan, ssd_nms, verify
+from build import audit, datasets, engine, graph, implicit, plan, ssd_nms, verify
 from build import repository as store
-from build.errors import GraphError, OptionError, RuntimeUnavailableError, SpecError
+from build.errors import GraphError, OptionError, RuntimeUnavailableError, SpecError, VerifyError
 from build.spec import Spec, load
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ PRECISIONS = {
     "onnxruntime": ("fp32", "fp16", "int8"),  # on a CPU it has no kernels for the others
     "tensorrt": ("fp32", "tf32", "fp16", "bf16", "int8", "fp8"),
 }
+CALIBRATIONS = ("explicit", "implicit")
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +41,7 @@ def build_engines(
     sources: Path = _ROOT / "models",
     artifacts: Path = _ROOT / "artifacts",
     judge: verify.Judge | None = None,
+    calibration: str = "explicit",
     console: Console | None = None,
 ) -> dict[str, int]:
     """Builds and publishes models; what is published already from the same inputs is left as it is.
@@ -54,6 +56,7 @@ def build_engines(
         artifacts: gets <name>/<precision>/model.onnx; beside it what a runtime is given instead: model.plan, or
             onnxruntime.onnx, where the same numbers are typed otherwise to be fast on a CPU.
         judge: mAP of COCO detections for the gate; None = the gate does not look at mAP.
+        calibration: explicit (the graph says what is INT8) or, for int8 and TensorRT up to 10, implicit (it does).
         console: where to say what is done; None = standard output.
 
     Returns:
@@ -69,9 +72,17 @@ def build_engines(
     if precision not in PRECISIONS[runtime]:
         known = ", ".join(PRECISIONS[runtime])
         raise OptionError(f"precision is {precision!r}, but this version builds {known} only for {runtime}")
+    if calibration not in CALIBRATIONS:
+        raise OptionError(f"calibration is {calibration!r}, but must be one of {', '.join(CALIBRATIONS)}")
+    if calibration == "implicit" and (runtime, precision) != ("tensorrt", "int8"):
+        raise OptionError(
+            f"calibration is 'implicit', but this would build {precision} for {runtime}",
+            why="only TensorRT calibrates by itself, and only INT8",
+            fix="add --runtime tensorrt --precision int8, or leave --calibration implicit out",
+        )
     say.print(f"runtime {runtime}: {why}", markup=False)
     return {
-        spec.model.name: _build(spec, runtime, precision, force, repository, artifacts, judge, say)
+        spec.model.name: _build(spec, runtime, precision, calibration, force, repository, artifacts, judge, say)
         for spec in [load(sources / name) for name in _names(models, sources)]
     }
 
@@ -126,15 +137,16 @@ def verify_published(
     for spec in [load(sources / name) for name in _names(models, sources)]:
         folder, manifest = store.served(repository, spec.model.name)
         runtime, precision = manifest["runtime"], manifest["precision"]
-        reference = _typed(spec, runtime, precision, artifacts)
-        built = folder / store.MODEL_FILE[runtime]
-        report = _gate(spec, runtime, precision, reference, built, manifest.get("engine"), artifacts, judge, count)
+        calibration = manifest.get("calibration", {}).get("way", "explicit")
+        reference = _typed(spec, runtime, precision, calibration, artifacts)
+        built, facts = folder / store.MODEL_FILE[runtime], manifest.get("engine")
+        report = _gate(spec, runtime, precision, reference, built, facts, artifacts, judge, count)
         say.print(str(report), markup=False)
         reports.append(report)
     return reports
 
 
-def _typed(spec: Spec, runtime: str, precision: str, artifacts: Path) -> onnx.ModelProto:
+def _typed(spec: Spec, runtime: str, precision: str, calibration: str, artifacts: Path) -> onnx.ModelProto:
     """The graph that a runtime gets in a precision: FP32 from its source, any other as it was built.
 
     Raises:
@@ -142,18 +154,19 @@ def _typed(spec: Spec, runtime: str, precision: str, artifacts: Path) -> onnx.Mo
     """
     import onnx
 
-    if precision in audit.UNTYPED:
+    if precision in audit.UNTYPED or calibration == "implicit":
         return graph.attach(spec)
-    path = _artifact(spec, runtime, precision, artifacts)
+    path = _artifact(spec, runtime, precision, calibration, artifacts)
     if not path.is_file():
         raise OptionError(f"{path}: the graph to compare with is not there", fix="build it: ./invoke build-engines")
     return onnx.load(path)
 
 
-def _artifact(spec: Spec, runtime: str, precision: str, artifacts: Path) -> Path:
-    """The ONNX file that a runtime gets."""
+def _artifact(spec: Spec, runtime: str, precision: str, calibration: str, artifacts: Path) -> Path:
+    """The ONNX file that a runtime gets; an FP32 graph to be calibrated by TensorRT has a folder of its own."""
     special = (runtime, precision) == ("onnxruntime", "int8")
-    return artifacts / spec.model.name / precision / ("onnxruntime.onnx" if special else "model.onnx")
+    folder = f"{precision}-implicit" if calibration == "implicit" else precision
+    return artifacts / spec.model.name / folder / ("onnxruntime.onnx" if special else "model.onnx")
 
 
 def _gate(
@@ -272,6 +285,7 @@ def _build(
     spec: Spec,
     runtime: str,
     precision: str,
+    calibration: str,
     force: bool,
     target: Path,
     artifacts: Path,
@@ -279,16 +293,19 @@ def _build(
     say: Console,
 ) -> int:
     name = spec.model.name
-    artifact = _artifact(spec, runtime, precision, artifacts)
+    artifact = _artifact(spec, runtime, precision, calibration, artifacts)
+    implicitly = calibration == "implicit"
+    if implicitly:
+        _require_implicit(spec, artifacts, judge)
     here = engine.target() if runtime == "tensorrt" else None
-    manifest = None if force else store.fresh_manifest(spec, target, precision, runtime, here)
+    manifest = None if force else store.fresh_manifest(spec, target, precision, runtime, here, calibration)
     if manifest and artifact.is_file():
         digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
         if (manifest["engine"]["onnx_sha256"] if here else manifest["files"]["model.onnx"]) == digest:
             version: int = manifest["version"]
             say.print(f"{name}: nothing changed, version {version} stays ({precision}, {runtime})", markup=False)
             return version
-    chosen = audit.approved(spec, precision, artifacts, say)
+    chosen = audit.approved(spec, "fp32" if implicitly else precision, artifacts, say)  # the gate judges the plan
     model = chosen.runs if artifact.name == "onnxruntime.onnx" else chosen.graph
     self_check(chosen.runs, spec)
     with store.explained(artifact):
@@ -304,16 +321,18 @@ def _build(
     built, facts = artifact, dict[str, Any]()
     if here:
         built = artifact.with_name("model.plan")
-        facts = {"target": here, "engine": engine.build(spec, model, precision, built, console=say)}
+        made = engine.build(spec, model, precision, built, calibration=artifacts if implicitly else None, console=say)
+        facts = {"target": here, "engine": made}
         say.print(
             f"{name}: built {_relative(built)} ({built.stat().st_size / 1e6:.1f} MB) for {here['gpu']} "
             f"with TensorRT {here['tensorrt']} in {facts['engine']['build_seconds']:.0f} s",
             markup=False,
         )
-    report = _gate(spec, runtime, precision, model, built, facts.get("engine"), artifacts, judge, verify.PICTURES)
+    count = spec.data.held_out_count if implicitly else verify.PICTURES  # no graph was audited before on all of them
+    report = _gate(spec, runtime, precision, model, built, facts.get("engine"), artifacts, judge, count)
     say.print(str(report.require()), markup=False)
     facts["verified"] = report.as_dict()
-    version = store.publish(spec, built, target, precision, runtime, facts)
+    version = store.publish(spec, built, target, precision, runtime, facts, calibration)
     serving = store.recipe(spec, precision, runtime)["serving"]
     say.print(
         f"{name}: published version {version} to {_relative(target / name)} "
@@ -321,6 +340,23 @@ def _build(
         markup=False,
     )
     return version
+
+
+def _require_implicit(spec: Spec, artifacts: Path, judge: verify.Judge | None) -> None:
+    """That TensorRT calibrates by itself, and that what it makes of it can be judged.
+
+    Raises:
+        RuntimeUnavailableError: this TensorRT does not.
+        DataError: there are no labelled held-out pictures.
+        VerifyError: nobody measures mAP.
+    """
+    implicit.base_class(implicit.method_of(spec))
+    datasets.held_out(spec, artifacts / "datasets")
+    if judge is None:
+        raise VerifyError(
+            f"{spec.model.name}: implicit calibration is judged by mAP, and nothing measures it here",
+            fix="give build_engines a judge, as invoke build-engines does",
+        )
 
 
 def _names(models: Sequence[str] | None, sources: Path) -> list[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from build import datasets, ssd_nms
+from build import datasets, implicit, ssd_nms
 from build.errors import PublishError
 from build.spec import Spec
 
@@ -44,16 +44,21 @@ _BUILDERS = {
     }.items()
 }
 _TYPERS = tuple(map(Path, ("build/precision.py", "build/quantize.py", "build/datasets.py")))
+_CALIBRATORS = (Path("build/implicit.py"), Path("build/datasets.py"))
 _TOOLS = ("onnx", "onnxscript", "onnxruntime")
 _STAGING = ".publishing"
 
 
-def recipe(spec: Spec, precision: str, runtime: str) -> dict[str, Any]:
+def recipe(spec: Spec, precision: str, runtime: str, calibration: str = "explicit") -> dict[str, Any]:
     """All that decides what is published: equal recipes make the same model, so that a published one is still fresh.
 
+    Args:
+        spec, precision, runtime: what is published.
+        calibration: explicit or implicit: who chose the scales of a quantised precision, the graph or TensorRT.
+
     Returns:
-        The first part of manifest.json: SHA-256 of every input file by its name, tool versions, precision, runtime and
-        the instances and threads chosen for this machine.
+        The first part of manifest.json: SHA-256 of every input file by its name, tool versions, precision, runtime, the
+        way and method of the calibration where there is one, and the instances and threads chosen for this machine.
 
     Raises:
         PublishError: an input cannot be read.
@@ -61,9 +66,11 @@ def recipe(spec: Spec, precision: str, runtime: str) -> dict[str, Any]:
     sources = [spec.path, spec.labels_path, spec.anchors_path]
     sources += sorted(spec.onnx_path.parent.glob(f"{spec.onnx_path.name}*"))  # with the files of its external data
     instances, threads = _instances_and_threads(spec, runtime)
+    method = implicit.method_of(spec) if calibration == "implicit" else spec.quantization.calibrator
     try:
         inputs = {path.name: _sha256(path) for path in sources}
-        builders = _BUILDERS[runtime] + (() if precision in ("fp32", "tf32") else _TYPERS)
+        typers = _CALIBRATORS if calibration == "implicit" else _TYPERS
+        builders = _BUILDERS[runtime] + (() if precision in ("fp32", "tf32") else typers)
         inputs |= {str(path): _sha256(_ROOT / path) for path in builders}
         if precision in ("int8", "fp8"):
             inputs |= datasets.digest(spec)
@@ -77,6 +84,7 @@ def recipe(spec: Spec, precision: str, runtime: str) -> dict[str, Any]:
         "inputs": inputs,
         "tools": {name: importlib.metadata.version(name) for name in _TOOLS} | {"python": platform.python_version()},
         "serving": {"instances": instances, "threads": threads},
+        **({"calibration": {"way": calibration, "method": method}} if precision in ("int8", "fp8") else {}),
     }
 
 
@@ -191,6 +199,7 @@ def publish(
     precision: str,
     runtime: str,
     facts: Mapping[str, Any] = MappingProxyType({}),
+    calibration: str = "explicit",
 ) -> int:
     """Publishes a built model as the next version, which is served from then on; the version before stays for rollback.
 
@@ -200,6 +209,7 @@ def publish(
         repository: the model repository; made where it is not there.
         precision, runtime: what it was built for.
         facts: more for the manifest: `target` and `engine` of a plan, `verified` of the gate.
+        calibration: as for `recipe`.
 
     Returns:
         The new version.
@@ -210,7 +220,7 @@ def publish(
     """
     version = 0
     with _locked(repository, spec.model.name) as folder, explained(folder):
-        for step in publishing(spec, model, folder, precision, runtime, facts):
+        for step in publishing(spec, model, folder, precision, runtime, facts, calibration):
             version = step
     return version
 
@@ -222,6 +232,7 @@ def publishing(
     precision: str,
     runtime: str,
     facts: Mapping[str, Any] = MappingProxyType({}),
+    calibration: str = "explicit",
 ) -> Iterator[int]:
     """The steps of `publish`, one by one: the process may die after any of them, and what was served is still served.
 
@@ -242,7 +253,7 @@ def publishing(
         if runtime == "onnxruntime":
             files[_BACKEND.name] = (_ROOT / _BACKEND).read_bytes()
         manifest = {
-            **recipe(spec, precision, runtime),
+            **recipe(spec, precision, runtime, calibration),
             **facts,
             "version": version,
             "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
@@ -340,20 +351,26 @@ def served(repository: Path, name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def fresh_manifest(
-    spec: Spec, repository: Path, precision: str, runtime: str, target: Mapping[str, str] | None = None
+    spec: Spec,
+    repository: Path,
+    precision: str,
+    runtime: str,
+    target: Mapping[str, str] | None = None,
+    calibration: str = "explicit",
 ) -> dict[str, Any] | None:
     """The served version's manifest if that version is whole and what a publish would make again, else None.
 
     Args:
         spec, repository, precision, runtime: as for `publish`.
         target: for a plan, what this machine would build it for.
+        calibration: as for `recipe`.
     """
     version = served_version(repository, spec.model.name)
     folder = repository / spec.model.name / str(version)
     if version is None or _damage(folder):
         return None
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
-    wanted = recipe(spec, precision, runtime) | ({"target": dict(target)} if target else {})
+    wanted = recipe(spec, precision, runtime, calibration) | ({"target": dict(target)} if target else {})
     return manifest if all(manifest.get(key) == value for key, value in wanted.items()) else None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,11 @@ def strongly_typed(trt: Any) -> bool:
     return "STRONGLY_TYPED" in trt.NetworkDefinitionCreationFlag.__members__
 
 
-def create_network(trt: Any, builder: Any) -> Any:
-    """An empty network, strongly typed where the version has that."""
+def create_network(trt: Any, builder: Any, *, typed: bool = True) -> Any:
+    """An empty network, strongly typed where the version has that and it is asked for."""
     flags = trt.NetworkDefinitionCreationFlag.__members__
-    return builder.create_network(_bits(flags[n] for n in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if n in flags))
+    wanted = ("EXPLICIT_BATCH", "STRONGLY_TYPED") if typed else ("EXPLICIT_BATCH",)
+    return builder.create_network(_bits(flags[name] for name in wanted if name in flags))
 
 
 def set_types(trt: Any, network: Any, config: Any, types: Mapping[str, str]) -> None:
@@ -103,6 +104,45 @@ def set_types(trt: Any, network: Any, config: Any, types: Mapping[str, str]) -> 
         layer.precision = trt.DataType.__members__[types[outputs[0].name]]
         for i, tensor in enumerate(outputs):
             layer.set_output_type(i, trt.DataType.__members__[types[tensor.name]])
+
+
+def set_calibration(
+    trt: Any, network: Any, config: Any, calibrator: Any, profile: Any, *, half: bool, exclude: Collection[str]
+) -> None:
+    """Has the builder measure a weakly typed FP32 network and choose what becomes INT8.
+
+    Args:
+        trt: the module.
+        network, config: of the build.
+        calibrator: feeds the pictures.
+        profile: the shapes of what it feeds.
+        half: whether what does not become INT8 may become FP16.
+        exclude: names of layers that stay floating.
+
+    Raises:
+        EngineError: the version does not calibrate, or the network has no such layer.
+    """
+    what = "implicit calibration"
+    if not hasattr(config, "int8_calibrator"):
+        raise EngineError(
+            f"{what} needs IBuilderConfig.int8_calibrator, which TensorRT {version(trt)} does not have",
+            fix="calibrate explicitly, which every version takes: leave --calibration implicit out",
+        )
+    for name in ("INT8", "FP16") if half else ("INT8",):
+        config.set_flag(enum_value(trt, "BuilderFlag", name, what))
+    config.int8_calibrator = calibrator
+    if not config.set_calibration_profile(profile):
+        raise EngineError(f"TensorRT {version(trt)} refuses the shapes of the calibration pictures")
+    if exclude:
+        config.set_flag(enum_value(trt, "BuilderFlag", "OBEY_PRECISION_CONSTRAINTS", "[quantization] exclude_nodes"))
+        layers = {layer.name: layer for layer in (network.get_layer(i) for i in range(network.num_layers))}
+        for name in exclude:
+            if name not in layers:
+                raise EngineError(
+                    f"[quantization] exclude_nodes names {name!r}, but TensorRT's network has no layer of that name",
+                    fix="calibrate explicitly: there the graph's own nodes are left out",
+                )
+            layers[name].precision = trt.DataType.__members__["HALF" if half else "FLOAT"]
 
 
 def set_flag(trt: Any, config: Any, name: str, on: bool, what: str) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import onnx
 
+from build import implicit
+
 SURFACES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "tensorrt_api.json").read_text())
 VERSIONS = tuple(SURFACES)
 
@@ -82,6 +84,9 @@ class FakeTensorRT:
 
         self.ILogger, self.IProfiler = ILogger, type("IProfiler", (), {})
         self.Severity = enum.IntEnum("Severity", {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "INFO": 3})
+        if "int8_calibrator" in self.surface["IBuilderConfig"]:  # not recorded: taken to be there where a config has it
+            for name in implicit.BASES.values():
+                setattr(self, name, type(name, (), {}))
         if "IProgressMonitor" in self.surface:
             self.IProgressMonitor = Monitor
 
@@ -111,6 +116,8 @@ class FakeTensorRT:
             config = self._of(
                 "IBuilderConfig",
                 builder_optimization_level=3,
+                int8_calibrator=None,
+                set_calibration_profile=lambda profile: config.assigned.update(calibration=profile.shapes) or True,
                 set_flag=lambda flag: flags.add(flag.name),
                 clear_flag=lambda flag: flags.discard(flag.name),
                 set_memory_pool_limit=lambda pool, size: config.assigned.update({pool.name: size}),

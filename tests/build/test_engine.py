@@ -20,7 +20,7 @@ from build.cuda import Gpu
 from build.errors import EngineError, RuntimeUnavailableError
 from build.plugins import PluginBuildError
 from build.spec import Spec, load
-from tests.build import tiny_model
+from tests.build import pictures, tiny_model
 from tests.build.fake_tensorrt import VERSIONS, FakeTensorRT
 
 OLD, NEW = VERSIONS[0], VERSIONS[-1]
@@ -281,6 +281,84 @@ def test_the_whole_stage(version: str, spec: Spec, model: onnx.ModelProto, plugi
     assert made["io"][0]["profiles"] == (((1, 8, 8, 3), (4, 8, 8, 3), (4, 8, 8, 3)),)
     assert made["device_memory_bytes"] == 1000
     assert len({made[key] for key in ("plan_sha256", "onnx_sha256", "spec_sha256")}) == 3
+
+
+def calibrated(path: Path, quantization: str = "") -> Spec:
+    """The tiny model's spec with pictures to calibrate on."""
+    pictures.write(path.parent / "pictures", 9, tiny_model.LABELS)
+    path.write_text(f'{path.read_text()}\n[data]\ncalibration = "pictures"\n\n[quantization]\n{quantization}\n')
+    return load(path)
+
+
+def build_implicitly(spec: Spec, trt: FakeTensorRT, plugin: Path, folder: Path) -> dict[str, Any]:
+    return engine.build(
+        spec,
+        graph.attach(spec),
+        "int8",
+        folder / "model.plan",
+        plugin=plugin,
+        timing_caches=folder / "caches",
+        calibration=folder / "artifacts",
+        trt=trt,
+        cuda=FakeCuda(),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS[:-1])
+@pytest.mark.parametrize(
+    ("quantization", "base", "flags"),
+    [
+        ("", "IInt8EntropyCalibrator2", {"INT8"}),
+        ('calibrator = "minmax"\nrest = "fp16"', "IInt8MinMaxCalibrator", {"INT8", "FP16"}),
+        ('calibrator = "percentile"', "IInt8LegacyCalibrator", {"INT8"}),
+    ],
+)
+def test_implicit_calibration(
+    version: str, quantization: str, base: str, flags: set[str], path: Path, plugin: Path, tmp_path: Path
+) -> None:
+    spec = calibrated(path, quantization)
+    trt = FakeTensorRT(version, engine=lambda fake: fake.engine(IO, [(1, 4, 4)]))
+    made = build_implicitly(spec, trt, plugin, tmp_path)
+    config = trt.seen.config
+    assert isinstance(config.assigned["int8_calibrator"], getattr(trt, base))
+    assert config.assigned["int8_calibrator"].get_batch_size() == 4  # the most that is served
+    assert config.assigned["calibration"]["images"] == ((4, 8, 8, 3),) * 3
+    assert trt.seen.flags - {"TF32"} == flags
+    typed = trt.NetworkDefinitionCreationFlag.__members__.get("STRONGLY_TYPED")
+    assert typed is None or not trt.seen.network_flags & 1 << typed
+    assert not any(layer.assigned for layer in trt.seen.layers)
+    assert "BatchNormalization" in {node.op_type for node in trt.seen.parsed.graph.node}
+    assert (made["precision"], made["strongly_typed"]) == ("int8", False)
+
+
+@pytest.mark.parametrize("version", VERSIONS[:-1])
+@pytest.mark.parametrize(("rest", "kind"), [("fp32", "FLOAT"), ("fp16", "HALF")])
+def test_implicit_calibration_leaves_layers_out(
+    version: str, rest: str, kind: str, path: Path, plugin: Path, tmp_path: Path
+) -> None:
+    name = next(node.name for node in tiny_model.source().graph.node if node.op_type == "Conv")
+    spec = calibrated(path, f'rest = "{rest}"\nexclude_nodes = ["{name}"]')
+    trt = FakeTensorRT(version, engine=lambda fake: fake.engine(IO, [(1, 4, 4)]))
+    build_implicitly(spec, trt, plugin, tmp_path)
+    assert "OBEY_PRECISION_CONSTRAINTS" in trt.seen.flags
+    kinds = {layer.name: layer.assigned["precision"].name for layer in trt.seen.layers if layer.assigned}
+    assert kinds == {name: kind}
+    path.write_text(path.read_text().replace(f'"{name}"', '"nowhere"'))
+    with pytest.raises(EngineError, match="names 'nowhere', but TensorRT's network has no layer of that name"):
+        build_implicitly(load(path), trt, plugin, tmp_path)
+
+
+def test_implicit_calibration_is_gone(path: Path, plugin: Path, tmp_path: Path) -> None:
+    spec = calibrated(path)
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"TensorRT 11\.4\.0\.106 has no IInt8EntropyCalibrator2[\s\S]*explicit"
+    ):
+        build_implicitly(spec, FakeTensorRT(NEW), plugin, tmp_path)
+    with pytest.raises(
+        EngineError, match=r"int8_calibrator, which TensorRT 11\.4\.0\.106 does not have[\s\S]*explicit"
+    ):
+        serialize(spec, graph.attach(spec), FakeTensorRT(NEW), "int8", calibrator=object())
+    assert not (tmp_path / "model.plan").exists()
 
 
 def test_a_failed_build_leaves_the_last_plan(spec: Spec, model: onnx.ModelProto, plugin: Path, tmp_path: Path) -> None:

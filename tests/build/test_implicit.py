@@ -107,6 +107,8 @@ def test_where_it_cannot_be(spec: Spec, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(RuntimeUnavailableError, match="the Python package tensorrt"):
         implicit.calibrator(spec, "entropy", b"", tmp_path)
+    with pytest.raises(DataError, match="holds 19 pictures, but TensorRT calibrates on whole batches of 20"):
+        implicit.calibrator(spec, "entropy", b"", tmp_path, batch=20, trt=version("10.3.0", *implicit.BASES.values()))
     for picture in (spec.path.parent / "pictures").glob("*.png"):
         picture.unlink()
     with pytest.raises(DataError, match="holds no pictures"):

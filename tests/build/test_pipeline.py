@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ import pytest
 from onnx import numpy_helper
 from rich.console import Console
 
-from build import graph, pipeline, repository, verify
+from build import graph, pipeline, repository, tensorrt_compat, verify
 from build.errors import (
+    DataError,
     GraphError,
     OptionError,
     PublishError,
@@ -27,7 +29,8 @@ from build.errors import (
     VerifyError,
 )
 from build.spec import Spec, load
-from tests.build import tiny_model
+from tests.build import pictures, tiny_model
+from tests.build.fake_tensorrt import VERSIONS, FakeTensorRT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -126,6 +129,12 @@ def test_tensorrt_says_all_that_is_missing(place: Place, monkeypatch: pytest.Mon
     [
         ({"runtime": "tensort"}, OptionError, "runtime is 'tensort', but must be one of auto, onnxruntime, tensorrt"),
         ({"precision": "bf16"}, OptionError, "precision is 'bf16', but .* builds fp32, fp16, int8 only for onnx"),
+        ({"calibration": "implict"}, OptionError, "calibration is 'implict', but must be one of explicit, implicit"),
+        (
+            {"calibration": "implicit", "precision": "int8", "runtime": "onnxruntime"},
+            OptionError,
+            "calibration is 'implicit', but this would build int8 for onnxruntime(?s:.*)leave --calibration",
+        ),
         ({"models": ["tinny"]}, SpecError, r"has no model 'tinny'(?s:.*)did you mean tiny"),
     ],
 )
@@ -256,7 +265,10 @@ def test_the_way_of_a_plan(place: Place, monkeypatch: pytest.MonkeyPatch) -> Non
     here = {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.13.2", "plugin_sha256": "ab"}
     built = []
 
-    def build(spec: Spec, model: onnx.ModelProto, precision: str, target: Path, console: Console) -> dict[str, Any]:
+    def build(
+        spec: Spec, model: onnx.ModelProto, precision: str, target: Path, calibration: Path | None, console: Console
+    ) -> dict[str, Any]:
+        assert calibration is None
         built.append(precision)
         data = model.SerializeToString(deterministic=True)
         target.write_bytes(data)
@@ -286,3 +298,104 @@ def test_the_way_of_a_plan(place: Place, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(VerifyError, match="rows"):
         place.build(runtime="tensorrt", force=True)
     assert repository.served_version(place.repository, "tiny") == 3
+
+
+def in_place_of_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str) -> list[tuple[str, str, Path | None]]:
+    """Stands in for the GPU and the builder; gets what each build was given: precision, operators, calibration."""
+    built: list[tuple[str, str, Path | None]] = []
+
+    def build(
+        spec: Spec, model: onnx.ModelProto, precision: str, target: Path, calibration: Path | None, console: Console
+    ) -> dict[str, Any]:
+        built.append((precision, " ".join(sorted({node.op_type for node in model.graph.node})), calibration))
+        data = model.SerializeToString(deterministic=True)
+        target.write_bytes(data)
+        return tiny_model.engine_of(spec) | {"onnx_sha256": hashlib.sha256(data).hexdigest(), "build_seconds": 1.0}
+
+    here = {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": version, "plugin_sha256": "ab"}
+    monkeypatch.setattr(pipeline, "choose_runtime", lambda runtime: ("tensorrt", "a stand-in"))
+    monkeypatch.setattr(pipeline.engine, "target", lambda: here)
+    monkeypatch.setattr(pipeline.engine, "build", build)
+    monkeypatch.setattr(pipeline.plan, "Plan", StandInPlan)
+    monkeypatch.setattr(tensorrt_compat, "load", lambda: FakeTensorRT(version))
+    return built
+
+
+def with_pictures(place: Place) -> Path:
+    """Pictures to calibrate and to judge on; the spec."""
+    folder = place.sources / "tiny"
+    for name in ("calibration", "held_out"):
+        pictures.write(folder / name, 40, tiny_model.LABELS)
+    path = folder / "spec.toml"
+    data = 'calibration = "calibration"\nheld_out = "held_out"'
+    path.write_text(f"{path.read_text()}\n[data]\n{data}\n\n[quantization]\ngate = 0.5  # of noise\n")
+    return path
+
+
+def test_implicit_and_explicit_plans_are_not_taken_for_each_other(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = in_place_of_tensorrt(monkeypatch, VERSIONS[1])
+    path = with_pictures(place)
+    looked_at = []
+
+    def judge(truth: Any, detections: Any) -> float:
+        looked_at.append(len(truth["images"]))
+        return 0.5
+
+    kind = {"runtime": "tensorrt", "precision": "int8", "judge": judge}
+    assert place.build(**kind, calibration="implicit")[0] == {"tiny": 1}
+    manifest = json.loads((place.repository / "tiny" / "1" / "manifest.json").read_text())
+    assert manifest["calibration"] == {"way": "implicit", "method": "entropy"}
+    assert "build/implicit.py" in manifest["inputs"]
+    assert {"parity", "mAP"} < set(manifest["verified"]["checks"])
+    assert looked_at == [40, 40]  # all that there are, not only the gate's few
+    assert built[0][2] == place.artifacts
+    assert "BatchNormalization" in built[0][1]  # FP32 as it is
+    assert "QuantizeLinear" not in built[0][1]
+    assert "nothing changed" in place.build(**kind, calibration="implicit")[1]
+    assert [report.passed for report in checked(place, judge=judge)] == [True]
+
+    assert repository.fresh_manifest(load(path), place.repository, "int8", "tensorrt") is None
+    path.write_text(path.read_text() + 'calibrator = "minmax"\n')
+    assert place.build(**kind, calibration="implicit")[0] == {"tiny": 2}
+    manifest = json.loads((place.repository / "tiny" / "2" / "manifest.json").read_text())
+    assert manifest["calibration"] == {"way": "implicit", "method": "minmax"}
+
+    monkeypatch.setattr(
+        pipeline.audit, "_judged", lambda *_: (SimpleNamespace(accuracy=SimpleNamespace(map=0.5)), None)
+    )
+    assert place.build(**kind)[0] == {"tiny": 3}
+    manifest = json.loads((place.repository / "tiny" / "3" / "manifest.json").read_text())
+    assert manifest["calibration"] == {"way": "explicit", "method": "minmax"}
+    assert built[-1][2] is None
+    assert "QuantizeLinear" in built[-1][1]
+    assert place.build(**kind, calibration="implicit")[0] == {"tiny": 4}
+    artifacts = place.artifacts / "tiny"
+    assert (artifacts / "int8" / "model.onnx").read_bytes() != (artifacts / "int8-implicit" / "model.onnx").read_bytes()
+
+
+def test_an_implicit_plan_that_loses_too_much_is_not_published(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place_of_tensorrt(monkeypatch, VERSIONS[0])
+    with_pictures(place)
+    maps = iter([0.2, 0.5])  # of the plan, of FP32
+    with pytest.raises(VerifyError, match=r"mAP: 0\.2000 against 0\.5000"):
+        place.build(runtime="tensorrt", precision="int8", calibration="implicit", judge=lambda *_: next(maps))
+    assert repository.served_version(place.repository, "tiny") is None
+
+
+def test_what_implicit_calibration_needs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = in_place_of_tensorrt(monkeypatch, VERSIONS[-1])
+    kind: dict[str, Any] = {"runtime": "tensorrt", "precision": "int8", "calibration": "implicit"}
+    with pytest.raises(OptionError, match="this would build fp16 for tensorrt"):
+        place.build(**kind | {"precision": "fp16"})
+    with pytest.raises(RuntimeUnavailableError, match=r"TensorRT 11\.4\.0\.106 has no IInt8[\s\S]*explicit"):
+        place.build(**kind)
+    monkeypatch.setattr(tensorrt_compat, "load", lambda: FakeTensorRT(VERSIONS[2]))
+    with pytest.raises(DataError, match="names no held-out pictures"):
+        place.build(**kind)
+    with_pictures(place)
+    with pytest.raises(VerifyError, match="is judged by mAP"):
+        place.build(**kind)
+    assert not built
+    assert not place.repository.exists()
