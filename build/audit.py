@@ -219,7 +219,8 @@ def score(pictures: datasets.Pictures, detector: Detector, title: str, console: 
     nothing = Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
     found: list[Found] = []
     unreadable = 0
-    with Progress(console=console or Console(stderr=True, soft_wrap=True), transient=True) as progress:
+    show = console or Console(stderr=True, soft_wrap=True)
+    with Progress(console=show, transient=True, disable=not show.is_terminal) as progress:
         task = progress.add_task(title, total=len(pictures))
         for start in range(0, len(pictures), 8):
             part = pictures.paths[start : start + 8]

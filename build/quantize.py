@@ -200,7 +200,7 @@ def calibrate(spec: Spec, source: onnx.ModelProto, cache: Path, console: Console
     session = onnxruntime.InferenceSession(whole.SerializeToString(), options, providers=["CPUExecutionProvider"])
     histograms = {name: Histogram(np.zeros(BINS, np.int64)) for name in names}
     read = 0
-    with Progress(console=say, transient=True) as progress:
+    with Progress(console=say, transient=True, disable=not say.is_terminal) as progress:
         task = progress.add_task(f"calibrating {spec.model.name} on {len(pictures)} pictures", total=len(pictures))
         for batch in datasets.arrays(pictures, spec.input, _BATCH):
             for name, values in zip(names, session.run(names, {graph.IMAGES: batch}), strict=True):
