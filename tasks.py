@@ -126,6 +126,38 @@ def verify(c: Context, model: str = "", count: int = 0) -> None:
 
 @task(
     help={
+        "model": "the published model; it must be a plan",
+        "batch": "pictures in a run",
+        "seconds": "how long to measure",
+        "cuda_graphs": "replay the runs from a CUDA graph",
+        "dump_profile": "each layer's time and the engine inspector's layers, too",
+    }
+)
+@_explained
+def benchmark(
+    c: Context,
+    model: str = "shapes",
+    batch: int = 1,
+    seconds: float = 3.0,
+    cuda_graphs: bool = False,
+    dump_profile: bool = False,
+) -> None:
+    """Time a published TensorRT plan as trtexec would, on real pictures; writes JSON (needs an NVIDIA GPU)."""
+    from build.pipeline import benchmark_published
+
+    benchmark_published(
+        model,
+        REPOSITORY,
+        batch=batch,
+        seconds=seconds,
+        cuda_graphs=cuda_graphs,
+        dump_profile=dump_profile,
+        artifacts=ARTIFACTS,
+    )
+
+
+@task(
+    help={
         "model": "the model to judge",
         "precision": "one precision (default: all of them)",
         "sensitivity": "rank the layers by what INT8 costs, find the smallest set to leave out, write it to spec.toml",

@@ -146,6 +146,71 @@ def verify_published(
     return reports
 
 
+def benchmark_published(
+    model: str,
+    repository: Path = _ROOT / "model_repository",
+    *,
+    batch: int = 1,
+    seconds: float = 3.0,
+    cuda_graphs: bool = False,
+    dump_profile: bool = False,
+    sources: Path = _ROOT / "models",
+    artifacts: Path = _ROOT / "artifacts",
+    console: Console | None = None,
+) -> Path:
+    """Times the published plan on held-out pictures as trtexec would: throughput, latency, compute, copies, enqueue.
+
+    Args:
+        model, repository, sources, artifacts, console: as for `verify_published`.
+        batch: pictures in a run.
+        seconds: how long.
+        cuda_graphs: whether runs are replayed from a CUDA graph.
+        dump_profile: whether to print and write each layer's time, and the engine inspector's layers, too.
+
+    Returns:
+        `<artifacts>/<model>/<precision>/benchmark.json`; `profile.json` and `layers.json` lie beside it.
+
+    Raises:
+        OptionError: the published model is no plan.
+        SSDError: it cannot run here.
+    """
+    import json
+
+    import numpy as np
+    from rich.console import Console
+
+    say = console or Console(highlight=False, soft_wrap=True)
+    spec = load(sources / _names([model], sources)[0])
+    folder, manifest = store.served(repository, spec.model.name)
+    if manifest["runtime"] != "tensorrt":
+        raise OptionError(
+            f"{spec.model.name} is published for {manifest['runtime']}, but only a plan can be timed like this",
+            fix="publish a plan: invoke build-engines --runtime tensorrt; for the CPU there is invoke audit --speed",
+        )
+    if not 1 <= batch <= spec.serving.max_batch_size:
+        raise OptionError(f"batch is {batch}, but {spec.model.name} takes 1 to {spec.serving.max_batch_size}")
+    images, _ = verify.images_for(spec, artifacts / "datasets", batch)
+    inputs = verify.feeds(spec, np.resize(images, (batch, *images.shape[1:])))
+    written: dict[str, Any] = {}
+    plan_file = folder / store.MODEL_FILE["tensorrt"]
+    with plan.Plan(plan_file, manifest["engine"], plugin=engine.PLUGIN, cuda_graphs=cuda_graphs) as running:
+        timing = running.benchmark(inputs, seconds=seconds)
+        say.print(str(timing), markup=False)
+        written["benchmark.json"] = {**timing.as_dict(), "engine": manifest["engine"]}
+        if dump_profile:
+            rows = running.layer_times(inputs)
+            for row in rows[1:]:
+                say.print(f"{row['medianMs']:9.4f} ms {row['percentage']:5.1f} %  {row['name']}", markup=False)
+            written |= {"profile.json": rows, "layers.json": running.layers()}
+    target: Path = artifacts / spec.model.name / manifest["precision"]
+    with store.explained(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for name, value in written.items():
+            (target / name).write_text(json.dumps(value, indent=2) + "\n")
+    say.print(f"written: {', '.join(str(_relative(target / name)) for name in written)}", markup=False)
+    return target / "benchmark.json"
+
+
 def _typed(spec: Spec, runtime: str, precision: str, calibration: str, artifacts: Path) -> onnx.ModelProto:
     """The graph that a runtime gets in a precision: FP32 from its source, any other as it was built.
 

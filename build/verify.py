@@ -196,11 +196,7 @@ def gate(
     Raises:
         DataError: the pictures that the spec names cannot be used.
     """
-    pictures = None
-    if spec.data.held_out:
-        few = replace(spec, data=replace(spec.data, held_out_count=min(count, spec.data.held_out_count)))
-        pictures = datasets.held_out(few, cache)
-    images = _images(spec, pictures, count)
+    images, pictures = images_for(spec, cache, count)
     rows = min(max_batch or _ROWS, spec.serving.max_batch_size, len(images))
     reference = onnxruntime_runner(model, optimised=False)
     checks = [
@@ -218,6 +214,19 @@ def gate(
         else f"{len(images)} pictures of noise ([data] held_out names none)"
     )
     return Report(what, on, tuple(checks))
+
+
+def images_for(spec: Spec, cache: Path, count: int) -> tuple[NDArray[np.uint8], datasets.Pictures | None]:
+    """UINT8 [n,H,W,3] of the first `count` held-out pictures, with these; noise and None where the spec names none.
+
+    Raises:
+        DataError: the pictures that the spec names cannot be used.
+    """
+    pictures = None
+    if spec.data.held_out:
+        few = replace(spec, data=replace(spec.data, held_out_count=min(count, spec.data.held_out_count)))
+        pictures = datasets.held_out(few, cache)
+    return _images(spec, pictures, count), pictures
 
 
 def check_contract(spec: Spec, candidate: Runner, images: NDArray[np.uint8]) -> Check:

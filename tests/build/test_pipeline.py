@@ -18,7 +18,7 @@ import pytest
 from onnx import numpy_helper
 from rich.console import Console
 
-from build import graph, pipeline, repository, tensorrt_compat, verify
+from build import graph, pipeline, plan, repository, tensorrt_compat, verify
 from build.errors import (
     DataError,
     GraphError,
@@ -221,6 +221,12 @@ def checked(place: Place, **options: Any) -> list[verify.Report]:
     )
 
 
+def test_only_a_plan_can_be_timed(place: Place) -> None:
+    place.build()
+    with pytest.raises(OptionError, match="published for onnxruntime"):
+        pipeline.benchmark_published("tiny", place.repository, sources=place.sources, artifacts=place.artifacts)
+
+
 def test_what_is_published_can_be_verified_again(place: Place) -> None:
     with pytest.raises(PublishError, match="no model 'tiny' is published"):
         checked(place)
@@ -246,9 +252,21 @@ class StandInPlan:
     max_batch = 4
     wrong = False
 
-    def __init__(self, path: Path, facts: Any, plugin: Path) -> None:
+    def __init__(self, path: Path, facts: Any, plugin: Path, cuda_graphs: bool = False) -> None:
         run = verify.onnxruntime_runner(onnx.load(path))
         self.run = swapped(run) if self.wrong else run
+        self.cuda_graphs = cuda_graphs
+
+    def benchmark(self, inputs: Any, *, seconds: float) -> plan.Timing:
+        rows = len(self.run(inputs)["num_detections"])
+        runs = [plan.Run(compute=2.0, h2d=0.25, d2h=0.25, enqueue=0.5)] * 4
+        return plan.Timing.of(runs, rows, seconds, self.cuda_graphs)
+
+    def layer_times(self, inputs: Any) -> list[dict[str, Any]]:
+        return plan.profile_rows({"conv": [1.0, 3.0], "ssd/nms": [1.0, 1.0]})
+
+    def layers(self) -> dict[str, Any]:
+        return {"Layers": []}
 
     def __call__(self, feeds: Any) -> Any:
         return self.run(feeds)
@@ -291,6 +309,29 @@ def test_the_way_of_a_plan(place: Place, monkeypatch: pytest.MonkeyPatch) -> Non
     assert built == ["tf32", "fp32"]
     assert "nothing changed, version 2 stays" in place.build(runtime="tensorrt")[1]
     assert [report.passed for report in checked(place)] == [True]
+
+    say = Console(width=200, record=True)
+    report = pipeline.benchmark_published(
+        "tiny",
+        place.repository,
+        batch=3,
+        seconds=2.0,
+        cuda_graphs=True,
+        dump_profile=True,
+        sources=place.sources,
+        artifacts=place.artifacts,
+        console=say,
+    )
+    said = say.export_text()
+    assert "throughput 2.0 runs/s, 6.0 images/s (batch 3, 4 runs, CUDA graph)" in said
+    assert "33.3 %  ssd/nms" in said
+    assert json.loads(report.read_text())["latency"]["median"] == 2.5
+    assert json.loads(report.with_name("profile.json").read_text())[1]["name"] == "conv"
+    assert json.loads(report.with_name("layers.json").read_text()) == {"Layers": []}
+    with pytest.raises(OptionError, match="batch is 0"):
+        pipeline.benchmark_published(
+            "tiny", place.repository, batch=0, sources=place.sources, artifacts=place.artifacts
+        )
 
     here["tensorrt"] = "11.1"  # stale: built again, for what is here now
     assert place.build(runtime="tensorrt")[0] == {"tiny": 3}
