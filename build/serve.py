@@ -311,7 +311,15 @@ class TritonServer:
             ServeError: naming what is wrong.
         """
         self.check_alive()
-        states = self._index()
+        try:
+            states = self._index()
+        except OSError as error:
+            # A process that was killed refuses connections a moment before it has ended.
+            if self._process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(5)
+            self.check_alive()
+            raise ServeError(f"tritonserver runs, but does not answer: {error}", fix="see the server's log") from error
         bad = [f"{name}: {state}" for name, (state, _) in states.items() if name in self.models and state != "READY"]
         if bad:
             raise ServeError(f"not every model is ready: {'; '.join(bad)}", fix="see the server's log")
