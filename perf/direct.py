@@ -1,0 +1,249 @@
+"""The same model in this process: the floor under everything that is served.
+
+    with beside(server, "shapes", images, config) as direct:
+        direct.throughput(1.0)  # images per second of n clients
+        direct.latency(1.0)  # {"p50", "p90", "p99"}: milliseconds of a single stream
+
+No network and no copies: ONNX Runtime on the very file that is served, with as many threads in all as the server's
+instances have, split into sessions the best way; or TensorRT on the very plan (never run on a GPU so far).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from build.errors import ServeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from ssd_client.config import ModelConfig
+
+    from build.serve import TritonServer
+
+CLIENTS = 4
+FEWEST = 20  # runs behind a percentile
+
+Feed = dict[str, "NDArray[np.generic]"]
+Runner = Callable[[Feed], Any]  # one request, answered
+Options = Callable[[int], Any]  # threads of a session → onnxruntime.SessionOptions
+
+
+class Direct:
+    """A model in this process that answers as many requests at once as it has runners.
+
+    Args:
+        runners: each answers one request at a time; requests find the one that is idle.
+        feeds: requests to send in turn, all of one batch size.
+        threads: of each runner; for the record.
+        single: what `latency` measures; None = the first runner.
+        clients: how many threads send requests.
+    """
+
+    def __init__(
+        self,
+        runners: Sequence[Runner],
+        feeds: Sequence[Feed],
+        *,
+        threads: int = 1,
+        single: Runner | None = None,
+        clients: int = CLIENTS,
+    ) -> None:
+        self.sessions, self.threads, self.clients = len(runners), threads, clients
+        self.single = single or runners[0]
+        self.batch_size = len(next(iter(feeds[0].values())))
+        self._feeds = feeds
+        self._idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
+        for runner in runners:
+            runner(feeds[0])
+            self._idle.put(runner)
+
+    def __str__(self) -> str:
+        return f"{self.sessions} x {self.threads}"
+
+    def throughput(self, seconds: float) -> float:
+        """Images per second over `seconds`."""
+        started = time.perf_counter()
+        deadline = started + seconds
+
+        def client(number: int) -> int:
+            done = 0
+            while time.perf_counter() < deadline:
+                runner = self._idle.get()
+                try:
+                    runner(self._feeds[(number + done) % len(self._feeds)])
+                finally:
+                    self._idle.put(runner)
+                done += 1
+            return done
+
+        with ThreadPoolExecutor(self.clients) as pool:
+            requests = sum(pool.map(client, range(self.clients)))
+        return requests * self.batch_size / (time.perf_counter() - started)
+
+    def latency(self, seconds: float) -> dict[str, float]:
+        """Milliseconds of one request after another, with nothing else on the way: {p50, p90, p99}."""
+        import numpy as np
+
+        times: list[float] = []
+        deadline = time.perf_counter() + seconds
+        while len(times) < FEWEST or time.perf_counter() < deadline:
+            begun = time.perf_counter()
+            self.single(self._feeds[len(times) % len(self._feeds)])
+            times.append((time.perf_counter() - begun) * 1000)
+        return {f"p{percent}": float(np.percentile(times, percent)) for percent in (50, 90, 99)}
+
+
+@contextlib.contextmanager
+def beside(
+    server: TritonServer,
+    model: str,
+    images: Sequence[NDArray[np.uint8]],
+    config: ModelConfig,
+    *,
+    batch_size: int = 1,
+    clients: int = CLIENTS,
+    options: Options | None = None,
+) -> Iterator[Direct]:
+    """What a server serves, in this process, with the server's number of threads or of plans at once.
+
+    Args:
+        server: a running one.
+        model: name of the model.
+        images: UINT8 [H,W,3], at the model's input size.
+        config: the model's, for its thresholds.
+        batch_size: images of a request.
+        clients: as for `Direct`.
+        options: as for `fastest`.
+
+    Raises:
+        ServeError: the served version has no model.onnx or model.plan here.
+        EngineError: the plan cannot run here.
+    """
+    folder = server.repository / model / server.models[model]
+    requests = feeds(images, thresholds(config), batch_size)
+    triton = server.model_config(model)
+    instances, threads = split(triton)
+    with contextlib.ExitStack() as closing:
+        if (folder / "model.onnx").is_file():
+            yield fastest(folder / "model.onnx", requests, instances, threads, clients=clients, options=options)
+        elif (folder / "model.plan").is_file():
+            from build import repository
+            from build.engine import PLUGIN
+            from build.plan import Plan
+
+            _, manifest = repository.served(server.repository, model)
+            graphs = bool(triton.get("optimization", {}).get("cuda", {}).get("graphs"))
+            plans = [
+                closing.enter_context(
+                    Plan(folder / "model.plan", manifest["engine"], plugin=PLUGIN, cuda_graphs=graphs)
+                )
+                for _ in range(instances)
+            ]
+            yield Direct(plans, requests, clients=clients)
+        else:
+            raise ServeError(
+                f"{folder} holds neither model.onnx nor model.plan",
+                why="the server serves another folder, or the version was removed",
+                fix="publish the model again: invoke build-engines",
+            )
+
+
+def fastest(
+    path: Path,
+    requests: Sequence[Feed],
+    instances: int,
+    threads: int,
+    *,
+    clients: int = CLIENTS,
+    options: Options | None = None,
+) -> Direct:
+    """The split of all threads into sessions × threads that gets the most through: the opponent is given its best.
+
+    Its `latency` is that of one session with `threads` threads: what one instance of the server has.
+
+    Args:
+        path: the ONNX file.
+        requests: as `feeds` of Direct.
+        instances: the server's.
+        threads: of each instance.
+        clients: as for `Direct`.
+        options: makes each session's options; None = ONNX Runtime's own, with the number of threads set.
+    """
+    total = instances * threads
+    found = {
+        sessions: Direct(
+            [_session(path, total // sessions, options or own_options) for _ in range(sessions)],
+            requests,
+            threads=total // sessions,
+            clients=clients,
+        )
+        for sessions in range(1, total + 1)
+        if total % sessions == 0
+    }
+    for one in found.values():
+        one.throughput(0.1)
+    best = max(found.values(), key=lambda one: one.throughput(0.4))
+    best.single = found[instances].single
+    return best
+
+
+def own_options(threads: int) -> Any:
+    """ONNX Runtime's defaults, but for the number of threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return options
+
+
+def _session(path: Path, threads: int, options: Options) -> Runner:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), options(threads), providers=["CPUExecutionProvider"])
+    return lambda feed: session.run(None, feed)
+
+
+def split(triton: Mapping[str, Any]) -> tuple[int, int]:
+    """Instances, and threads of each, of a model's Triton configuration."""
+    instances = sum(int(group.get("count", 1)) for group in triton["instance_group"])
+    return instances, int(triton["parameters"].get("threads", {}).get("string_value", "1"))
+
+
+def thresholds(config: ModelConfig) -> dict[str, float]:
+    """The thresholds that a request must bring; {} where the model takes none."""
+    if not config.runtime_thresholds:
+        return {}
+    return {"score_threshold": config.score_threshold, "iou_threshold": config.iou_threshold}
+
+
+def feeds(
+    images: Sequence[NDArray[np.uint8]], values: Mapping[str, float] | None = None, batch_size: int = 1
+) -> list[Feed]:
+    """Requests of `batch_size` images each, which together hold every image at least once.
+
+    Args:
+        images: UINT8 [H,W,3].
+        values: inputs [B,1] with the same value for every image.
+        batch_size: images of a request.
+    """
+    import numpy as np
+
+    extra = {name: np.full((batch_size, 1), value, np.float32) for name, value in (values or {}).items()}
+    return [
+        {"images": np.stack([images[(first + i) % len(images)] for i in range(batch_size)]), **extra}
+        for first in range(0, len(images), batch_size)
+    ]
+
+
+def other_load(seconds: float = 0.5) -> float:
+    """Share of all cores, 0..1, that is in use while this process waits."""
+    import psutil
+
+    return float(psutil.cpu_percent(interval=seconds)) / 100

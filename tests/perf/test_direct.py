@@ -1,0 +1,185 @@
+"""The floor: what it counts, whose threads it takes, and that nothing that fails goes unseen."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from build import plan
+from build.cuda import Cuda
+from build.errors import ServeError
+from build.serve import TritonServer
+from perf import direct
+from perf.direct import Direct
+from tests.build.test_plan import NEW, FakeCudart, fake, manifest
+
+FEEDS = direct.feeds([np.full((2, 2, 3), value, np.uint8) for value in range(6)], batch_size=3)
+
+
+class Sleeper:
+    """Takes 5 ms for a request and counts how many it has at once."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self.seen: set[int] = set()
+
+    def __call__(self, feed: dict[str, Any]) -> None:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.seen.add(int(feed["images"][0, 0, 0, 0]))
+        time.sleep(0.005)
+        self.now -= 1
+
+
+def test_counts_images_of_every_client() -> None:
+    runners = [Sleeper(), Sleeper()]
+    one = Direct(runners, FEEDS, threads=2, clients=4)
+    # Two at a time, 5 ms each, 3 images in each; sleeping too long makes it fewer, and nothing makes it more.
+    assert 300 < one.throughput(0.3) < 1250
+    assert [runner.most for runner in runners] == [1, 1]
+    assert runners[0].seen | runners[1].seen == {0, 3}
+    assert (str(one), one.batch_size) == ("2 x 2", 3)
+
+
+def test_fewer_clients_than_runners_leave_some_idle() -> None:
+    one = Direct([Sleeper() for _ in range(4)], FEEDS, clients=1)
+    assert one.throughput(0.2) < 625
+
+
+def test_latency_is_that_of_the_single_runner() -> None:
+    single = Sleeper()
+    latency = Direct([lambda feed: None], FEEDS, single=single).latency(0)
+    assert list(latency) == ["p50", "p90", "p99"]
+    assert 5 <= latency["p50"] <= latency["p90"] <= latency["p99"]
+    assert single.seen == {0, 3}
+
+
+def test_a_failing_runner_is_no_slow_one() -> None:
+    calls = 0
+    lock = threading.Lock()
+
+    def fails(feed: object) -> None:
+        nonlocal calls
+        with lock:
+            calls += 1
+        if calls > 5:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Direct([fails], FEEDS).throughput(0.2)
+
+
+@pytest.mark.parametrize(("batch_size", "requests"), [(1, 6), (3, 2), (4, 2), (8, 1)])
+def test_requests_hold_every_image(batch_size: int, requests: int) -> None:
+    images = [np.full((2, 2, 3), value, np.uint8) for value in range(6)]
+    found = direct.feeds(images, {"score_threshold": 0.25}, batch_size)
+    assert len(found) == requests
+    for feed in found:
+        assert (feed["images"].shape, feed["images"].dtype) == ((batch_size, 2, 2, 3), np.uint8)
+        assert feed["score_threshold"].tolist() == [[0.25]] * batch_size
+    assert set(np.concatenate([feed["images"] for feed in found])[:, 0, 0, 0]) == set(range(6))
+
+
+def test_thresholds_only_where_the_model_takes_them() -> None:
+    config = SimpleNamespace(runtime_thresholds=True, score_threshold=0.3, iou_threshold=0.5)
+    assert direct.thresholds(config) == {"score_threshold": 0.3, "iou_threshold": 0.5}  # type: ignore[arg-type]
+    config.runtime_thresholds = False
+    assert direct.thresholds(config) == {}  # type: ignore[arg-type]
+
+
+def test_split_of_the_servers_threads() -> None:
+    groups = [{"count": 2, "kind": "KIND_CPU"}, {"count": 1}]
+    assert direct.split({"instance_group": groups, "parameters": {"threads": {"string_value": "3"}}}) == (3, 3)
+    assert direct.split({"instance_group": [{}], "parameters": {}}) == (1, 1)
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> Path:
+    """An ONNX file: images → their sum."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["images"], ["real"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceSum", ["real"], ["sum"]),
+        ],
+        "sums",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", 2, 2, 3])],
+        [helper.make_tensor_value_info("sum", TensorProto.FLOAT, None)],
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_every_split_has_all_threads_and_the_callers_options(sums: Path) -> None:
+    asked: list[int] = []
+
+    def options(threads: int) -> Any:
+        asked.append(threads)
+        return direct.own_options(threads)
+
+    best = direct.fastest(sums, FEEDS, 2, 2, clients=2, options=options)
+    assert sorted(asked) == [1, 1, 1, 1, 2, 2, 4]
+    assert best.sessions * best.threads == 4
+    assert best.latency(0.01)["p50"] > 0
+
+
+def test_the_single_stream_has_an_instances_threads(sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def session(path: Path, threads: int, options: object) -> Callable[[Any], Any]:
+        return lambda feed: time.sleep(0.001 * threads)  # many sessions win
+
+    monkeypatch.setattr(direct, "_session", session)
+    best = direct.fastest(sums, FEEDS, 1, 4)
+    assert (best.sessions, best.threads) == (4, 1)
+    assert best.latency(0)["p50"] >= 4
+
+
+def test_a_plan_has_the_same_interface(tmp_path: Path) -> None:
+    """On stand-ins of CUDA and TensorRT: the API's shape, no GPU."""
+    path = tmp_path / "model.plan"
+    path.write_bytes(b"plan")
+    cudart = FakeCudart()
+    with (
+        plan.Plan(path, manifest(b"plan", NEW), trt=fake(NEW), cuda=Cuda(cudart)) as first,
+        plan.Plan(path, manifest(b"plan", NEW), trt=fake(NEW), cuda=Cuda(cudart)) as second,
+    ):
+        one = Direct([first, second], FEEDS)
+        assert one.throughput(0.05) > 0
+        assert one.latency(0.01)["p99"] > 0
+    assert not cudart.memory
+
+
+@pytest.mark.triton
+def test_beside_a_server(triton_server: TritonServer) -> None:
+    from ssd_client import SSDClient
+
+    with SSDClient(triton_server.grpc_url, model="shapes") as client:
+        config = client.model_config()
+    instances, threads = direct.split(triton_server.model_config("shapes"))
+    images = [np.zeros((300, 300, 3), np.uint8)] * 2
+    with direct.beside(triton_server, "shapes", images, config, batch_size=2) as one:
+        assert one.sessions * one.threads == instances * threads
+        assert one.throughput(0.2) > 0
+        assert one.latency(0.1)["p50"] > 0
+
+
+def test_a_server_without_its_files(tmp_path: Path) -> None:
+    server: Any = SimpleNamespace(
+        repository=tmp_path,
+        models={"shapes": "1"},
+        model_config=lambda model: {"instance_group": [{}], "parameters": {}},
+    )
+    config: Any = SimpleNamespace(runtime_thresholds=False)
+    with (
+        pytest.raises(ServeError, match=r"neither model\.onnx nor model\.plan"),
+        direct.beside(server, "shapes", [np.zeros((2, 2, 3), np.uint8)], config),
+    ):
+        pass
