@@ -1,0 +1,305 @@
+"""Questions that take more than one point of load: how much may come in under a bound on latency, and MLPerf's three
+scenarios.
+
+    find_rate(bench, bound_ms=20)["rate"]      # SLO: the highest Poisson rate with p99 <= 20 ms
+    single_stream(bench), offline(bench), server(bench)
+
+Every measurement goes through `bench.point`, and what is measured next depends on results alone: a run that is resumed
+asks for the same points again and finds them in its journal.
+
+The scenarios are those of the MLPerf Inference Rules (github.com/mlcommons/inference_policies, inference_rules.adoc,
+commit 848b9ab), section 3 "Scenarios" and section 5.1 "LoadGen Operation". What is measured here is no MLPerf result:
+runs are far shorter, the load generator is perf_analyzer, and latency counts from when a request was sent, not from
+when it was due. Each result says so in its `note`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from build.errors import OptionError, SSDError
+from perf.analyzer import Load
+
+if TYPE_CHECKING:
+    from perf.bench import Bench
+
+PERCENTILES = ("p50", "p90", "p95", "p99")
+CLIENTS = 4
+ATTEMPTS = 3  # measurements of a rate that is neither clearly held nor clearly lost; their majority decides
+
+_BEHIND = 0.03  # of the offered rate
+_GROWTH, _STEPS = 1.5, 6  # of the bracket, while its upper end holds
+_ENOUGH = 100  # requests, without which a 99th percentile is only the slowest of them
+_SERIES = "poisson"  # one name for all searches: those with other bounds share their probes
+_MLPERF_SECONDS = 600
+
+
+class BoundError(SSDError):
+    """A bound on latency that cannot be held at any rate that was tried."""
+
+
+def find_rate(
+    bench: Bench,
+    bound_ms: float,
+    *,
+    percentile: str = "p99",
+    low: float | None = None,
+    high: float | None = None,
+    tolerance: float = 0.05,
+    seconds: float = 3.0,
+    load: Load | None = None,
+) -> dict[str, Any]:
+    """The highest rate of Poisson arrivals at which the server holds a bound: bracket, then binary search.
+
+    A rate is held if the percentile is within the bound, no request failed, and answers fall no more than 3 % behind
+    (more only by as much as Poisson arrivals scatter in so short a time). One measurement decides where it is plain:
+    the percentile at most 80 % of the bound, or the median request beyond the bound, or answers 15 % behind. Else a
+    rate is measured up to three times and the majority decides: one stall of the machine costs no rate its place.
+
+    Args:
+        bench: the running server.
+        bound_ms: for the percentile of the latency.
+        percentile: p50, p90, p95 or p99.
+        low: lowest rate of interest, requests/s; None = a tenth of `high`.
+        high: a first guess of a rate that is too high; None = what four clients get that send as fast as they can.
+        tolerance: how close to the limit, as a share of the rate; 0.05 takes five probes from bracket to answer.
+        seconds: of each measurement; longer, up to fourfold, where fewer than 100 requests would arrive.
+        load: gives batch size, protocol and shared memory of the requests.
+
+    Returns:
+        `bound_ms`, `percentile`, `rate` (requests/s, the highest that was held), `note` (where no limit was met) and
+        `probes` in order: `rate`, `<percentile>_ms` (median), `throughput` (images/s, median), `held`, `measured` (how
+        many times), `why` (it was not held).
+
+    Raises:
+        BoundError: not even `low` is held; says what a single client gets.
+        OptionError: a value that makes no sense.
+        PerfError: a point could not be measured.
+    """
+    load = load or Load()
+    _check(bound_ms, percentile, low, high, tolerance, seconds)
+    if high is None:
+        closed = _closed(load, CLIENTS, load.batch_size)
+        high = _point(bench, "closed", closed, seconds)["throughput"] / load.batch_size
+        high = max(high, 2 * low) if low else high
+    lower, upper = _rounded(low or high / 10), _rounded(high)
+    probes: list[dict[str, Any]] = []
+    found = {"bound_ms": bound_ms, "percentile": percentile, "probes": probes}
+
+    def held(rate: float) -> bool:
+        arriving = dataclasses.replace(load, concurrency=None, rate=rate, arrivals="poisson")
+        probes.append(_probe(bench, arriving, bound_ms, percentile, seconds))
+        return bool(probes[-1]["held"])
+
+    if not held(lower):
+        raise _cannot(bench, bound_ms, percentile, probes[-1], load, seconds)
+    for _ in range(_STEPS):
+        if not held(upper):
+            break
+        lower, upper = upper, _rounded(upper * _GROWTH)
+    else:
+        return {**found, "rate": lower, "note": f"still held at {lower:g} requests/s, the highest rate that was tried"}
+    while upper - lower > tolerance * upper:
+        middle = _rounded((lower + upper) / 2)
+        if middle in (lower, upper):
+            break
+        lower, upper = (middle, upper) if held(middle) else (lower, middle)
+    return {**found, "rate": lower, "note": ""}
+
+
+def single_stream(bench: Bench, *, seconds: float = 3.0, load: Load | None = None) -> dict[str, Any]:
+    """MLPerf's single stream: the next query goes out when the last one is answered; the metric is the 90th percentile.
+
+    Rules, section 3: 600 s, one sample per query, 90 % "early-stopping latency estimate". Here the plain percentile of
+    what was measured.
+
+    Returns:
+        `p50_ms`, `p90_ms`, `p99_ms`, `queries`, `note`.
+
+    Raises:
+        PerfError: it could not be measured.
+    """
+    single = _closed(load, 1, 1)
+    point = _point(bench, "single stream", single, seconds)
+    latencies = {f"{name}_ms": point["latency_ms"][name] for name in ("p50", "p90", "p99")}
+    return {**latencies, "queries": point["requests"], "note": _note(seconds, f"{point['requests']} queries")}
+
+
+def offline(
+    bench: Bench,
+    *,
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    clients: Sequence[int] = (2, CLIENTS),
+    seconds: float = 3.0,
+    load: Load | None = None,
+) -> dict[str, Any]:
+    """MLPerf's offline: all samples are there at once; the metric is the throughput.
+
+    Rules, section 3: one query of at least 24,576 samples and 600 s. A server has a largest batch instead: here clients
+    that each send the next batch when the last one is answered, the best of some batch sizes and numbers of clients.
+    The best is measured once more, and that is the result: the best of many is a little lucky.
+
+    Returns:
+        `images_per_second`, `batch_size`, `concurrency`, `samples`, `note`; `tried`: all sizes with what they got.
+
+    Raises:
+        PerfError: a point could not be measured.
+    """
+    most = bench.config.max_batch_size
+    tried = []
+    for batch, count in itertools.product(sorted({min(size, most) for size in batch_sizes}), clients):
+        full = _closed(load, count, batch)
+        point = _point(bench, "offline", full, seconds)
+        tried.append({"batch_size": batch, "concurrency": count, "images_per_second": point["throughput"]})
+    best = max(tried, key=lambda one: one["images_per_second"])
+    size = {key: best[key] for key in ("batch_size", "concurrency")}
+    point = _point(bench, "offline", _closed(load, best["concurrency"], best["batch_size"]), seconds, repeat=1)
+    samples = point["requests"] * best["batch_size"]
+    note = _note(seconds, f"{samples} samples in batches of {best['batch_size']}")
+    return {"images_per_second": point["throughput"], **size, "samples": samples, "tried": tried, "note": note}
+
+
+def server(
+    bench: Bench,
+    bound_ms: float | None = None,
+    *,
+    tolerance: float = 0.05,
+    seconds: float = 3.0,
+    load: Load | None = None,
+) -> dict[str, Any]:
+    """MLPerf's server: queries of one sample arrive as a Poisson process; the metric is the highest rate under a bound.
+
+    Rules, section 3: 600 s, 99 % of the queries within the benchmark's own bound (270,336 queries are suggested for
+    that percentile); section 5.1: found by binary search. The bound is the caller's here.
+
+    Args:
+        bench, tolerance, seconds, load: as for `find_rate`.
+        bound_ms: for the 99th percentile; None = `default_bound` of the single stream.
+
+    Returns:
+        `queries_per_second`, `p99_ms` (at that rate), `bound_ms`, `probes`, `note`.
+
+    Raises:
+        BoundError, OptionError, PerfError: as `find_rate`.
+    """
+    load = dataclasses.replace(load or Load(), batch_size=1)
+    if bound_ms is None:
+        bound_ms = default_bound(single_stream(bench, seconds=seconds, load=load)["p50_ms"])
+    found = find_rate(bench, bound_ms, tolerance=tolerance, seconds=seconds, load=load)
+    rate = found["rate"]
+    p99 = next(probe["p99_ms"] for probe in found["probes"] if probe["rate"] == rate)
+    note = _note(seconds, f"about {rate * _length(rate, seconds):.0f} queries at the rate that was found")
+    return {
+        "queries_per_second": rate,
+        "p99_ms": p99,
+        "bound_ms": bound_ms,
+        "probes": found["probes"],
+        "note": note,
+    }
+
+
+def default_bound(p50_ms: float) -> float:
+    """A bound for who names none: four times the median of a single stream, rounded up to 5 ms."""
+    return 5.0 * math.ceil(4 * p50_ms / 5 - 1e-9)
+
+
+def _probe(bench: Bench, load: Load, bound_ms: float, percentile: str, seconds: float) -> dict[str, Any]:
+    """Whether the server holds the bound under this load, by one measurement or by the majority of up to three."""
+    assert load.rate is not None
+    points, problems = [], list[str]()
+    for repeat in range(ATTEMPTS):
+        point = _point(bench, _SERIES, load, _length(load.rate, seconds), repeat=repeat)
+        problem, plain = _judge(point, load, bound_ms, percentile)
+        points.append(point)
+        problems.append(problem)
+        agreed = repeat == 1 and bool(problems[0]) == bool(problem)
+        if (plain and repeat == 0) or agreed:
+            break
+    lost = [problem for problem in problems if problem]
+    held = 2 * len(lost) < len(problems)
+    return {
+        "rate": load.rate,
+        f"{percentile}_ms": statistics.median(point["latency_ms"][percentile] for point in points),
+        "throughput": statistics.median(point["throughput"] for point in points),
+        "held": held,
+        "measured": len(points),
+        "why": "" if held else lost[0],
+    }
+
+
+def _judge(point: Mapping[str, Any], load: Load, bound_ms: float, percentile: str) -> tuple[str, bool]:
+    """What is wrong with a measured point, if anything, and whether this one measurement leaves no doubt."""
+    assert load.rate is not None
+    offered, throughput = load.rate * load.batch_size, point["throughput"]
+    # In so short a time Poisson arrivals are themselves off their rate: by two standard deviations of their number.
+    scatter = 2 / math.sqrt(max(1.0, load.rate * point["seconds"])) if load.arrivals == "poisson" else 0.0
+    tail, median = point["latency_ms"][percentile], point["latency_ms"]["p50"]
+    if point["errors"]:
+        return f"{point['errors']} of {point['errors'] + point['requests']} requests failed", False
+    if throughput < offered * (1 - _BEHIND - scatter):
+        return f"answered {throughput:.0f} of {offered:.0f} images/s", throughput < 0.85 * offered * (1 - scatter)
+    if tail > bound_ms:
+        return f"{percentile} was {tail:.1f} ms", median > bound_ms
+    return "", tail <= 0.8 * bound_ms
+
+
+def _cannot(
+    bench: Bench, bound_ms: float, percentile: str, probe: Mapping[str, Any], load: Load, seconds: float
+) -> BoundError:
+    single = single_stream(bench, seconds=seconds, load=load)
+    alone = f"a single client gets its answers within {single['p50_ms']:.1f} ms (p50), {single['p99_ms']:.1f} ms (p99)"
+    return BoundError(
+        f"{bench.model} ({bench.precision}) cannot hold {percentile} <= {bound_ms:g} ms even at "
+        f"{probe['rate']:g} requests/s: {probe['why']}",
+        why=f"{alone}; requests that arrive together also wait for one another",
+        fix=f"ask for a bound of {default_bound(single['p50_ms']):g} ms or more, serve a faster precision (int8), or "
+        "look for a faster setting: invoke perf --tune",
+    )
+
+
+def _point(bench: Bench, series: str, load: Load, seconds: float, repeat: int = 0) -> dict[str, Any]:
+    point: dict[str, Any] = bench.point(series, load, seconds=seconds, repeat=repeat)["point"]
+    return point
+
+
+def _closed(load: Load | None, clients: int, batch_size: int) -> Load:
+    """So many clients instead of a rate, by the same protocol and memory."""
+    return dataclasses.replace(
+        load or Load(), concurrency=clients, rate=None, arrivals="constant", batch_size=batch_size
+    )
+
+
+def _length(rate: float, seconds: float) -> float:
+    """Seconds to measure a rate for: what was asked, or as many (up to fourfold) as 100 requests take."""
+    return round(min(4 * seconds, max(seconds, _ENOUGH / rate)), 3)
+
+
+def _rounded(rate: float) -> float:
+    """Three digits: a rate that people can read and that is the same again after a detour through JSON."""
+    return float(f"{rate:.3g}")
+
+
+def _note(seconds: float, size: str) -> str:
+    return (
+        f"by MLPerf's definition, but no MLPerf result: {size} in runs of about {seconds:g} s instead of "
+        f"{_MLPERF_SECONDS} s, sent by perf_analyzer instead of LoadGen"
+    )
+
+
+def _check(
+    bound_ms: float, percentile: str, low: float | None, high: float | None, tolerance: float, seconds: float
+) -> None:
+    for name, value in {"bound": bound_ms, "seconds": seconds, "low": low, "high": high}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise OptionError(f"{name} is {value!r}, but must be a number greater than 0")
+    if percentile not in PERCENTILES:
+        raise OptionError(f"percentile is {percentile!r}, but must be one of {', '.join(PERCENTILES)}")
+    if low is not None and high is not None and low >= high:
+        raise OptionError(f"low is {low:g} requests/s, but must be less than high, {high:g}")
+    if not 0.001 <= tolerance < 1:
+        raise OptionError(f"tolerance is {tolerance!r}, but must be in 0.001..1")

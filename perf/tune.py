@@ -1,0 +1,529 @@
+"""`invoke perf --tune`: which [serving] section answers most images per second under a bound on latency.
+
+    result = tune(spec, published, open_bench, concurrency=4)
+    result["winner"], result["gain"], result["written"]
+
+Successive halving (Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter
+optimization"): all candidates are measured for a short time, the better half again for twice as long, until two are
+left. Those two and the present setting are then measured in turn, several times: the gain is that of side by side.
+Model Analyzer, which used to do this, is no longer part of Triton's SDK container.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from build import repository as store
+from build.errors import OptionError, SpecError, SSDError
+from build.spec import Serving, Spec, load
+from perf.analyzer import Load
+from perf.scenarios import default_bound, single_stream
+from perf.statistics import verdict
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    from perf.bench import Bench
+    from perf.journal import Journal
+
+FINALISTS = 2
+ROUNDS = 3  # of the final, the fewest that `verdict` takes
+DELAYS_US = (0, 500, 2000)
+GPU_INSTANCES = (1, 2, 3, 4)
+
+
+class TuneError(SSDError):
+    """A candidate that answers wrongly or not at all, or a search that found nothing."""
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """One way to serve a model.
+
+    Attributes:
+        instances: copies of the model.
+        threads: of each.
+        dynamic_batching: whether requests that wait are handed to an instance together.
+        queue_delay_us: how long they may wait for others.
+    """
+
+    instances: int
+    threads: int = 1
+    dynamic_batching: bool = False
+    queue_delay_us: int = 0
+
+    def __str__(self) -> str:
+        delay = f", delay {self.queue_delay_us} us" if self.queue_delay_us else ""
+        return f"{self.instances} x {self.threads}" + (f", batching{delay}" if self.dynamic_batching else "")
+
+    @classmethod
+    def of_config(cls, config: ModelConfig) -> Candidate:
+        """What a config.pbtxt says."""
+        threads = config.parameters["threads"].string_value if "threads" in config.parameters else "1"
+        batching = config.HasField("dynamic_batching")
+        delay = config.dynamic_batching.max_queue_delay_microseconds if batching else 0
+        return cls(sum(group.count for group in config.instance_group), int(threads), batching, int(delay))
+
+    def apply(self, config: ModelConfig) -> None:
+        """Makes a config.pbtxt say this, and leaves the rest of it."""
+        config.instance_group[0].count = self.instances
+        del config.instance_group[1:]
+        if "threads" in config.parameters:
+            config.parameters["threads"].string_value = str(self.threads)
+        if self.dynamic_batching:
+            config.dynamic_batching.SetInParent()
+            config.dynamic_batching.max_queue_delay_microseconds = self.queue_delay_us
+        else:
+            config.ClearField("dynamic_batching")
+
+    def serving(self, runtime: str) -> dict[str, int | bool]:
+        """The keys of [serving] that make build/repository.py write such a config.pbtxt."""
+        keys: dict[str, int | bool] = {"instances": self.instances}
+        if runtime == "onnxruntime":
+            keys["threads"] = self.threads
+        if spec_can_batch(runtime):
+            keys |= {"dynamic_batching": self.dynamic_batching} if _has_key("dynamic_batching") else {}
+            keys["queue_delay_us"] = self.queue_delay_us
+        return keys
+
+
+def spec_can_batch(runtime: str) -> bool:
+    """Whether [serving] can say that requests are batched together: always for a plan, else by a key of its own."""
+    return runtime == "tensorrt" or _has_key("dynamic_batching")
+
+
+def _has_key(name: str) -> bool:
+    return any(item.name == name for item in dataclasses.fields(Serving))
+
+
+def candidates(cores: int, runtime: str = "onnxruntime") -> list[Candidate]:
+    """What is worth a try.
+
+    On a CPU instances and threads are powers of two (and the number of cores), no more threads each than cores, no more
+    in all than twice the cores and no less than half of them. A plan has instances alone. A queue delay goes with
+    dynamic batching.
+
+    Args:
+        cores: that the server may use.
+        runtime: onnxruntime or tensorrt.
+    """
+    if runtime == "tensorrt":
+        pairs = [(instances, 1) for instances in GPU_INSTANCES]
+        batching = [(True, delay) for delay in DELAYS_US]
+        batching += [(False, 0)] if _has_key("dynamic_batching") else []
+    else:
+        sizes = sorted({2**power for power in range(cores.bit_length() + 1)} | {cores, 3})
+        pairs = [
+            (instances, threads)
+            for instances, threads in itertools.product(sizes, sizes)
+            if threads <= cores and cores <= 2 * instances * threads <= 4 * cores
+        ]
+        batching = [(False, 0)]
+        batching += [(True, delay) for delay in DELAYS_US] if spec_can_batch(runtime) else []
+    return [Candidate(*pair, *how) for pair, how in itertools.product(pairs, batching)]
+
+
+# -- the search, which knows nothing of servers ------------------------------------------------------------------------
+
+
+@dataclass
+class Tried:
+    """A candidate and what was measured of it in the last rung that it reached.
+
+    Attributes:
+        rung: that rung, from 0.
+        throughput: images per second, of each repeat.
+        p99_ms: likewise.
+        failed: why it could not be measured; empty where it could.
+    """
+
+    candidate: Candidate
+    rung: int = 0
+    throughput: list[float] = field(default_factory=list)
+    p99_ms: list[float] = field(default_factory=list)
+    failed: str = ""
+
+    def held(self, bound_ms: float) -> bool:
+        """Whether its p99 (the median of the repeats) is within the bound."""
+        return not self.failed and statistics.median(self.p99_ms) <= bound_ms
+
+    def rank(self, bound_ms: float) -> tuple[int, float]:
+        """Least is best: most images per second of those that hold the bound, then the lowest p99 of the others."""
+        if self.held(bound_ms):
+            return 0, -statistics.median(self.throughput)
+        return (2, 0.0) if self.failed else (1, statistics.median(self.p99_ms))
+
+    def as_dict(self, bound_ms: float) -> dict[str, Any]:
+        """The row of the result."""
+        return {
+            **dataclasses.asdict(self.candidate),
+            "throughput": None if self.failed else statistics.median(self.throughput),
+            "p99_ms": None if self.failed else statistics.median(self.p99_ms),
+            "rung": self.rung,
+            "held": self.held(bound_ms),
+            "failed": self.failed,
+            "repeats": [] if self.failed else self.throughput,
+        }
+
+
+Measure = Callable[[Candidate, int, int, float], tuple[float, float]]
+
+
+def search(
+    present: Candidate, others: Sequence[Candidate], measure: Measure, bound_ms: float, seconds: float
+) -> list[Tried]:
+    """Successive halving; the present setting takes part in every rung and takes no other's place.
+
+    Args:
+        present: what is served now.
+        others: what to try instead.
+        measure: (candidate, rung, repeat, seconds) → images per second and p99 in ms; may raise SSDError.
+        bound_ms: for the p99.
+        seconds: of the first rung's measurements; doubled from rung to rung.
+
+    Returns:
+        The present setting, then the others: the further they got, the earlier.
+
+    Raises:
+        SSDError: the present setting cannot be measured. Any other that cannot only leaves the search.
+    """
+    tried = {one: Tried(one) for one in [present, *others]}
+    left = [one for one in tried if one != present]
+
+    def take(one: Candidate, rung: int, repeat: int, length: float) -> None:
+        entry = tried[one]
+        if entry.failed:
+            return
+        if repeat == 0:
+            entry.rung, entry.throughput, entry.p99_ms = rung, [], []
+        try:
+            throughput, p99_ms = measure(one, rung, repeat, length)
+        except SSDError as error:
+            if one == present:
+                raise
+            entry.failed = str(error)
+        else:
+            entry.throughput.append(throughput)
+            entry.p99_ms.append(p99_ms)
+
+    rung = 0
+    while len(left) > FINALISTS:
+        for one in [present, *left]:
+            take(one, rung, 0, seconds * 2**rung)
+        best = sorted((one for one in left if not tried[one].failed), key=lambda one: tried[one].rank(bound_ms))
+        left = best[: max(FINALISTS, math.ceil(len(left) / 2))]
+        rung += 1
+    for repeat in range(ROUNDS):
+        finalists = [present, *left]
+        for one in finalists if repeat % 2 == 0 else reversed(finalists):  # who comes first is not always the same
+            take(one, rung, repeat, seconds * 2**rung)
+    rest = sorted((one for one in tried.values() if one.candidate != present), key=lambda one: one.rank(bound_ms))
+    return [tried[present], *sorted(rest, key=lambda one: -one.rung)]
+
+
+def measurements(others: int) -> int:
+    """How many measurements a search among `others` and the present setting takes, if none fails."""
+    count = 0
+    while others > FINALISTS:
+        count, others = count + others + 1, max(FINALISTS, math.ceil(others / 2))
+    return count + ROUNDS * (others + 1)
+
+
+def decide(tried: Sequence[Tried], bound_ms: float) -> tuple[Tried, bool, str]:
+    """The best of the final, whether it should replace the present setting, and in words why or why not.
+
+    It should where it holds the bound and is faster by more than noise; where the present setting does not hold the
+    bound, a lower p99 counts in place of throughput.
+
+    Args:
+        tried: what `search` returned.
+        bound_ms: as there.
+    """
+    present = tried[0]
+    final = [one for one in tried if one.rung == present.rung and not one.failed]
+    winner = min(final, key=lambda one: one.rank(bound_ms))
+    if winner is present:
+        return winner, False, f"the present setting ({present.candidate}) is the best of {len(tried)}"
+    if present.held(bound_ms):
+        seen, figure = verdict(present.throughput, winner.throughput), "images/s"
+        values = f"{statistics.median(present.throughput):.0f} to {statistics.median(winner.throughput):.0f}"
+    else:  # then the bound is what matters: the winner holds it, or is nearer to it
+        seen, figure = verdict(present.p99_ms, winner.p99_ms, higher_is_better=False), "ms (p99)"
+        values = f"{statistics.median(present.p99_ms):.1f} to {statistics.median(winner.p99_ms):.1f}"
+    better = seen.verdict == "faster"
+    change = f"from {present.candidate} to {winner.candidate}: {values} {figure}"
+    if not winner.held(bound_ms):
+        return winner, False, f"no setting holds p99 <= {bound_ms:g} ms; the nearest: {change}"
+    return winner, better, change if better else f"{change}, which is not more than noise"
+
+
+def pareto(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Numbers of the rows that no other beats in throughput or p99 without losing in the other."""
+    usable = [number for number, row in enumerate(rows) if row["throughput"] is not None]
+
+    def beats(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+        as_good: bool = a["throughput"] >= b["throughput"] and a["p99_ms"] <= b["p99_ms"]
+        return as_good and (a["throughput"], a["p99_ms"]) != (b["throughput"], b["p99_ms"])
+
+    return [one for one in usable if not any(beats(rows[other], rows[one]) for other in usable)]
+
+
+# -- on real servers ---------------------------------------------------------------------------------------------------
+
+
+def tune(
+    spec: Spec,
+    published: Path,
+    open_bench: Callable[[Path], AbstractContextManager[Bench]],
+    journal: Journal,
+    *,
+    bound_ms: float | None = None,
+    traffic: Load | None = None,
+    seconds: float = 1.0,
+    others: Sequence[Candidate] | None = None,
+    write: bool = True,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Searches the best [serving] section on this machine and writes it to spec.toml.
+
+    Args:
+        spec: of the model.
+        published: a repository that it is published to as its spec says now; copies of it are served.
+        open_bench: a repository → its running server with a Bench, as a context.
+        journal: where what was measured is kept; what it has already is not measured again, and no server started.
+        bound_ms: for the p99; None = `default_bound` of the present setting's single stream.
+        traffic: the clients, batch size and protocol to be fast for; None = 4 clients, gRPC.
+        seconds: of the first rung's measurements.
+        others: what to try; None = `candidates` for this machine's cores.
+        write: whether to write the winner to spec.toml.
+        console: where to say what is found; None = standard output.
+
+    Returns:
+        `candidates`, the present one first: the fields of `Candidate`, `throughput` (images/s) and `p99_ms` (None where
+        it failed), `rung`, `held`, `failed` (why), `repeats` (throughputs of its last rung); `pareto`: the numbers of
+        those that none beats in both; `winner` and `before`, two of them; `gain`: their ratio of throughputs;
+        `bound_ms`, `load`; `written` and `why`.
+
+    Raises:
+        SSDError: the present setting cannot be measured, or spec.toml cannot be changed; it is then as it was.
+    """
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    say = console or Console(highlight=False, soft_wrap=True)
+    if not 0 < seconds < math.inf:
+        raise OptionError(f"seconds is {seconds!r}, but must be a number greater than 0")
+    traffic = traffic or Load(concurrency=4)
+    name = spec.model.name
+    config = _config(published / name / store.CONFIG)
+    runtime, precision = (config.parameters[key].string_value for key in ("runtime", "precision"))
+    present = Candidate.of_config(config)
+    others = [one for one in others or candidates(store.cores(), runtime) if one != present]
+
+    def on_server(what: Mapping[str, Any], candidate: Candidate, function: Callable[[Bench], dict[str, Any]]) -> Any:
+        def run() -> dict[str, Any]:
+            with variant(published, name, candidate) as repository, open_bench(repository) as bench:
+                return function(bench)
+
+        key = {"series": "tune", "precision": precision, "candidate": dataclasses.asdict(candidate)}
+        return journal.measure({**key, "load": traffic.as_dict(), **what}, run)
+
+    if bound_ms is None:
+        alone = {"what": "single stream", "seconds": seconds}
+        single = on_server(alone, present, lambda bench: single_stream(bench, seconds=seconds, load=traffic))
+        bound_ms = default_bound(single["p50_ms"])
+    count = measurements(len(others))
+    say.print(f"{name}: {len(others)} settings against {present}, p99 <= {bound_ms:g} ms at {traffic}", markup=False)
+    columns = (TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=say, transient=True, disable=not say.is_terminal) as progress:
+        task = progress.add_task("", total=count)
+
+        def measure(candidate: Candidate, rung: int, repeat: int, length: float) -> tuple[float, float]:
+            progress.update(task, description=f"rung {rung}: {candidate}")
+            what = {"rung": rung, "repeat": repeat, "seconds": length}
+            try:
+                found = on_server(what, candidate, lambda bench: _served(bench, traffic, rung, repeat, length))
+            except SSDError as error:
+                say.print(f"{candidate}: {error}", markup=False)
+                raise
+            finally:
+                progress.advance(task)
+            return found["throughput"], found["p99_ms"]
+
+        tried = search(present, others, measure, bound_ms, seconds)
+    winner, better, why = decide(tried, bound_ms)
+    rows = [one.as_dict(bound_ms) for one in tried]
+    best = rows[tried.index(winner)]
+    result = {
+        "candidates": rows,
+        "pareto": pareto(rows),
+        "winner": best,
+        "before": rows[0],
+        "gain": best["throughput"] / rows[0]["throughput"],
+        "bound_ms": bound_ms,
+        "load": traffic.as_dict(),
+        "written": better and write,
+        "why": why,
+    }
+    say.print(table(result))
+    say.print(f"{name}: {why}", markup=False)
+    if result["written"]:
+        write_serving(spec.path, winner.candidate.serving(runtime))
+        say.print(f"{name}: written to [serving] of {spec.path}; publish it: invoke build-engines", markup=False)
+    else:
+        say.print(f"{name}: {spec.path.name} stays as it is", markup=False)
+    return result
+
+
+def table(result: Mapping[str, Any], most: int = 12) -> Table:
+    """The settings that got furthest and the Pareto front."""
+    from rich.table import Table
+
+    made = Table(title=f"p99 <= {result['bound_ms']:g} ms", title_justify="left")
+    for column in ("instances x threads", "images/s", "p99, ms", "rung", ""):
+        made.add_column(column, justify="right" if column in ("images/s", "p99, ms", "rung") else "left")
+    for number, row in enumerate(result["candidates"]):
+        if number >= most and number not in result["pareto"]:
+            continue
+        fields = {item.name: row[item.name] for item in dataclasses.fields(Candidate)}
+        notes = ["present"] if number == 0 else []
+        notes += ["best"] if row == result["winner"] else []
+        notes += ["Pareto front"] if number in result["pareto"] else []
+        notes += ["failed"] if row["failed"] else [] if row["held"] else ["beyond the bound"]
+        figures = ["", ""] if row["failed"] else [f"{row['throughput']:.0f}", f"{row['p99_ms']:.1f}"]
+        made.add_row(str(Candidate(**fields)), *figures, str(row["rung"]), ", ".join(notes))
+    return made
+
+
+@contextmanager
+def variant(published: Path, model: str, candidate: Candidate) -> Iterator[Path]:
+    """A repository with the served version of one model, set up as the candidate says; gone at the end.
+
+    It lies beside `published` and its files are hard links to those there (copies where links are not allowed).
+
+    Raises:
+        PublishError: the model is not published there, or damaged.
+    """
+    from google.protobuf import text_format
+
+    version, _ = store.served(published, model)
+    config = _config(published / model / store.CONFIG)
+    candidate.apply(config)
+    with tempfile.TemporaryDirectory(prefix=f".{published.name}-", dir=published.parent) as name:
+        folder = Path(name) / model
+        shutil.copytree(version, folder / version.name, copy_function=_link)
+        (folder / store.CONFIG).write_text(text_format.MessageToString(config))
+        yield Path(name)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _config(path: Path) -> ModelConfig:
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    try:
+        return text_format.Parse(path.read_text(), ModelConfig())
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise TuneError(f"{path}: cannot be read: {error}", fix="publish it again: invoke build-engines") from None
+
+
+def _served(bench: Bench, traffic: Load, rung: int, repeat: int, seconds: float) -> dict[str, Any]:
+    """Images per second and p99 under the load.
+
+    Raises:
+        TuneError: answers were wrong, or requests failed: whatever its speed, such a setting cannot win.
+    """
+    record = bench.point("tune", traffic, seconds=seconds, repeat=repeat, rung=rung)
+    point, answers = record["point"], record["answers"] or {}
+    bad = {"wrong": answers.get("wrong", 0), "dropped": answers.get("dropped", 0), "failed": point["errors"]}
+    if any(bad.values()):
+        found = ", ".join(f"{count} {what}" for what, count in bad.items() if count)
+        raise TuneError(f"under {traffic} its answers were not all right: {found}", why="; ".join(record["faults"]))
+    return {"throughput": point["throughput"], "p99_ms": point["latency_ms"]["p99"]}
+
+
+# -- spec.toml ---------------------------------------------------------------------------------------------------------
+
+
+def write_serving(path: Path, values: Mapping[str, int | bool]) -> None:
+    """Sets keys of [serving] in a spec.toml; every other byte, comments included, stays as it is.
+
+    Raises:
+        SpecError: the file is not one that this can change so; it is then as it was.
+    """
+    try:
+        text = path.read_bytes().decode()
+        before = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from None
+    wanted = {**before, "serving": {**before.get("serving", {}), **values}}
+    changed = _with_serving(text, {key: str(value).lower() for key, value in values.items()})
+    try:
+        right = tomllib.loads(changed) == wanted
+    except tomllib.TOMLDecodeError:
+        right = False
+    if not right:
+        lines = "; ".join(f"{key} = {str(value).lower()}" for key, value in values.items())
+        raise SpecError(f"{path}: [serving] is written in a way that cannot be changed", fix=f"write by hand: {lines}")
+    unfinished = path.with_suffix(".new.toml")
+    with store.explained(path):
+        try:
+            with unfinished.open("wb") as file:
+                file.write(changed.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.copymode(path, unfinished)
+            load(unfinished)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _with_serving(text: str, values: Mapping[str, str]) -> str:
+    """The text with these values in [serving]: changed where the key is there, added at the table's end where not."""
+    newline = "\r\n" if "\r\n" in text else "\n"
+    header = re.search(r"^[ \t]*\[[ \t]*serving[ \t]*\][^\n]*(?:\n|\Z)", text, re.M)
+    if header is None:
+        text += "" if text.endswith("\n") else newline
+        added = "".join(f"{key} = {value}{newline}" for key, value in values.items())
+        return f"{text}{newline}[serving]{newline}{added}"
+    following = re.search(r"^[ \t]*\[", text[header.end() :], re.M)
+    end = header.end() + following.start() if following else len(text)
+    body = text[header.end() : end]
+    for key, value in values.items():
+        line = rf"^([ \t]*[\"']?{key}[\"']?[ \t]*=[ \t]*)[^\s#]+"
+        body, times = re.subn(line, rf"\g<1>{value}", body, count=1, flags=re.M)
+        if not times:
+            # After the last key, before blank lines and comments, which may belong to the next table.
+            keys = list(re.finditer(r"^[ \t]*[^\s#][^\n]*(?:\n|\Z)", body, re.M))
+            place = keys[-1].end() if keys else 0
+            gap = "" if place == 0 or body[:place].endswith("\n") else newline
+            body = f"{body[:place]}{gap}{key} = {value}{newline}{body[place:]}"
+    head = text[: header.end()]
+    return head + ("" if head.endswith("\n") or not body else newline) + body + text[end:]

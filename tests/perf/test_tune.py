@@ -1,0 +1,405 @@
+"""The search on simulated servers whose best setting is known; spec.toml's editing on the real file; a real search."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from build import repository as store
+from build.errors import ServeError, SpecError
+from build.spec import Serving, load
+from perf import tune as tuning
+from perf.analyzer import Load
+from perf.tune import Candidate, candidates, decide, measurements, pareto, search, tune, write_serving
+from tests.build import tiny_model
+
+SHAPES = Path(__file__).parents[2] / "models" / "shapes"
+PRESENT, BEST = Candidate(2, 1), Candidate(4, 1, True, 500)
+GRID = [
+    Candidate(instances, threads, batching, delay)
+    for instances in (1, 2, 3, 4)
+    for threads in (1, 2)
+    for batching, delay in ((False, 0), (True, 0), (True, 500), (True, 2000))
+]
+
+
+class Simulation:
+    """Servers of which BEST answers most within 20 ms; with two threads it would be faster, but beyond the bound."""
+
+    def __init__(self, noise: float = 0.0, seed: int = 0) -> None:
+        self.random, self.noise = random.Random(seed), noise
+        self.calls: list[tuple[Candidate, int, int, float]] = []
+
+    def truth(self, one: Candidate) -> tuple[float, float]:
+        throughput = 300.0 + 60 * one.instances + 40 * one.threads
+        throughput += {0: 20, 500: 80, 2000: 40}[one.queue_delay_us] if one.dynamic_batching else 0
+        p99_ms = 8 + 1.5 * one.instances + one.queue_delay_us / 1000 + (20 if one.threads > 1 else 0)
+        return throughput, p99_ms
+
+    def __call__(self, one: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
+        self.calls.append((one, rung, repeat, seconds))
+        spread = self.noise / math.sqrt(seconds)
+        throughput, p99_ms = self.truth(one)
+        return (
+            throughput * math.exp(self.random.gauss(0, spread)),
+            p99_ms * math.exp(self.random.gauss(0, 3 * spread)),
+        )
+
+
+def test_the_best_setting_wins() -> None:
+    simulation = Simulation()
+    tried = search(PRESENT, GRID, simulation, 20, 1.0)
+    winner, better, why = decide(tried, 20)
+    assert (winner.candidate, better) == (BEST, True)
+    assert why == "from 2 x 1 to 4 x 1, batching, delay 500 us: 460 to 660 images/s"
+    assert tried[0].candidate == PRESENT
+    assert [one.rung for one in tried[1:]] == sorted((one.rung for one in tried[1:]), reverse=True)
+    others = len(GRID) - 1
+    assert len(simulation.calls) == measurements(others) == (31 + 16 + 8 + 4 + 4) + 3 * 3
+    # The final: the two best and the present setting, three times, in turn, at the longest time.
+    final = [one for one, rung, _, _ in simulation.calls if rung == tried[0].rung]
+    assert len(final) == 9
+    assert final[0] == final[5] == final[6] == PRESENT
+    assert {seconds for _, rung, _, seconds in simulation.calls if rung == 0} == {1.0}
+    assert {seconds for *_, seconds in simulation.calls[-9:]} == {2.0 ** tried[0].rung}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_costs_little(seed: int) -> None:
+    simulation = Simulation(noise=0.05, seed=seed)
+    winner, better, _ = decide(search(PRESENT, GRID, simulation, 20, 1.0), 20)
+    throughput, p99_ms = simulation.truth(winner.candidate)
+    assert better
+    assert p99_ms <= 20
+    assert throughput >= 0.93 * simulation.truth(BEST)[0]
+
+
+def test_none_holds_the_bound() -> None:
+    winner, better, why = decide(search(PRESENT, GRID, Simulation(), 5, 1.0), 5)
+    assert winner.candidate == Candidate(1, 1)  # the lowest p99
+    assert not better
+    assert why.startswith("no setting holds p99 <= 5 ms; the nearest: from 2 x 1 to 1 x 1")
+
+
+def test_a_present_setting_beyond_the_bound_gives_way_to_a_slower_one_within() -> None:
+    winner, better, why = decide(search(Candidate(4, 2), [Candidate(1, 1)], Simulation(), 20, 1.0), 20)
+    assert (winner.candidate, better) == (Candidate(1, 1), True)
+    assert why == "from 4 x 2 to 1 x 1: 34.0 to 9.5 ms (p99)"
+
+
+def test_the_present_setting_is_the_best() -> None:
+    tried = search(BEST, GRID, Simulation(), 20, 1.0)
+    why = "the present setting (4 x 1, batching, delay 500 us) is the best of 32"
+    assert decide(tried, 20) == (tried[0], False, why)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_difference_within_the_noise_is_none(seed: int) -> None:
+    """Ten settings that are all the same: whichever looks best must not replace the present one."""
+    noise = random.Random(seed)
+    same = [Candidate(number) for number in range(1, 11)]
+    tried = search(same[0], same, lambda *_: (500 * math.exp(noise.gauss(0, 0.05)), 9.0), 20, 1.0)
+    assert not decide(tried, 20)[1]
+
+
+def test_what_fails_leaves_and_the_search_goes_on() -> None:
+    def measure(one: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
+        if one == BEST or (one.instances == 1 and rung == 1):
+            raise ServeError("tritonserver is gone")
+        return Simulation().truth(one)
+
+    tried = search(PRESENT, GRID, measure, 20, 1.0)
+    failed = {one.candidate for one in tried if one.failed}
+    assert BEST in failed
+    assert all(one.failed == "tritonserver is gone" for one in tried if one.failed)
+    assert decide(tried, 20)[0].candidate == Candidate(4, 1, True, 2000)
+    row = next(one for one in tried if one.candidate == BEST).as_dict(20)
+    assert (row["throughput"], row["p99_ms"], row["held"]) == (None, None, False)
+
+
+def test_nothing_but_the_present_setting_works() -> None:
+    def measure(one: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
+        if one != PRESENT:
+            raise ServeError("no")
+        return 100.0, 9.0
+
+    assert decide(search(PRESENT, GRID, measure, 20, 1.0), 20)[1] is False
+
+
+def test_a_present_setting_that_fails_ends_the_search_at_once() -> None:
+    def measure(one: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
+        raise ServeError("no tritonserver on PATH")
+
+    with pytest.raises(ServeError, match="no tritonserver"):
+        search(PRESENT, GRID, measure, 20, 1.0)
+
+
+def test_pareto() -> None:
+    points = [(100, 10), (120, 12), (90, 9), (110, 13), (120, 12), (None, None), (80, 20)]
+    rows = [{"throughput": throughput, "p99_ms": p99_ms} for throughput, p99_ms in points]
+    assert pareto(rows) == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 4, 16, 64])
+def test_candidates_make_sense(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for can_batch in (False, True):
+        monkeypatch.setattr(tuning, "_has_key", lambda name, can=can_batch: can)
+        found = candidates(cores)
+        assert Candidate(cores, 1) in found
+        assert Candidate(1, cores) in found
+        assert len(found) == len(set(found)) <= 40 * (4 if can_batch else 1)
+        for one in found:
+            assert one.threads <= cores
+            assert cores / 2 <= one.instances * one.threads <= 2 * cores
+            assert one.dynamic_batching or not one.queue_delay_us
+        assert can_batch == any(one.dynamic_batching for one in found)
+    plans = candidates(cores, "tensorrt")
+    assert {one.threads for one in plans} == {1}
+    assert {one.instances for one in plans} == {1, 2, 3, 4}
+
+
+def test_two_cores() -> None:
+    assert sorted({(one.instances, one.threads) for one in candidates(2)}) == [
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (2, 2),
+        (3, 1),
+        (4, 1),
+    ]
+
+
+# -- config.pbtxt ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
+def test_a_candidate_in_config_pbtxt(tmp_path: Path, runtime: str) -> None:
+    spec = load(tiny_model.write(tmp_path / "tiny"))
+    config = store.config(spec, 1, "fp32", runtime, "0" * 64)
+    before = type(config).FromString(config.SerializeToString())
+    present = Candidate.of_config(config)
+    batching = Candidate(3, 2 if runtime == "onnxruntime" else 1, True, 500)
+    for one in (batching, Candidate(5, 1)):
+        one.apply(config)
+        assert Candidate.of_config(config) == one
+    present.apply(config)
+    if runtime == "onnxruntime":
+        assert config == before
+    assert [group.kind for group in config.instance_group] == [group.kind for group in before.instance_group]
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
+def test_spec_and_config_say_the_same(tmp_path: Path, runtime: str) -> None:
+    """What a winner writes to spec.toml makes the very config.pbtxt that was measured."""
+    file = tiny_model.write(tmp_path / "tiny")
+    for one in candidates(2, runtime):
+        write_serving(file, one.serving(runtime))
+        assert Candidate.of_config(store.config(load(file), 1, "fp32", runtime, "")) == one
+
+
+def test_a_variant_is_the_published_model_set_up_otherwise(tiny: tuple[Path, Path]) -> None:
+    _, published = tiny
+    with tuning.variant(published, "tiny", Candidate(3, 2)) as repository:
+        version = store.served_version(repository, "tiny")
+        for file in (published / "tiny" / str(version)).iterdir():
+            assert file.samefile(repository / "tiny" / str(version) / file.name)
+        assert store.served(repository, "tiny")[1]["version"] == version
+        assert Candidate.of_config(tuning._config(repository / "tiny" / "config.pbtxt")) == Candidate(3, 2)
+    assert [path.name for path in published.parent.iterdir() if path.name.startswith(".published-")] == []
+    assert store.served(published, "tiny")
+
+
+# -- spec.toml ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    folder = tmp_path / "shapes"
+    shutil.copytree(SHAPES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "spec.toml"
+
+
+def test_the_real_spec_keeps_every_other_byte(shapes: Path) -> None:
+    before = shapes.read_bytes()
+    write_serving(shapes, {"instances": 3, "threads": 2})
+    assert load(shapes).serving == Serving(max_batch_size=32, instances=3, threads=2)
+    wanted = before.replace(b"\ninstances = 0 ", b"\ninstances = 3 ").replace(b"\nthreads = 0 ", b"\nthreads = 2 ")
+    assert shapes.read_bytes() == wanted != before
+    write_serving(shapes, {"instances": 0, "threads": 0})
+    assert shapes.read_bytes() == before
+    assert [path.name for path in shapes.parent.iterdir() if ".new" in path.name] == []
+
+
+def test_keys_that_are_not_there_yet(shapes: Path) -> None:
+    before = shapes.read_text()
+    write_serving(shapes, {"instances": 4, "queue_delay_us": 500, "cuda_graphs": True})
+    serving = load(shapes).serving
+    assert (serving.instances, serving.queue_delay_us, serving.cuda_graphs) == (4, 500, True)
+    added = [line for line in shapes.read_text().splitlines() if line not in before.splitlines()]
+    assert len(added) == 3
+    assert "\nqueue_delay_us = 500\ncuda_graphs = true\n\n[data]" in shapes.read_text()
+
+
+SPECS = {
+    "no table": ("[model]\nname = 'x'", "[model]\nname = 'x'\n\n[serving]\ninstances = 2\n"),
+    "empty table": ("[serving]  # here\n\n[data]\n", "[serving]  # here\ninstances = 2\n\n[data]\n"),
+    "ends in it": ("[serving]", "[serving]\ninstances = 2\n"),
+    "no last newline": ("[serving]\nthreads = 1", "[serving]\nthreads = 1\ninstances = 2\n"),
+    "Windows": ("[serving]\r\ninstances=1 # a\r\n", "[serving]\r\ninstances=2 # a\r\n"),
+    "quoted, indented": (' [ serving ]\n  "instances" = 1#a\n', ' [ serving ]\n  "instances" = 2#a\n'),
+    "another table's key": ("[a]\ninstances = 1\n[serving]\n", "[a]\ninstances = 1\n[serving]\ninstances = 2\n"),
+    "in a comment": ("[serving]\n# instances = 1\na = 0\n", "[serving]\n# instances = 1\na = 0\ninstances = 2\n"),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_other_ways_to_write_it(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "load", lambda path: None)  # these are tables, not whole specs
+    before, after = SPECS[name]
+    file = tmp_path / "spec.toml"
+    file.write_bytes(before.encode())
+    write_serving(file, {"instances": 2})
+    assert file.read_bytes().decode() == after
+
+
+@pytest.mark.parametrize("text", ["serving = {a = 1}\n", "serving.a = 1\n", "a = '''\n[serving]\n'''\n", "a ="])
+def test_what_cannot_be_changed_is_left(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "spec.toml"
+    file.write_text(text)
+    with pytest.raises(SpecError, match=r"cannot be (changed|read)"):
+        write_serving(file, {"instances": 2})
+    assert file.read_text() == text
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_value_that_the_spec_refuses(shapes: Path) -> None:
+    before = shapes.read_bytes()
+    with pytest.raises(SpecError, match=r"in 0\.\.1024"):
+        write_serving(shapes, {"instances": 5000})
+    assert shapes.read_bytes() == before
+    assert [path.name for path in shapes.parent.iterdir() if ".new" in path.name] == []
+
+
+# -- the whole, on simulated servers -----------------------------------------------------------------------------------
+
+
+class MemoryJournal:
+    """The journal's contract, in memory."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, dict[str, Any]] = {}
+
+    def measure(self, key: dict[str, Any], function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        name = json.dumps(key, sort_keys=True)
+        if name not in self.held:
+            self.held[name] = json.loads(json.dumps(function()))
+        return self.held[name]
+
+
+class FakeServers:
+    """What `open_bench` gives: a simulated server set up as the repository's config.pbtxt says."""
+
+    def __init__(self) -> None:
+        self.simulation, self.started = Simulation(noise=0.01), list[Candidate]()
+        self.broken: dict[Candidate, BaseException] = {}
+        self.wrong: set[Candidate] = set()
+
+    @contextmanager
+    def __call__(self, repository: Path) -> Iterator[Any]:
+        one = Candidate.of_config(tuning._config(repository / "tiny" / "config.pbtxt"))
+        self.started.append(one)
+        if one in self.broken:
+            raise self.broken[one]
+
+        def point(series: str, traffic: Load, *, seconds: float, repeat: int = 0, **key: Any) -> dict[str, Any]:
+            throughput, p99_ms = self.simulation(one, 0, repeat, seconds)
+            latency = {"p50": p99_ms / 2.1, "p90": p99_ms, "p99": p99_ms}
+            wrong = 2 if one in self.wrong else 0
+            return {
+                "point": {"throughput": throughput, "latency_ms": latency, "requests": 99, "errors": 0},
+                "answers": {"checked": 20, "wrong": wrong, "dropped": 0, "late": 0},
+                "faults": [],
+            }
+
+        yield SimpleNamespace(point=point)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> tuple[Path, Path]:
+    """spec.toml of a tiny model, and a repository that it is published to."""
+    file = tiny_model.write(tmp_path / "tiny")
+    write_serving(file, PRESENT.serving("onnxruntime"))
+    spec = load(file)
+    store.publish(spec, spec.onnx_path, tmp_path / "published", "fp32", "onnxruntime")
+    return file, tmp_path / "published"
+
+
+OTHERS = [Candidate(instances, threads) for instances in (1, 3, 4) for threads in (1, 2)]
+
+
+def test_tune(tiny: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    file, published = tiny
+    servers, journal, before = FakeServers(), MemoryJournal(), file.read_text()
+    run = {"others": OTHERS, "bound_ms": 20, "traffic": Load(concurrency=2)}
+    looked = tune(load(file), published, servers, journal, **run, write=False)
+    assert file.read_text() == before
+    assert not looked["written"]
+    started = len(servers.started)
+    assert started == measurements(len(OTHERS))
+    result = tune(load(file), published, servers, journal, **run)
+    assert len(servers.started) == started  # all from the journal, and not a server was started
+    assert {**result, "written": False} == looked
+    assert result["written"]
+    assert (result["winner"]["instances"], result["winner"]["threads"]) == (4, 1)
+    assert result["before"] == result["candidates"][0]
+    assert result["gain"] == result["winner"]["throughput"] / result["before"]["throughput"] > 1.1
+    assert result["candidates"].index(result["winner"]) in result["pareto"]
+    assert json.loads(json.dumps(result)) == result
+    assert file.read_text() == before.replace("instances = 2", "instances = 4") != before
+    printed = capsys.readouterr().out
+    assert "Pareto front" in printed
+    assert "publish it: invoke build-engines" in printed
+
+
+def test_tune_chooses_a_bound(tiny: tuple[Path, Path]) -> None:
+    file, published = tiny
+    result = tune(load(file), published, FakeServers(), MemoryJournal(), others=OTHERS, write=False)
+    assert result["bound_ms"] in (20, 25)
+
+
+def test_wrong_answers_never_win(tiny: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    file, published = tiny
+    servers = FakeServers()
+    servers.wrong = {Candidate(4, 1)}
+    result = tune(load(file), published, servers, MemoryJournal(), others=OTHERS, bound_ms=20, write=False)
+    assert result["winner"]["instances"] == 3
+    failed = [row for row in result["candidates"] if row["failed"]]
+    assert [(row["instances"], row["threads"]) for row in failed] == [(4, 1)]
+    assert "2 wrong" in failed[0]["failed"]
+    assert "4 x 1: under" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")])
+def test_what_ends_the_search_leaves_spec_toml(tiny: tuple[Path, Path], error: BaseException) -> None:
+    file, published = tiny
+    servers, journal, before = FakeServers(), MemoryJournal(), file.read_text()
+    servers.broken = {Candidate(4, 2): error}
+    with pytest.raises(type(error)):
+        tune(load(file), published, servers, journal, others=OTHERS, bound_ms=20)
+    assert file.read_text() == before
+    assert {path.name for path in published.parent.iterdir() if path.is_dir()} == {"tiny", "published"}
+    # Resumed: what was measured before is not measured again.
+    servers.broken, before_resume = {}, len(servers.started)
+    tune(load(file), published, servers, journal, others=OTHERS, bound_ms=20)
+    # Those before the one that broke are in the journal; that one is tried again.
+    assert len(servers.started) - before_resume == measurements(len(OTHERS)) - (before_resume - 1)
+    assert load(file).serving.instances == 4
