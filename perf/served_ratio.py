@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build.errors import ServeError
-from perf.analyzer import Point, run, write_input
+from perf.analyzer import Load, Point, run, write_input
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,21 +72,15 @@ def measure(
         data = write_input(Path(folder) / "input.json", images, thresholds)
 
         def over_shm(concurrency: int) -> Point:
-            return run(
-                server.http_url,
-                model,
-                data,
-                concurrency=concurrency,
-                protocol="http",
-                shared_memory="system",
-                seconds=seconds,
-            )
+            load = Load(concurrency=concurrency, protocol="http", shared_memory="system")
+            return run(server.http_url, model, data, load, seconds=seconds, retries=0)
 
         single, double = over_shm(1), over_shm(2)
         raw_ips, shm, grpc = [raw.throughput(seconds)], [], []
         for _ in range(rounds):
             shm.append(over_shm(CLIENTS).throughput)
-            grpc.append(run(server.grpc_url, model, data, concurrency=CLIENTS, seconds=seconds).throughput)
+            load = Load(concurrency=CLIENTS)
+            grpc.append(run(server.grpc_url, model, data, load, seconds=seconds, retries=0).throughput)
             raw_ips.append(raw.throughput(seconds))
     # Each round's served runs lie between two raw ones.
     between = [(before + after) / 2 for before, after in itertools.pairwise(raw_ips)]

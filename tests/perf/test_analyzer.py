@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 import socket
-import stat
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from build.serve import TritonServer
 from perf import analyzer
-from perf.analyzer import PerfError, Point, run, write_input
+from perf.analyzer import Load, PerfError, Point, run, write_input
 
 THRESHOLDS = {"score_threshold": 0.25, "iou_threshold": 0.45}
 
@@ -35,52 +42,123 @@ def test_no_picture(tmp_path: Path) -> None:
         write_input(tmp_path / "input.json", [])
 
 
-def check(point: Point) -> None:
+# Load and Point
+
+LOADS = {
+    "1 client, batch 1, gRPC": Load(),
+    "4 clients, batch 1, HTTP, system shared memory": Load(4, protocol="http", shared_memory="system"),
+    "2 clients, batch 8, gRPC stream, CUDA shared memory": Load(
+        2, batch_size=8, protocol="stream", shared_memory="cuda"
+    ),
+    "120 requests/s, batch 1, gRPC": Load(rate=120),
+    "0.5 requests/s (Poisson), batch 1, gRPC": Load(concurrency=None, rate=0.5, arrivals="poisson"),
+}
+
+
+@pytest.mark.parametrize("text", LOADS)
+def test_a_load_in_words_and_as_json(text: str) -> None:
+    assert str(LOADS[text]) == text
+    assert Load.from_dict(json.loads(json.dumps(LOADS[text].as_dict()))) == LOADS[text]
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "2 clients and of 5 requests/s": {"concurrency": 2, "rate": 5.0},
+    "0 clients": {"concurrency": 0},
+    "0 requests/s": {"rate": 0.0},
+    "-1 requests/s": {"rate": -1.0},
+    "inf requests/s": {"rate": math.inf},
+    "nan requests/s": {"rate": math.nan},
+    "batch of 0": {"batch_size": 0},
+    "arrivals 'bursts' is not known": {"rate": 5.0, "arrivals": "bursts"},
+    "protocol 'GRPC' is not known": {"protocol": "GRPC"},
+    "shared_memory 'none' is not known": {"shared_memory": "none"},
+    "Poisson arrivals from a number of clients": {"concurrency": 2, "arrivals": "poisson"},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_load_that_cannot_be(what: str) -> None:
+    with pytest.raises(PerfError, match=f"{what}.*\nwhat to do: (give|choose)"):
+        Load(**WRONG[what])
+
+
+# On the real server
+
+KINDS = [
+    Load(2, protocol="grpc"),
+    Load(2, protocol="grpc", shared_memory="system"),
+    Load(2, protocol="http"),
+    Load(2, protocol="http", shared_memory="system"),
+    Load(2, protocol="stream"),
+    Load(2, protocol="stream", shared_memory="system"),
+    Load(batch_size=4, shared_memory="system"),
+]
+RATES = [
+    Load(rate=60, shared_memory="system"),
+    Load(rate=60, protocol="http", arrivals="poisson", shared_memory="system"),
+    Load(rate=60, protocol="stream", arrivals="poisson", shared_memory="system"),
+    Load(rate=60, arrivals="poisson"),
+]
+
+
+def measured(server: TritonServer, data: Path, load: Load) -> Point:
+    before = server.requests("shapes")
+    url = server.http_url if load.protocol == "http" else server.grpc_url
+    point = run(url, "shapes", data, load, seconds=1.2, retries=0)
+    assert point.load == load
+    assert point.errors == 0
+    assert 0 < point.requests <= server.requests("shapes") - before
     latency = point.latency_ms
-    assert point.requests > 0
-    assert point.throughput > 0
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p95"] <= latency["p99"]
     assert point.parts_ms["server_infer"] > 0
-    average = sum(point.parts_ms.values())
+    assert sum(point.parts_ms.values()) == pytest.approx(latency["avg"], rel=0.3)
+    assert point.seconds == pytest.approx(1.2, rel=0.15)
+    assert len(point.latencies_ms) == len(point.sent_s) == (point.requests if load.shared_memory else 0)
+    if load.shared_memory:
+        assert point.sent_s[0] == 0
+        assert point.sent_s == sorted(point.sent_s)
+        assert max(point.latencies_ms) == latency["max"] >= latency["p99.9"] >= latency["p99"]
+    assert Point.from_dict(json.loads(json.dumps(point.as_dict()))) == point
+    return point
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("load", KINDS, ids=str)
+def test_clients(triton_server: TritonServer, data: Path, load: Load) -> None:
+    point = measured(triton_server, data, load)
     # Little's law: what is on the way = rate of requests × time of each.
-    in_flight = point.throughput / point.batch_size * average / 1000
-    assert in_flight == pytest.approx(point.concurrency, rel=0.35)
+    in_flight = point.throughput / load.batch_size * point.latency_ms["avg"] / 1000
+    assert in_flight == pytest.approx(load.concurrency, rel=0.3)
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("shared_memory", [None, "system"])
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_a_point_of_load(triton_server: TritonServer, data: Path, protocol: str, shared_memory: str | None) -> None:
-    before = triton_server.requests("shapes")
-    url = triton_server.grpc_url if protocol == "grpc" else triton_server.http_url
-    point = run(url, "shapes", data, protocol=protocol, shared_memory=shared_memory, concurrency=2, seconds=3)  # type: ignore[arg-type]
-    check(point)
-    assert (point.protocol, point.shared_memory, point.concurrency) == (protocol, shared_memory, 2)
-    assert triton_server.requests("shapes") - before >= point.requests
-
-
-@pytest.mark.triton
-def test_a_batch_counts_its_images(triton_server: TritonServer, data: Path) -> None:
-    point = run(triton_server.grpc_url, "shapes", data, batch_size=4, shared_memory="system", seconds=3)
-    check(point)
+@pytest.mark.parametrize("load", RATES, ids=str)
+def test_a_rate_of_requests(triton_server: TritonServer, data: Path, load: Load) -> None:
+    point = measured(triton_server, data, load)
+    assert point.throughput == pytest.approx(load.rate, rel=0.3)
+    if point.sent_s:  # even: 1/rate apart; a Poisson process: as far from even as far apart
+        gaps = np.diff(point.sent_s)
+        assert float(gaps.mean()) == pytest.approx(1 / 60, rel=0.3)
+        spread = float(gaps.std() / gaps.mean())
+        assert spread > 0.6 if load.arrivals == "poisson" else spread < 0.6
 
 
 @pytest.mark.triton
 def test_unknown_model(triton_server: TritonServer, data: Path) -> None:
     with pytest.raises(PerfError, match=r"(?s)model nope .*does not serve 'nope'.*build-engines"):
-        run(triton_server.grpc_url, "nope", data)
+        run(triton_server.grpc_url, "nope", data, Load())
 
 
 @pytest.mark.triton
 def test_batch_above_the_maximum(triton_server: TritonServer, data: Path) -> None:
     with pytest.raises(PerfError, match="batch-size must be <= 32"):
-        run(triton_server.grpc_url, "shapes", data, batch_size=33, seconds=0.5)
+        run(triton_server.grpc_url, "shapes", data, Load(batch_size=33), seconds=0.5)
 
 
 @pytest.mark.triton
 def test_memory_guard(triton_server: TritonServer, data: Path) -> None:
     with pytest.raises(PerfError, match=r"(?s)took 0\.\d\d GiB .*more than the 0\.01 GiB.*shared memory"):
-        run(triton_server.grpc_url, "shapes", data, concurrency=4, seconds=2, memory_gib=0.01)
+        run(triton_server.grpc_url, "shapes", data, Load(4), seconds=2, memory_gib=0.01)
 
 
 def test_server_down(data: Path) -> None:
@@ -88,37 +166,173 @@ def test_server_down(data: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(PerfError, match=r"(?s)no server answers there.*invoke serve"):
-        run(f"127.0.0.1:{port}", "shapes", data)
+        run(f"127.0.0.1:{port}", "shapes", data, Load())
 
 
-def test_program_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(analyzer.sys, "prefix", str(tmp_path))
-    with pytest.raises(PerfError, match=r"no perf_analyzer on PATH.*\n.*\n.*\./invoke"):
-        analyzer.find_perf_analyzer()
+# With a program that stands in for perf_analyzer
+
+REPORT = (
+    "Concurrency,Inferences/Second,Client Send,Network+Server Send/Recv,Server Queue,Server Compute Input,"
+    "Server Compute Infer,Server Compute Output,Client Recv,p50 latency,p90 latency,p95 latency,p99 latency,"
+    "Avg latency,request/response,response wait\n"
+    "2,400,10,300,20,30,4600,30,10,4900,5100,5200,5600,5000,20,4980\n"
+)
 
 
-CAUSES = {
-    "library": (
-        "perf_analyzer: error while loading shared libraries: libfoo.so.1: cannot open",
-        127,
-        "libfoo.so.1 is not",
-    ),
-    "glibc": ("perf_analyzer: /lib/libc.so.6: version `GLIBC_2.99' not found", 1, "needs GLIBC_2.99"),
-    "unstable": ("Failed to obtain stable measurement.", 2, "Failed to obtain stable measurement"),
-    "no report": ("all is well", 0, "exit code 0"),
+def export(windows: list[int], latency_ms: float = 5.0, window_s: float = 0.2) -> str:
+    """What --profile-export-file has in it where each window saw so many answers, evenly spaced; trimmed."""
+    first, length = 1_700_000_000_000_000_000, int(window_s * 1e9)
+    requests = []
+    for number, count in enumerate(windows):
+        for index in range(count):
+            answered = first + number * length + (2 * index + 1) * length // (2 * count)
+            requests.append(
+                {
+                    "timestamp": answered - int(latency_ms * 1e6),
+                    "request_inputs": {"images": "", "iou_threshold": ""},
+                    "response_timestamps": [answered],
+                    "response_outputs": [{"num_detections": ""}],
+                }
+            )
+    requests.reverse()  # it lists them by thread, not by time
+    boundaries = [first + number * length for number in range(len(windows) + 1)]
+    experiment = {"experiment": {"mode": "concurrency", "value": 2}, "requests": requests}
+    return json.dumps(
+        {
+            "experiments": [{**experiment, "window_boundaries": boundaries}],
+            "version": "2.51.0",
+            "service_kind": "triton",
+        }
+    )
+
+
+class Program:
+    """Stands in for perf_analyzer: each call does the next of `says` (the last one again and again)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.calls = folder / "perf_analyzer", folder / "calls"
+        self.calls.mkdir()
+
+    def says(self, *bodies: str) -> None:
+        """Python code for each call; `options` is its command line as a dict, `write` takes an option and a text."""
+        self.path.write_text(
+            f"#!{sys.executable}\n"
+            "import os, pathlib, sys, time\n"
+            "arguments = sys.argv[1:]\n"
+            "options = dict(zip(arguments, arguments[1:]))\n"
+            f"calls = pathlib.Path({str(self.calls)!r})\n"
+            "number = len(list(calls.iterdir()))\n"
+            "(calls / str(number)).write_text(chr(10).join(arguments))\n"
+            "def write(option, text):\n"
+            "    if option in options:\n"
+            "        pathlib.Path(options[option]).write_text(text)\n"
+            f"exec({list(bodies)!r}[min(number, {len(bodies) - 1})])\n"
+        )
+        self.path.chmod(0o755)
+
+    def arguments(self, call: int) -> list[str]:
+        return (self.calls / str(call)).read_text().split("\n")
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return Program(tmp_path)
+
+
+def figures(windows: list[int], report: str = REPORT) -> str:
+    passes = "".join(f"  Pass [{i + 1}] throughput: {count / 0.2} infer/sec.\n" for i, count in enumerate(windows))
+    return (
+        f"write('-f', {report!r}); write('--profile-export-file', {export(windows)!r})\n"
+        f"print({passes!r} + '    Request count: {sum(windows)}')"
+    )
+
+
+SHM = Load(2, shared_memory="system")
+
+
+def test_figures_of_every_request(program: Program, data: Path) -> None:
+    program.says(figures([80, 80, 80]))
+    point = run("127.0.0.1:1", "shapes", data, SHM, seconds=0.57)
+    assert point.stable
+    assert point.requests == 240 - 12  # a twentieth of the 0.6 s is warm-up
+    assert point.seconds == pytest.approx(0.57)
+    assert point.throughput == pytest.approx(400)
+    assert point.latency_ms == pytest.approx(dict.fromkeys(["avg", "p50", "p90", "p95", "p99", "p99.9", "max"], 5.0))
+    assert point.sent_s[0] == 0
+    assert point.sent_s[-1] == pytest.approx(227 * 0.0025)
+    assert point.parts_ms["server_infer"] == 4.6
+    assert sum(point.parts_ms.values()) == pytest.approx(5.0)
+    assert len(list(program.calls.iterdir())) == 1
+
+
+def test_figures_of_the_report_where_requests_carry_their_pictures(program: Program, data: Path) -> None:
+    program.says(figures([80, 80, 80]))
+    point = run("127.0.0.1:1", "shapes", data, Load(2), seconds=0.6)
+    assert "--profile-export-file" not in program.arguments(0)
+    assert (point.requests, point.throughput, point.stable) == (240, 400, True)
+    assert point.latency_ms == {"avg": 5.0, "p50": 4.9, "p90": 5.1, "p95": 5.2, "p99": 5.6}
+    assert point.latencies_ms == point.sent_s == []
+
+
+@pytest.mark.parametrize("load", [SHM, Load(2)], ids=str)
+def test_a_point_that_swings_is_measured_again_for_longer(program: Program, data: Path, load: Load) -> None:
+    program.says(figures([80, 40, 80]), figures([80, 80, 84]))
+    point = run("127.0.0.1:1", "shapes", data, load, seconds=0.6)
+    assert point.stable
+    windows = [program.arguments(call)[program.arguments(call).index("-p") + 1] for call in (0, 1)]
+    assert int(windows[1]) == pytest.approx(2 * int(windows[0]), abs=1)
+    assert len(list(program.calls.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("retries", "calls"), [(0, 1), (2, 3)])
+def test_a_point_that_always_swings_still_has_figures(program: Program, data: Path, retries: int, calls: int) -> None:
+    program.says(figures([80, 40, 80]))
+    point = run("127.0.0.1:1", "shapes", data, SHM, retries=retries)
+    assert not point.stable
+    assert point.requests > 0
+    assert len(list(program.calls.iterdir())) == calls
+
+
+def test_windows_without_an_answer_are_made_longer(program: Program, data: Path) -> None:
+    program.says("print('No valid requests recorded within time interval.'); sys.exit(3)", figures([80, 80, 80]))
+    assert run("127.0.0.1:1", "shapes", data, SHM, seconds=0.6, retries=0).stable
+    windows = [program.arguments(call)[program.arguments(call).index("-p") + 1] for call in (0, 1)]
+    assert int(windows[1]) == pytest.approx(4 * int(windows[0]), abs=4)
+
+
+def test_what_chance_does_is_not_a_swing() -> None:
+    poisson = Load(rate=100, arrivals="poisson")
+    assert analyzer._steady([20, 28, 14], [0.2] * 3, poisson)
+    assert not analyzer._steady([2000, 2800, 1400], [20] * 3, poisson)
+    assert not analyzer._steady([20, 28, 14], [0.2] * 3, Load(rate=100))
+    assert analyzer._steady([5, 7, 6], [0.2] * 3, Load())
+    assert not analyzer._steady([50, 70, 60], [0.2] * 3, Load())
+    assert not analyzer._steady([], [], Load())
+
+
+OPTIONS = {
+    "--concurrency-range 3 ": Load(3),
+    "-i grpc --shared-memory none ": Load(),
+    "-i http --shared-memory system ": Load(protocol="http", shared_memory="system"),
+    "-i grpc --shared-memory cuda --streaming ": Load(protocol="stream", shared_memory="cuda"),
+    "--async --request-rate-range 12.500000 --request-distribution constant ": Load(rate=12.5),
+    "--request-distribution poisson ": Load(rate=12.5, arrivals="poisson"),
+    "-b 8 ": Load(batch_size=8),
 }
 
 
-@pytest.mark.parametrize("what", CAUSES)
-def test_why_there_are_no_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path, what: str) -> None:
-    printed, code, expected = CAUSES[what]
-    program = tmp_path / "perf_analyzer"
-    program.write_text(f"#!/bin/sh\ncat <<'END'\n{printed}\nEND\nexit {code}\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(PerfError, match=expected):
-        run("127.0.0.1:1", "shapes", data)
+@pytest.mark.parametrize("expected", OPTIONS)
+def test_what_it_is_told(program: Program, data: Path, expected: str) -> None:
+    program.says(figures([80, 80, 80]))
+    run("127.0.0.1:1", "shapes", data, OPTIONS[expected], retries=0)
+    assert expected in " ".join([*program.arguments(0), ""])
+
+
+def test_an_export_of_another_format(program: Program, data: Path) -> None:
+    program.says(f"write('-f', {REPORT!r}); write('--profile-export-file', '{{}}')")
+    with pytest.raises(PerfError, match=r"(?s)profile-export-file cannot be read: KeyError.*another format"):
+        run("127.0.0.1:1", "shapes", data, SHM)
 
 
 def test_a_report_of_another_format(tmp_path: Path) -> None:
@@ -126,3 +340,96 @@ def test_a_report_of_another_format(tmp_path: Path) -> None:
     report.write_text("Concurrency,Requests/Second\n1,2\n")
     with pytest.raises(PerfError, match=r"1 rows and lacks .*Inferences/Second"):
         analyzer._only_row(report)
+
+
+REGION = "ssd-test-perf-region"
+HOLDING = f"""
+import mmap
+with open('/dev/shm/{REGION}', 'wb+') as file:
+    file.truncate(4096)
+    region = mmap.mmap(file.fileno(), 4096)
+(calls / 'pid').write_text(str(os.getpid()))
+"""
+
+
+def test_memory_guard_leaves_nothing(program: Program, data: Path) -> None:
+    program.says(HOLDING + "time.sleep(0.3); filled = bytearray(b'1') * (64 << 20)\ntime.sleep(60)")
+    with pytest.raises(PerfError, match=r"took 0\.\d\d GiB"):
+        run("127.0.0.1:1", "shapes", data, SHM, memory_gib=0.05)
+    assert not Path(f"/dev/shm/{REGION}").exists()
+    assert not psutil.pid_exists(int((program.calls / "pid").read_text()))
+
+
+def test_ctrl_c_leaves_nothing(program: Program, data: Path) -> None:
+    program.says(HOLDING + "time.sleep(60)")
+    timer = threading.Timer(0.6, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        run("127.0.0.1:1", "shapes", data, SHM)
+    assert not Path(f"/dev/shm/{REGION}").exists()
+    assert not psutil.pid_exists(int((program.calls / "pid").read_text()))
+
+
+def test_a_program_that_does_not_end(program: Program, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analyzer, "_PATIENCE", 0.2)
+    program.says("time.sleep(60)")
+    with pytest.raises(PerfError, match=r"(?s)did not end within 0\.6 s.*server hangs"):
+        run("127.0.0.1:1", "shapes", data, SHM, seconds=0.1)
+
+
+# The right program for the machine
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine without any perf_analyzer, with glibc 2.36."""
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.setattr(analyzer, "sys", SimpleNamespace(prefix=str(tmp_path), executable="/env/bin/python"))
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    return tmp_path
+
+
+def program_at(*parts: str | Path) -> Path:
+    path = Path(*parts)
+    path.parent.mkdir(parents=True)
+    path.touch(0o755)
+    return path
+
+
+def install_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    program = program_at(folder, "packages", "perf_analyzer", "bin", "perf_analyzer")
+    (program.parent.parent / "__init__.py").touch()
+    monkeypatch.syspath_prepend(folder / "packages")
+    return program
+
+
+def test_program_missing(bare: Path) -> None:
+    with pytest.raises(PerfError, match=r"no perf_analyzer on PATH.*glibc 2\.36\n.*\n.*\./invoke"):
+        analyzer.find_perf_analyzer()
+
+
+def test_program_missing_on_a_new_machine(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.39"))
+    with pytest.raises(PerfError, match="/env/bin/python -m pip install perf-analyzer"):
+        analyzer.find_perf_analyzer()
+
+
+def test_the_package_needs_a_newer_c_library(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_package(bare, monkeypatch)
+    with pytest.raises(PerfError, match=r"needs glibc 2\.38, this machine has 2\.36"):
+        analyzer.find_perf_analyzer()
+    wheel = program_at(bare, "perf_analyzer", "bin", "perf_analyzer")
+    assert analyzer.find_perf_analyzer() == wheel
+
+
+def test_which_program_comes_first(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.39"))
+    wheel = program_at(bare, "perf_analyzer", "bin", "perf_analyzer")
+    assert analyzer.find_perf_analyzer() == wheel
+    package = install_package(bare, monkeypatch)
+    program_at(bare, "bin", "perf_analyzer")  # the package's own script, which loses exit codes
+    monkeypatch.setenv("PATH", str(bare / "bin"))
+    assert analyzer.find_perf_analyzer() == package
+    on_path = program_at(bare, "path", "perf_analyzer")
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    assert analyzer.find_perf_analyzer() == on_path
