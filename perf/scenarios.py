@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from build.errors import OptionError, SSDError
-from perf.analyzer import Load
+from perf.analyzer import Load, PerfError
 
 if TYPE_CHECKING:
     from perf.bench import Bench
@@ -74,12 +74,13 @@ def find_rate(
     Returns:
         `bound_ms`, `percentile`, `rate` (requests/s, the highest that was held), `note` (where no limit was met) and
         `probes` in order: `rate`, `<percentile>_ms` (median), `throughput` (images/s, median), `held`, `measured` (how
-        many times), `why` (it was not held).
+        many times), `why` (it was not held). The two figures are None at a rate at which requests failed.
 
     Raises:
         BoundError: not even `low` is held; says what a single client gets.
         OptionError: a value that makes no sense.
-        PerfError: a point could not be measured.
+        PerfError: not even `low` could be measured.
+        ServeError: the server is gone.
     """
     load = load or Load()
     _check(bound_ms, percentile, low, high, tolerance, seconds)
@@ -93,7 +94,14 @@ def find_rate(
 
     def held(rate: float) -> bool:
         arriving = dataclasses.replace(load, concurrency=None, rate=rate, arrivals="poisson")
-        probes.append(_probe(bench, arriving, bound_ms, percentile, seconds))
+        try:
+            probes.append(_probe(bench, arriving, bound_ms, percentile, seconds))
+        except PerfError as error:  # above a rate that was held: refused requests, or answers that never come
+            if not probes:
+                raise
+            bench.server.check_alive()
+            lost = {"rate": rate, f"{percentile}_ms": None, "throughput": None, "held": False, "measured": 1}
+            probes.append({**lost, "why": error.what.splitlines()[-1].strip()})
         return bool(probes[-1]["held"])
 
     if not held(lower):

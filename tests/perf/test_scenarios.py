@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from build.errors import OptionError
+from build.errors import OptionError, ServeError
 from perf import scenarios
-from perf.analyzer import Load
+from perf.analyzer import Load, PerfError
 from perf.scenarios import BoundError, default_bound, find_rate, offline, server, single_stream
 
 
@@ -32,6 +32,8 @@ class FakeBench:
         self.measured: list[Load] = []
         self.stalls: set[int] = set()  # numbers of measurements that the machine spoils
         self.errors = 0
+        self.refuses_from = math.inf  # requests/s
+        self.server = SimpleNamespace(check_alive=lambda: None)
 
     def limit(self, bound_ms: float) -> float:
         """The rate at which p99 is the bound, without noise."""
@@ -44,6 +46,8 @@ class FakeBench:
         return self.journal[name]
 
     def measure(self, load: Load, seconds: float) -> dict[str, Any]:
+        if load.rate is not None and load.rate >= self.refuses_from:
+            raise PerfError("perf_analyzer gave no figures (exit code 1)\n  Exceeds maximum queue size")
         number = len(self.measured)
         self.measured.append(load)
         capacity = self.capacity * (1 - 0.1 / load.batch_size)  # larger batches get a little more through
@@ -138,6 +142,28 @@ def test_failed_requests_lose() -> None:
     bench = FakeBench()
     bench.errors = 3
     with pytest.raises(BoundError, match=r"3 of \d+ requests failed"):
+        find_rate(bench, 20)
+
+
+def test_a_rate_at_which_perf_analyzer_gives_up_is_lost() -> None:
+    bench = FakeBench()
+    bench.refuses_from = 200
+    found = find_rate(bench, 20, tolerance=0.02)
+    assert found["rate"] == pytest.approx(200, rel=0.025)
+    lost = [probe for probe in found["probes"] if not probe["held"]]
+    assert {probe["why"] for probe in lost} == {"Exceeds maximum queue size"}
+    assert {probe["p99_ms"] for probe in lost} == {None}
+    with pytest.raises(PerfError, match="Exceeds maximum"):  # no rate is too high for this: something else is wrong
+        find_rate(bench, 20, low=200)
+
+
+def test_a_server_that_is_gone_ends_the_search() -> None:
+    def gone() -> None:
+        raise ServeError("tritonserver is gone")
+
+    bench = FakeBench()
+    bench.refuses_from, bench.server = 200, SimpleNamespace(check_alive=gone)
+    with pytest.raises(ServeError):
         find_rate(bench, 20)
 
 
