@@ -1,0 +1,255 @@
+"""A made-up run of `invoke perf`, complete and broken off: what its report is tested with."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+from perf.statistics import aggregate, saturation
+
+_SERVICE = {"fp32": 9.6, "int8": 5.1}  # milliseconds of one picture on one core; there are two
+_SENDING = {"shm": 0.25, "grpc": 0.7, "http": 1.1}
+_PARTS = ("client_send", "network", "server_queue", "server_input", "server_infer", "server_output", "client_receive")
+
+
+def load(**fields: Any) -> dict[str, Any]:
+    """A load's dict."""
+    plain = {"concurrency": 1, "rate": None, "arrivals": "constant", "batch_size": 1, "protocol": "grpc"}
+    return {**plain, "shared_memory": None, **fields}
+
+
+def record(precision: str, asked: dict[str, Any], rng: random.Random, *, wrong: int = 0) -> dict[str, Any]:
+    """What `Bench.point` returns, out of a small model of a queue with two servers."""
+    way = "shm" if asked["shared_memory"] else {"stream": "grpc"}.get(asked["protocol"], asked["protocol"])
+    size, noise = asked["batch_size"], rng.gauss(1, 0.015)
+    infer = _SERVICE[precision] * size * noise
+    sending = _SENDING[way] * size
+    most = 2e3 / (_SERVICE[precision] + 0.12 + _SENDING[way] * 0.5) / noise
+    if asked["rate"] is None:
+        throughput = min(most, asked["concurrency"] * size * 1e3 / (infer + sending + 0.3))
+        average = asked["concurrency"] * size * 1e3 / throughput
+    else:
+        busy = min(asked["rate"] / most, 0.995)
+        throughput = min(asked["rate"], most)
+        average = (
+            infer + sending + 0.3 + infer * busy**2 / (1 - busy) * (0.5 if asked["arrivals"] == "poisson" else 0.2)
+        )
+    queue = max(0.02, average - infer - sending - 0.28)
+    parts = (sending * 0.25, sending * 0.7 + 0.1, queue, 0.06 * size, infer, 0.05 * size, 0.07 + sending * 0.05)
+    spread = {"avg": 1, "p50": 0.97, "p90": 1.12, "p95": 1.2, "p99": 1.45, "p99.9": 2.2, "max": 2.6}
+    samples = [average * 0.9 * rng.lognormvariate(0.08, 0.11) for _ in range(400)]
+    edges = [min(samples) * (max(samples) / min(samples)) ** (i / 40) for i in range(41)]
+    edges[-1] *= 1.0001
+    counts = [sum(low <= one < high for one in samples) for low, high in itertools.pairwise(edges)]
+    served = throughput / most
+    return {
+        "load": asked,
+        "point": {
+            "load": asked,
+            "requests": round(throughput * 3 / size),
+            "errors": 0,
+            "throughput": throughput,
+            "latency_ms": {name: average * factor for name, factor in spread.items()},
+            "parts_ms": dict(zip(_PARTS, parts, strict=True)),
+            "seconds": 3.0,
+            "stable": True,
+            "histogram": {"edges_ms": edges, "counts": counts},
+        },
+        "answers": {
+            "checked": 24,
+            "wrong": wrong,
+            "dropped": 0,
+            "late": 0,
+            "examples": ["box 0 is off by 0.21"] * wrong,
+        },
+        "faults": ["rows of a batch swapped"] if wrong else [],
+        "resources": {
+            "seconds": 3.0,
+            "server_cores": 0.12 * served,
+            "model_cores": 1.7 * served,
+            "analyzer_cores": 0.16 * served,
+            "other_cores": 0.02,
+            "server_rss_mib": 212.0,
+            "model_rss_mib": 388.0,
+            "analyzer_rss_mib": 96.0,
+            "images_per_core": throughput / (1.82 * served),
+            "gpu": None,
+        },
+    }
+
+
+def row(precision: str, rng: random.Random, repeats: int = 3, **fields: Any) -> dict[str, Any]:
+    """One point of load, measured `repeats` times."""
+    return aggregate([record(precision, load(**fields), rng) for _ in range(repeats)], precision)
+
+
+def summary(seed: int = 0) -> dict[str, Any]:
+    """Everything that a whole run can find."""
+    rng = random.Random(seed)
+    kinds = ("fp32", "int8")
+    shm = {"protocol": "http", "shared_memory": "system"}
+    concurrency = [row(kind, rng, concurrency=n, **shm) for kind in kinds for n in (1, 2, 4, 8, 16)]
+    batch = [row("fp32", rng, concurrency=2, batch_size=n, **shm) for n in (1, 2, 4, 8, 16, 32, 64)]
+    ways = [("http", None), ("grpc", None), ("stream", None), ("http", "system"), ("grpc", "system")]
+    ratios = {"fp32": {"shm": 0.978, "grpc": 0.931, "http": 0.842}, "int8": {"shm": 0.94, "grpc": 0.86, "http": 0.79}}
+    precisions = {}
+    for kind, direct in (("fp32", 206.4), ("int8", 384.0)):
+        rounds = {way: [value * rng.gauss(1, 0.012) for _ in range(5)] for way, value in ratios[kind].items()}
+        medians = {way: sorted(values)[2] for way, values in rounds.items()}
+        served, floor = _SERVICE[kind] + 1.1, _SERVICE[kind] + 0.38
+        precisions[kind] = {
+            "served_ratio": medians,
+            "ratio_rounds": rounds,
+            "served_ips": {way: direct * value for way, value in medians.items()},
+            "direct_ips": direct,
+            "direct_threads": "2 x 1",
+            "single_stream": {
+                "served_ms": {"p50": served, "p90": served * 1.06, "p99": served * 1.31},
+                "direct_ms": {"p50": floor, "p90": floor * 1.05, "p99": floor * 1.22},
+                "overhead_ms": served - floor,
+            },
+        }
+    return {
+        "run": "2026-11-22-15-40-01",
+        "model": "shapes",
+        "quick": False,
+        "complete": True,
+        "problems": [],
+        "environment": {
+            "cpu": {"name": "AMD EPYC 7B13", "cores": 2, "threads": 2, "governor": "performance", "mhz": 2450},
+            "gpu": None,
+            "memory_gib": 7.8,
+            "os": "Debian GNU/Linux 12, glibc 2.36",
+            "container": "docker",
+            "commit": "f5d07c7 (clean)",
+            "versions": {
+                "tritonserver": "2.51.0",
+                "perf_analyzer": "2.51.0",
+                "onnxruntime": "1.23.2",
+                "python": "3.11.7",
+            },
+        },
+        "settings": {"seconds": 3.0, "repeats": 3, "precisions": ["fp32", "int8"], "slo_ms": 40.0},
+        "served_ratio": precisions["fp32"]["served_ratio"],
+        "precisions": precisions,
+        "ssd_nms": {
+            "median_ms": 1.62,
+            "low_ms": 1.55,
+            "high_ms": 1.93,
+            "anchors": 8732,
+            "classes": 21,
+            "score_threshold": 0.05,
+            "runs": 200,
+        },
+        "answers": {"checked": 1872, "wrong": 0, "dropped": 0, "late": 0},
+        "series": {
+            "concurrency": concurrency,
+            "batch": batch,
+            "rate": [
+                row("fp32", rng, concurrency=None, rate=float(rate), arrivals=arrivals, **shm)
+                for arrivals in ("constant", "poisson")
+                for rate in (40, 80, 120, 150, 170, 185)
+            ],
+            "protocol": [
+                row("fp32", rng, concurrency=4, protocol=protocol, shared_memory=memory) for protocol, memory in ways
+            ],
+        },
+        "scenarios": {
+            kind: {
+                "single_stream": {"p90_ms": _SERVICE[kind] * 1.15},
+                "offline": {"images_per_second": 1.9e3 / _SERVICE[kind], "batch_size": 8},
+                "server": {"queries_per_second": 1.4e3 / _SERVICE[kind], "p99_ms": 38.2, "bound_ms": 40.0},
+            }
+            for kind in kinds
+        },
+        "slo": {
+            "bound_ms": 40.0,
+            "rate": 158.0,
+            "probes": [
+                {"rate": 100.0, "p99_ms": 16.1, "held": True},
+                {"rate": 200.0, "p99_ms": 212.0, "held": False},
+                {"rate": 150.0, "p99_ms": 31.0, "held": True},
+                {"rate": 175.0, "p99_ms": 61.5, "held": False},
+                {"rate": 158.0, "p99_ms": 38.3, "held": True},
+            ],
+        },
+        "saturation": {"concurrency": saturation(concurrency), "batch": saturation(batch)},
+        "peers": [
+            {
+                "name": name,
+                "threads": 2,
+                "batch_size": size,
+                "images_per_second": [ips * rng.gauss(1, 0.015) for _ in range(5)],
+                "median_ms": 1e3 * size / ips,
+                "ratio": ips / 206.4,
+            }
+            for name, ips in (
+                ("ONNX Runtime fp32", 206.4),
+                ("ONNX Runtime int8", 384.0),
+                ("torch eager", 92.0),
+                ("torch.compile", 121.0),
+            )
+            for size in (1, 8)
+        ],
+        "tune": tune(),
+    }
+
+
+def tune() -> dict[str, Any]:
+    """What `perf.tune.tune` returns."""
+    tried = [
+        {
+            "instances": instances,
+            "threads": threads,
+            "dynamic_batching": batching,
+            "queue_delay_us": 500 if batching else 0,
+            "throughput": throughput,
+            "p99_ms": p99,
+            "rung": rung,
+            "held": (p99 or 99) <= 40,
+            "failed": "" if throughput else "tritonserver ended: no memory\nmore of it",
+            "repeats": [throughput] * 3 if throughput else [],
+        }
+        for instances, threads, batching, throughput, p99, rung in (
+            (2, 1, False, 188.0, 27.0, 2),
+            (2, 1, True, 197.0, 31.0, 2),
+            (1, 2, False, 151.0, 22.5, 2),
+            (4, 1, False, 190.0, 44.0, 1),
+            (1, 1, False, 98.0, 41.0, 0),
+            (2, 2, False, 120.0, 52.0, 0),
+            (1, 4, True, None, None, 0),
+        )
+    ]
+    return {
+        "candidates": tried,
+        "pareto": [0, 1, 2],
+        "winner": tried[1],
+        "before": tried[0],
+        "gain": 197 / 188,
+        "bound_ms": 40.0,
+        "load": load(concurrency=4),
+        "written": True,
+        "why": "from 2 x 1 to 2 x 1, batching, delay 500 us: 188 to 197 images/s",
+    }
+
+
+def partial() -> dict[str, Any]:
+    """A run in whose middle the server was killed, and which had found wrong answers before."""
+    rng = random.Random(1)
+    whole = summary()
+    bad = [record("fp32", load(concurrency=4), rng, wrong=wrong) for wrong in (0, 3)]
+    return {
+        name: whole[name]
+        for name in ("run", "model", "environment", "settings", "served_ratio", "precisions", "ssd_nms")
+    } | {
+        "quick": True,
+        "complete": False,
+        "problems": ["tritonserver ended in the middle of 8 clients, batch 1, gRPC (killed by signal 9)"],
+        "precisions": {"fp32": whole["precisions"]["fp32"]},
+        "answers": {"checked": 48, "wrong": 3, "dropped": 0, "late": 1},
+        "series": {"concurrency": [row("fp32", rng, concurrency=1), aggregate(bad, "fp32")]},
+        "slo": None,
+        "peers": [],
+        "tune": None,
+    }
