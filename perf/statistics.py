@@ -172,7 +172,8 @@ def _said(name: str, load: Mapping[str, Any]) -> str:
         return f"batch {value}"
     if name == "shared_memory":
         return f"{value} shared memory" if value else "no shared memory"
-    return {"http": "HTTP", "grpc": "gRPC", "stream": "gRPC stream"}.get(str(value), str(value))
+    known = {"http": "HTTP", "grpc": "gRPC", "stream": "gRPC stream", "poisson": "Poisson", "constant": "evenly spaced"}
+    return known.get(str(value), str(value))
 
 
 # -- two runs ----------------------------------------------------------------------------------------------------------

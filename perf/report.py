@@ -1,0 +1,567 @@
+"""What a run of `invoke perf` found, for people: `report.md` and `report.html` out of its summary.
+
+Both are made of the same sections. What a run did not measure has no section.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from build.fusion_html import _table as markdown_table
+from build.fusion_html import number
+from perf import report_html as plots
+from perf.report_html import Line, Plot, Row, Section, Table
+from perf.statistics import curves, saturation
+
+# What is aimed at, on 2 cores with the model `shapes`: served / in-process throughput of 4 clients by precision and by
+# the way that pictures travel; what serving adds to a single stream's p50; and SSDNMS for 8732 x 21.
+TARGETS = {
+    "fp32": {"shm": 0.95, "grpc": 0.90, "http": 0.85},
+    "int8": {"shm": 0.90, "grpc": 0.80, "http": 0.75},
+}
+OVERHEAD_MS, SSD_NMS_MS = 1.0, 2.0
+WAYS = {"shm": "shared memory", "grpc": "gRPC", "http": "HTTP"}
+PARTS = {
+    "client_send": "client sends",
+    "network": "network",
+    "server_queue": "queue",
+    "server_input": "compute input",
+    "server_infer": "compute infer",
+    "server_output": "compute output",
+    "client_receive": "client receives",
+}
+CORES = {"server_cores": "server", "model_cores": "model", "analyzer_cores": "perf_analyzer", "other_cores": "others"}
+ANSWERS = ("checked", "wrong", "dropped", "late")
+_AXES = {"concurrency": ("concurrency", "clients"), "batch": ("batch_size", "images per request")}
+_PERCENTILES = ("p50", "p90", "p99")
+
+Summary = Mapping[str, Any]
+
+
+def write(folder: Path, summary: Summary) -> list[Path]:
+    """Writes `report.md` and `report.html` into a run's folder, each whole or not at all.
+
+    Args:
+        folder: of the run; it is there.
+        summary: as in its summary.json.
+
+    Returns:
+        The two files.
+    """
+    return write_both(folder, "report", markdown(summary), html(summary))
+
+
+def write_both(folder: Path, stem: str, text: str, page: str) -> list[Path]:
+    """`<stem>.md` and `<stem>.html`, each whole or not at all."""
+    written = []
+    for name, content in ((f"{stem}.md", text), (f"{stem}.html", page)):
+        unfinished = folder / f".{name}"
+        unfinished.write_text(content, encoding="utf-8")
+        written.append(unfinished.replace(folder / name))
+    return written
+
+
+def markdown(summary: Summary) -> str:
+    """The report for a terminal, a pull request or a diff: without the plots."""
+    return as_markdown(_title(summary), _subtitle(summary), verdict(summary), sections(summary))
+
+
+def html(summary: Summary) -> str:
+    """The report as one file that loads nothing."""
+    return plots.page(_title(summary), _subtitle(summary), verdict(summary), sections(summary))
+
+
+def as_markdown(title: str, subtitle: str, lines: Sequence[Line], parts: Sequence[Section]) -> str:
+    """Verdict and sections as Markdown."""
+    marks = {True: "✓", False: "✗", None: "–"}
+    out = [f"# {title}", "", subtitle, "", *(f"- {marks[line.good]} {line.text}" for line in lines)]
+    for part in parts:
+        out += ["", f"## {part.title}"]
+        for text in part.text:
+            out += ["", text]
+        for table in part.tables:
+            rows = [[" ".join(cell.split()) for cell in row] for row in table.rows]
+            out += ["", *markdown_table(table.heads, rows)]
+    return "\n".join(out) + "\n"
+
+
+def _title(summary: Summary) -> str:
+    return f"{summary['model']}: how fast it is served"
+
+
+def _subtitle(summary: Summary) -> str:
+    environment = summary.get("environment") or {}
+    versions = environment.get("versions") or {}
+    said = [f"run {summary['run']}", "quick" if summary.get("quick") else "", environment.get("cpu") or ""]
+    said += [f"{environment['cores_allowed']} cores" if environment.get("cores_allowed") else ""]
+    said += [f"commit {(environment.get('commit') or {}).get('sha', '')[:7]}" if environment.get("commit") else ""]
+    said += [f"{name} {versions[name]}" for name in ("tritonserver", "onnxruntime") if versions.get(name)]
+    return " · ".join(filter(None, said))
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------------
+
+
+def verdict(summary: Summary) -> list[Line]:
+    """Five lines: served against in-process, overhead, answers, faults, whether the run is whole."""
+    return [
+        _ratio_line(summary),
+        _overhead_line(summary),
+        _answers_line(summary),
+        _faults_line(summary),
+        _complete_line(summary),
+    ]
+
+
+def _ratio_line(summary: Summary) -> Line:
+    said, met = [], []
+    for precision, one in (summary.get("precisions") or {}).items():
+        ways = []
+        for way, value in (one.get("served_ratio") or {}).items():
+            target = TARGETS.get(precision, {}).get(way)
+            missed = target is not None and value < target
+            wanted = f" (target {target:.2f}{', MISSED' * missed})" if target else ""
+            ways.append(f"{WAYS.get(way, way)} {figure(value)}{wanted}")
+            met += [not missed] if target else []
+        said += [f"{precision} {', '.join(ways)}"] if ways else []
+    if not said:
+        return Line(None, "Served against in-process: not measured.")
+    return Line(all(met) if met else None, f"Served / in-process throughput, 4 clients: {'; '.join(said)}.")
+
+
+def _overhead_line(summary: Summary) -> Line:
+    found = {
+        precision: one["single_stream"]["overhead_ms"]
+        for precision, one in (summary.get("precisions") or {}).items()
+        if (one.get("single_stream") or {}).get("overhead_ms") is not None
+    }
+    if not found:
+        return Line(None, "Overhead of a single stream: not measured.")
+    said = ", ".join(f"{precision} {figure(value, 2)} ms" for precision, value in found.items())
+    return Line(
+        max(found.values()) <= OVERHEAD_MS,
+        f"What serving adds to a single stream's p50: {said} (at most {OVERHEAD_MS:g} ms).",
+    )
+
+
+def _answers_line(summary: Summary) -> Line:
+    answers = summary.get("answers")
+    if not answers or not answers.get("checked"):
+        return Line(None, "Answers: none were checked.")
+    bad = sum(answers.get(name) or 0 for name in ANSWERS[1:])
+    counts = ", ".join(f"{answers.get(name) or 0:,} {name}" for name in ANSWERS[1:])
+    return Line(bad == 0, f"Answers under load: {answers['checked']:,} checked: {counts}.")
+
+
+def _faults_line(summary: Summary) -> Line:
+    rows = all_rows(summary)
+    if not rows:
+        return Line(None, "Faults: nothing was watched.")
+    faults = list(dict.fromkeys(fault for row in rows for fault in row.get("faults") or ()))
+    return Line(not faults, f"Faults: {'; '.join(faults) or 'none seen'}.")
+
+
+def _complete_line(summary: Summary) -> Line:
+    problems = "; ".join(summary.get("problems") or ())
+    if not summary.get("complete"):
+        return Line(False, f"PARTIAL: {problems or 'the run was ended before all was measured'}. Go on with --resume.")
+    return Line(
+        not problems, f"Complete, but: {problems}." if problems else "Complete: all that was asked for is measured."
+    )
+
+
+# -- the sections ------------------------------------------------------------------------------------------------------
+
+
+def all_rows(summary: Summary) -> list[Row]:
+    """The rows of all series; a load that is in several of them once."""
+    rows = [row for series in (summary.get("series") or {}).values() for row in series or ()]
+    return list({(row["precision"], str(row["load"])): row for row in rows}.values())
+
+
+def sections(summary: Summary) -> list[Section]:
+    """All that the summary has something for, in the order to read it."""
+    made = [
+        _served(summary),
+        _single_stream(summary),
+        _split(summary),
+        *(_sweep(summary, series) for series in _AXES),
+        _rate(summary),
+        _protocols(summary),
+        _distribution(summary),
+        _scenarios(summary),
+        _peers(summary),
+        _tune(summary),
+        _resources(summary),
+        _wrong(summary),
+        _facts("Environment", summary.get("environment")),
+        _facts("Settings", summary.get("settings")),
+        _raw(summary),
+    ]
+    return [one for one in made if one is not None]
+
+
+def _served(summary: Summary) -> Section | None:
+    rounds: dict[str, dict[str, list[float]]] = {}
+    rows = []
+    for precision, one in (summary.get("precisions") or {}).items():
+        for way, value in (one.get("served_ratio") or {}).items():
+            each = (one.get("ratio_rounds") or {}).get(way) or [value]
+            rounds.setdefault(precision, {})[way] = each
+            target = TARGETS.get(precision, {}).get(way)
+            rows.append(
+                (
+                    precision,
+                    WAYS.get(way, way),
+                    figure((one.get("served_ips") or {}).get(way)),
+                    figure(one.get("direct_ips")),
+                    figure(value),
+                    f"{target:.2f}" if target else "",
+                    " ".join(figure(each_one) for each_one in each),
+                )
+            )
+    if not rows:
+        return None
+    threads = {
+        f"{precision}: {one['direct_threads']}"
+        for precision, one in summary["precisions"].items()
+        if one.get("direct_threads")
+    }
+    text = (
+        "Bars are medians, dots the rounds, red lines the targets. Both sides were measured in turn, 4 clients each "
+        "with one picture on the way; in-process is the same model in one process with as many threads"
+        + (f" (sessions x threads, {', '.join(sorted(threads))})" if threads else "")
+        + ", no network and no copies."
+    )
+    heads = ("precision", "way", "served, images/s", "in-process, images/s", "ratio", "target", "rounds")
+    alt = "Served over in-process throughput by precision and way, with each round and the targets"
+    return Section(
+        "Served against in-process",
+        [text],
+        [Plot("served", alt, partial(plots.served, rounds, TARGETS, WAYS))],
+        [Table(heads, rows, words=2)],
+    )
+
+
+def _single_stream(summary: Summary) -> Section | None:
+    rows = []
+    for precision, one in (summary.get("precisions") or {}).items():
+        single = one.get("single_stream") or {}
+        for name, key in (("served", "served_ms"), ("in-process", "direct_ms")):
+            if single.get(key):
+                rows.append((precision, name, *(figure(single[key].get(p)) for p in _PERCENTILES)))
+    text, nms = [], summary.get("ssd_nms")
+    if nms:
+        met = nms["median_ms"] <= SSD_NMS_MS
+        text.append(
+            f"SSDNMS alone, {nms['anchors']} anchors x {nms['classes']} classes on one thread, score threshold "
+            f"{nms['score_threshold']:g}: {figure(nms['median_ms'])} ms, median of {nms['runs']} runs "
+            f"({figure(nms['low_ms'])} to {figure(nms['high_ms'])}); the target of {SSD_NMS_MS:g} ms is "
+            f"{'met' if met else 'MISSED'}."
+        )
+    if not rows and not text:
+        return None
+    tables = [Table(("precision", "", *(f"{p}, ms" for p in _PERCENTILES)), rows, words=2)] if rows else []
+    return Section("One picture at a time", text, (), tables)
+
+
+def _split(summary: Summary) -> Section | None:
+    rows = [(_name(row), row["parts_ms"]) for row in all_rows(summary) if any((row.get("parts_ms") or {}).values())]
+    if not rows:
+        return None
+    alt = "Share of each part in the average request, for every load"
+    text = "The average request of every load, split by where its time went; its whole time stands at the right."
+    return Section(
+        "Where the time goes",
+        [text],
+        [Plot("split", alt, partial(plots.stacked, rows, PARTS, "ms", shares=True))],
+    )
+
+
+def _sweep(summary: Summary, series: str) -> Section | None:
+    rows = (summary.get("series") or {}).get(series)
+    if not rows:
+        return None
+    axis, label = _AXES[series]
+    text = []
+    for name, points in curves(rows, axis).items():
+        found = saturation(points)
+        if found:
+            more = " It is the largest load that was tried: more might give more." if found["ends"] else ""
+            text.append(
+                f"{name} saturates at {found['label']}: {figure(found['throughput'])} images/s, {found['share']:.0%} "
+                f"of its best, p99 {figure(found['p99_ms'])} ms.{more}"
+            )
+    floor = {}
+    if series == "concurrency":
+        shown = {row["precision"] for row in rows}
+        floor = {
+            f"{precision} in-process": one["direct_ips"]
+            for precision, one in (summary.get("precisions") or {}).items()
+            if precision in shown and one.get("direct_ips")
+        }
+    title = {"concurrency": "More clients", "batch": "Larger batches"}[series]
+    alt = f"Throughput and latency percentiles over {label}, with the saturation point"
+    hint = "The ring is the smallest load with 95 % of the best throughput; the band reaches over the repeats" + (
+        "; dotted: in-process." if floor else "."
+    )
+    drawn = Plot(series, alt, partial(plots.sweep, rows, axis, label, floor))
+    return Section(title, [*text, hint], [drawn], [_brief(rows)])
+
+
+def _rate(summary: Summary) -> Section | None:
+    rows, slo = (summary.get("series") or {}).get("rate") or [], summary.get("slo")
+    if not rows and not slo:
+        return None
+    text, tables = [], []
+    if slo:
+        percentile = slo.get("percentile", "p99")
+        probes = [
+            (
+                figure(one["rate"]),
+                figure(one.get(f"{percentile}_ms")),
+                figure(one.get("throughput")),
+                "held" if one["held"] else f"not held{': ' + one['why'] if one.get('why') else ''}",
+            )
+            for one in slo.get("probes") or ()
+        ]
+        text.append(
+            f"{figure(slo['rate'])} requests/s (Poisson) is the highest rate found with {percentile} within "
+            f"{slo['bound_ms']:g} ms."
+        )
+        tables.append(Table(("probe, requests/s", f"{percentile}, ms", "images/s", "bound"), probes))
+    if rows:
+        tables.insert(0, _brief(rows))
+    alt = "Latency percentiles over the rate of requests, with the bound and the highest rate that holds it"
+    return Section(
+        "Requests that come when they like", text, [Plot("rate", alt, partial(plots.rates, rows, slo))], tables
+    )
+
+
+def _protocols(summary: Summary) -> Section | None:
+    rows = (summary.get("series") or {}).get("protocol")
+    return Section("Protocols and shared memory", tables=[_brief(rows)]) if rows else None
+
+
+def _brief(rows: Iterable[Row]) -> Table:
+    heads = ("load", "images/s", *(f"{p}, ms" for p in _PERCENTILES))
+    return Table(
+        heads,
+        [
+            (_name(row), figure(row["throughput"]["median"]), *(figure(row["latency_ms"].get(p)) for p in _PERCENTILES))
+            for row in rows
+        ],
+    )
+
+
+def _distribution(summary: Summary) -> Section | None:
+    series = summary.get("series") or {}
+    rows = plots.chosen(series.get("concurrency") or []) + plots.chosen(
+        [row for row in series.get("rate") or [] if row["load"].get("arrivals") == "poisson"]
+    )
+    if not rows:
+        return None
+    alt = "Distribution of the latency of chosen loads, and the share of requests that take longer"
+    return Section("How latency is spread", (), [Plot("spread", alt, partial(plots.distributions, rows))])
+
+
+def _scenarios(summary: Summary) -> Section | None:
+    rows, notes = [], []
+    for precision, found in (summary.get("scenarios") or {}).items():
+        single, offline, server = (found.get(name) or {} for name in ("single_stream", "offline", "server"))
+        if single:
+            rows.append((precision, "single stream", f"{figure(single['p90_ms'])} ms", "90th percentile"))
+        if offline:
+            how = f"throughput in batches of {offline['batch_size']}"
+            rows.append((precision, "offline", f"{figure(offline['images_per_second'])} images/s", how))
+        if server:
+            how = f"Poisson arrivals, p99 {figure(server.get('p99_ms'))} ms within {server['bound_ms']:g} ms"
+            rows.append((precision, "server", f"{figure(server['queries_per_second'])} queries/s", how))
+        notes += [f"{name}: {one['note']}." for name, one in found.items() if (one or {}).get("note")]
+    if not rows:
+        return None
+    plain = [note.replace("_", " ") for note in dict.fromkeys(notes)]
+    return Section(
+        "MLPerf's scenarios", plain, (), [Table(("precision", "scenario", "result", "metric"), rows, words=2)]
+    )
+
+
+def _peers(summary: Summary) -> Section | None:
+    found = summary.get("peers") or []
+    ran = [one for one in found if one.get("images_per_second")]
+    if not found:
+        return None
+    rows = [
+        (
+            one["name"],
+            str(one["batch_size"]),
+            str(one["threads"]),
+            figure(statistics.median(one["images_per_second"])),
+            figure(one.get("median_ms")),
+            figure(one.get("ratio")),
+            one.get("note", ""),
+        )
+        for one in ran
+    ]
+    skipped = dict.fromkeys(f"{one['name']}: left out, {one['skipped']}" for one in found if one.get("skipped"))
+    heads = ("peer, in process", "batch", "threads", "images/s", "batch, ms", "times ONNX Runtime fp32", "note")
+    alt = "Images per second of every peer, with each repeat"
+    return Section(
+        "Peers",
+        ["The same network in one process, in turn within each round.", *skipped],
+        [Plot("peers", alt, partial(plots.peers, ran))] if ran else [],
+        [Table(heads, rows)] if ran else [],
+    )
+
+
+def _tune(summary: Summary) -> Section | None:
+    tune = summary.get("tune")
+    if not tune or not tune.get("candidates"):
+        return None
+    points, rows = [], []
+    for place, one in enumerate(tune["candidates"]):
+        name = f"{one['instances']} x {one['threads']}"
+        name += f", batching, delay {one['queue_delay_us']} us" if one["dynamic_batching"] else ""
+        front, best = place in tune["pareto"], one == tune["winner"]
+        marks = [
+            ("before", place == 0),
+            ("winner", best),
+            ("Pareto front", front),
+            ("beyond the bound", not one["held"]),
+        ]
+        said = "failed: " + one["failed"].splitlines()[0] if one["failed"] else ""
+        notes = said or ", ".join(mark for mark, is_so in marks if is_so)
+        rows.append((name, figure(one["throughput"]), figure(one["p99_ms"]), str(one["rung"]), notes))
+        if one["throughput"] is not None:
+            points.append(
+                {"name": name, "front": front, "winner": best, **{k: one[k] for k in ("throughput", "p99_ms")}}
+            )
+    written = "It is written to spec.toml." if tune.get("written") else "spec.toml stays as it was."
+    heads = ("instances x threads", "images/s", "p99, ms", "rung", "")
+    alt = "Throughput over p99 latency of the settings that were tried, with the Pareto front and the winner"
+    return Section(
+        "Tuning",
+        [f"{tune['why'][:1].upper()}{tune['why'][1:]}. {written}"],
+        [Plot("tune", alt, partial(plots.pareto, points, tune.get("bound_ms")))] if points else [],
+        [Table(heads, rows)],
+    )
+
+
+def _resources(summary: Summary) -> Section | None:
+    rows = [row for row in all_rows(summary) if row.get("resources")]
+    if not rows:
+        return None
+    used = [row["resources"] for row in rows]
+    heads = ["load", *(f"{name}, cores" for name in CORES.values()), "images per core"]
+    heads += ["server, MiB", "model, MiB", "perf_analyzer, MiB"]
+    memory = ("server_rss_mib", "model_rss_mib", "analyzer_rss_mib")
+    on_gpu = {"utilisation": "GPU, %", "memory_mib": "GPU, MiB", "watts": "W", "images_per_watt": "images per W"}
+    with_gpu = any(one.get("gpu") for one in used)
+    heads += on_gpu.values() if with_gpu else ()
+    cells = [
+        (
+            _name(row),
+            *(figure(one.get(name), 2) for name in (*CORES, "images_per_core")),
+            *(figure(one.get(name)) for name in memory),
+            *(figure((one.get("gpu") or {}).get(name)) for name in (on_gpu if with_gpu else ())),
+        )
+        for row, one in zip(rows, used, strict=True)
+    ]
+    alt = "Cores in use by the server, the model, perf_analyzer and others, for every load"
+    bars = [(_name(row), row["resources"]) for row in rows]
+    text = "Cores that were busy on average, by whom; images per core count the server and the model."
+    return Section(
+        "What it takes",
+        [text],
+        [Plot("cores", alt, partial(plots.stacked, bars, CORES, "cores", shares=False))],
+        [Table(heads, cells)],
+    )
+
+
+def _wrong(summary: Summary) -> Section | None:
+    rows = []
+    for row in all_rows(summary):
+        answers = row.get("answers") or {}
+        if row.get("faults") or any(answers.get(name) for name in ANSWERS[1:]):
+            said = "; ".join([*(row.get("faults") or ()), *(answers.get("examples") or ())])
+            rows.append((_name(row), said, *(str(answers.get(name, "")) for name in ANSWERS)))
+    return (
+        Section("Wrong answers and faults", (), (), [Table(("load", "what", *ANSWERS), rows, words=2)])
+        if rows
+        else None
+    )
+
+
+def _facts(title: str, facts: Mapping[str, Any] | None) -> Section | None:
+    rows = [(name, words(value)) for name, value in flat(facts or {}).items()]
+    return Section(title, (), (), [Table(("what", "value"), rows, words=2)]) if rows else None
+
+
+def _raw(summary: Summary) -> Section | None:
+    tables = []
+    for series, rows in (summary.get("series") or {}).items():
+        if rows:
+            latency = list(dict.fromkeys(name for row in rows for name in row["latency_ms"]))
+            heads = [series, "images/s", "lowest", "highest", "each repeat", *(f"{name}, ms" for name in latency)]
+            heads += [f"{name}, ms" for name in PARTS.values()] + list(ANSWERS)
+            cells = [
+                (
+                    _name(row),
+                    *(figure(row["throughput"].get(name), 4) for name in ("median", "low", "high")),
+                    " ".join(figure(value, 4) for value in row["throughput"]["values"]),
+                    *(figure(row["latency_ms"].get(name), 4) for name in latency),
+                    *(figure((row.get("parts_ms") or {}).get(name)) for name in PARTS),
+                    *(str((row.get("answers") or {}).get(name, "–")) for name in ANSWERS),
+                )
+                for row in rows
+            ]
+            tables.append(Table(heads, cells))
+    if not tables:
+        return None
+    text = ["Medians over the repeats. The same and more is in summary.json."]
+    unsteady = [_name(row) for row in all_rows(summary) if not row.get("stable", True)]
+    if unsteady:
+        text.append(f"Not steady, windows that differ by more than 10 %: {'; '.join(unsteady)}.")
+    return Section("Every figure", text, (), tables)
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def _name(row: Row) -> str:
+    return f"{row['precision']}, {row['label']}"
+
+
+def figure(value: Any, digits: int = 3) -> str:
+    """A figure with so many digits; a dash where there is none."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return ("-" if value < 0 else "") + number(abs(value), digits)
+    return "–"
+
+
+def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Facts within facts as one level, such as `versions.python`."""
+    found: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def words(value: Any) -> str:
+    if value is None or value == "" or value == []:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {words(one)}" for name, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(words(one) for one in value)
+    return str(value)

@@ -1,0 +1,163 @@
+"""Two runs against each other."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from perf import compare
+from perf.compare import CompareError
+from tests.perf import example_run
+from tests.perf.test_report import Page
+
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Save:
+    """Writes a summary (or any text) as the run of that name."""
+
+    def write(name: str, summary: dict[str, Any] | str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        text = summary if isinstance(summary, str) else json.dumps({**summary, "run": name})
+        (folder / "summary.json").write_text(text)
+        return folder
+
+    return write
+
+
+def scaled(summary: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The same run with all throughputs so much higher and all latencies so much lower."""
+    for series in summary["series"].values():
+        for row in series:
+            row["throughput"]["values"] = [value * factor for value in row["throughput"]["values"]]
+            for name, values in row["latency_values"].items():
+                row["latency_values"][name] = [value / factor for value in values]
+    return summary
+
+
+def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["what"]: row for row in result["rows"]}
+
+
+def test_runs_of_the_same_differ_in_nearly_nothing(save: Save) -> None:
+    judged = no_difference = 0
+    first = save("first", example_run.summary(0))
+    for seed in range(1, 9):
+        counts = compare.compare(first, save(f"run-{seed}", example_run.summary(seed)))["counts"]
+        no_difference += counts["no difference shown"]
+        judged += sum(counts.values()) - counts["too few repeats"]
+    assert judged > 500
+    assert no_difference >= 0.95 * judged
+
+
+def test_what_is_faster_is_told_from_what_is_slower(save: Save) -> None:
+    a, b = save("a", example_run.summary(0)), save("b", scaled(example_run.summary(1), 1.3))
+    rows = by_name(compare.compare(a, b))
+    clients = "fp32: 4 clients, batch 1, HTTP, system shared memory"
+    assert (rows[clients]["verdict"], rows[clients]["better"]) == ("faster", "higher")
+    assert 1.15 < rows[clients]["low"] < 1.3 < rows[clients]["high"] < 1.45
+    assert (rows[f"{clients}, p99"]["verdict"], rows[f"{clients}, p99"]["better"]) == ("faster", "lower")
+    assert rows[f"{clients}, p99"]["ratio"] < 0.8
+    # The rate that was asked for is no result.
+    arriving = "fp32: 80 requests/s (Poisson), batch 1, HTTP, system shared memory"
+    assert arriving not in rows
+    assert rows[f"{arriving}, p50"]["verdict"] == "faster"
+    # What was measured once has no verdict; what did not change has none either.
+    assert rows["fp32: in-process"]["verdict"] == "too few repeats"
+    assert rows["peer torch eager, batch 8"]["verdict"] == "no difference shown"
+    back = by_name(compare.compare(b, a))
+    assert back[clients]["verdict"] == back[f"{clients}, p99"]["verdict"] == "slower"
+
+
+def test_ratio_rounds_are_compared(save: Save) -> None:
+    worse = example_run.summary(1)
+    rounds = worse["precisions"]["fp32"]["ratio_rounds"]
+    rounds["shm"] = [0.8 * value for value in rounds["shm"]]
+    rounds["http"] = rounds["http"][:2]
+    rows = by_name(compare.compare(save("a", example_run.summary(0)), save("b", worse)))
+    assert rows["fp32: served / in-process, shared memory"]["verdict"] == "slower"
+    assert rows["fp32: served / in-process, HTTP"]["verdict"] == "too few repeats"
+    assert rows["fp32: served / in-process, HTTP"]["b"]["repeats"] == 2
+
+
+def test_what_differs_comes_first_and_what_always_does_is_left_out(save: Save) -> None:
+    a, b = example_run.summary(0), example_run.summary(0)
+    a["environment"] |= {"other_load": 0.01, "load_average": [0.1, 0.1, 0.1]}
+    b["environment"] |= {"other_load": 0.02, "load_average": [0.3, 0.1, 0.1], "commit": {"sha": "0", "dirty": False}}
+    b["environment"]["versions"] = {**b["environment"]["versions"], "onnxruntime": "1.24.0"}
+    b["settings"]["seconds"] = 1.0
+    result = compare.compare(save("a", a), save("b", b))
+    assert [one["what"] for one in result["differences"]] == ["commit.sha", "versions.onnxruntime", "settings.seconds"]
+    text = compare.markdown(result)
+    assert text.index("1.24.0") < text.index("## Measured by both")
+    assert "The runs differ in commit.sha, versions.onnxruntime, settings.seconds" in text
+    assert compare.compare(save("c", a), save("d", a))["differences"] == []
+
+
+def test_what_one_run_alone_measured_is_named(save: Save) -> None:
+    less = example_run.summary(0)
+    del less["precisions"]["int8"], less["series"]["batch"]
+    result = compare.compare(save("a", example_run.summary(0)), save("b", less))
+    assert result["only_b"] == []
+    assert "int8: in-process" in result["only_a"]
+    assert "int8: in-process" in compare.markdown(result)
+
+
+def test_it_is_written_for_people(save: Save, tmp_path: Path) -> None:
+    result = compare.compare(save("a", example_run.summary(0)), save("b", scaled(example_run.summary(1), 0.7)))
+    assert compare.write(tmp_path, result) == [tmp_path / "compare.md", tmp_path / "compare.html"]
+    text = (tmp_path / "compare.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.loads == []
+    assert text.count("<svg") == 1
+    assert text.count(">slower<") > 20
+    screen = io.StringIO()
+    Console(file=screen, width=140).print(compare.table(result))
+    assert "slower" in screen.getvalue()
+    assert "too few repeats" in screen.getvalue()
+
+
+def test_folders_that_hold_no_whole_run_are_explained(save: Save, tmp_path: Path) -> None:
+    good = save("good", example_run.summary())
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "off").mkdir()
+    (tmp_path / "off" / "points.jsonl").write_text("{}\n")
+    old = example_run.summary()
+    del old["series"]
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "summary.json").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "folder" / "summary.json").mkdir(parents=True)
+    cases = {
+        tmp_path / "nowhere": "no run of invoke perf",
+        tmp_path / "empty": "no run of invoke perf",
+        tmp_path / "off": "that run was broken off\nwhat to do: finish it: invoke perf --resume off",
+        tmp_path / "binary": "damaged",
+        tmp_path / "folder": "cannot be read",
+        save("torn", '{"run": "torn", '): "damaged",
+        save("list", "[1, 2]"): "another version of the harness wrote it",
+        save("old", old): "has no series",
+        save("partial", example_run.partial()): "partial: tritonserver ended in the middle of 8 clients",
+    }
+    for folder, message in cases.items():
+        for pair in ((good, folder), (folder, good)):
+            with pytest.raises(CompareError) as caught:
+                compare.compare(*pair)
+            assert message in str(caught.value)
+
+
+def test_runs_with_nothing_in_common_are_refused(save: Save) -> None:
+    a, b = example_run.summary(), example_run.summary()
+    a |= {"series": {}, "peers": [], "precisions": {"fp32": a["precisions"]["fp32"]}}
+    b |= {"series": {}, "peers": [], "precisions": {"int8": b["precisions"]["int8"]}}
+    with pytest.raises(CompareError, match="nothing that is the same"):
+        compare.compare(save("a", a), save("b", b))

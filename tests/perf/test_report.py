@@ -1,0 +1,327 @@
+"""The report of a run: what it says, and how its page looks in a browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from perf import report
+from tests.perf import example_run
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PLOTS = ("served", "split", "concurrency", "batch", "rate", "spread", "peers", "tune", "cores")
+SECTIONS = (
+    "Served against in-process",
+    "One picture at a time",
+    "Where the time goes",
+    "More clients",
+    "Larger batches",
+    "Requests that come when they like",
+    "Protocols and shared memory",
+    "How latency is spread",
+    "MLPerf's scenarios",
+    "Peers",
+    "Tuning",
+    "What it takes",
+    "Environment",
+    "Settings",
+    "Every figure",
+)
+BARS = (((47, 111, 222), (138, 75, 208)), ((108, 160, 255), (185, 139, 240)))  # --vertical and --horizontal
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page(HTMLParser):
+    """Tags that are still open, ids, and whatever the page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.loads: list[str] = []
+        self.unnamed: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.ids += [given["id"]] if given.get("id") else []
+        self.loads += [
+            value or "" for name, value in attrs if name in ("src", "srcset", "data", "action") or name.startswith("on")
+        ]
+        link = given.get("href") or given.get("xlink:href") or "#"
+        self.loads += [] if link.startswith(("#", "data:,")) else [link]
+        if given.get("role") in ("img", "region") and not given.get("aria-label"):
+            self.unnamed.append(tag)
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in ("meta", "link", "br"):
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    assert report.write(folder, example_run.summary()) == [folder / "report.md", folder / "report.html"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("partial")
+    report.write(folder, example_run.partial())
+    return folder
+
+
+def headings(text: str) -> list[str]:
+    return [line[3:] for line in text.splitlines() if line.startswith("## ")]
+
+
+def test_the_summary_comes_out_of_json_unchanged() -> None:
+    summary = example_run.summary()
+    assert report.markdown(json.loads(json.dumps(summary))) == report.markdown(summary)
+
+
+def test_five_lines_come_first(whole: Path) -> None:
+    lines = (whole / "report.md").read_text().splitlines()[4:10]
+    assert lines[5] == ""
+    assert lines[0].startswith("- ✗ Served / in-process throughput, 4 clients: fp32 shared memory 0.9")
+    assert "HTTP 0.84" in lines[0]
+    assert "(target 0.85, MISSED)" in lines[0]
+    assert lines[1].startswith(
+        "- ✓ What serving adds to a single stream's p50: fp32 0.72 ms, int8 0.72 ms (at most 1 ms)"
+    )
+    assert lines[2] == "- ✓ Answers under load: 1,872 checked: 0 wrong, 0 dropped, 0 late."
+    assert lines[3] == "- ✓ Faults: none seen."
+    assert lines[4].startswith("- ✓ Complete")
+
+
+def test_a_run_that_was_broken_off_says_so_and_why(broken_off: Path) -> None:
+    lines = (broken_off / "report.md").read_text().splitlines()[4:9]
+    assert lines[2] == "- ✗ Answers under load: 48 checked: 3 wrong, 0 dropped, 1 late."
+    assert lines[3] == "- ✗ Faults: rows of a batch swapped."
+    assert lines[4].startswith("- ✗ PARTIAL: tritonserver ended in the middle of 8 clients")
+    found = headings((broken_off / "report.md").read_text())
+    assert "Wrong answers and faults" in found
+    assert not {"Larger batches", "Peers", "Tuning", "MLPerf's scenarios"} & set(found)
+    page = (broken_off / "report.html").read_text()
+    assert "box 0 is off by 0.21" in page
+    assert "PARTIAL" in page
+
+
+@pytest.mark.parametrize(("line", "change"), [
+    (0, {"precisions": {"fp32": {"served_ratio": {"shm": 0.949}}}}),
+    (1, {"precisions": {"fp32": {"single_stream": {"overhead_ms": 1.01}}}}),
+    (2, {"answers": {"checked": 5, "late": 1}}),
+    (4, {"complete": False}),
+])  # fmt: skip
+def test_what_misses_its_target_is_bad(line: int, change: dict[str, Any]) -> None:
+    good = {
+        "precisions": {"fp32": {"served_ratio": {"shm": 0.951}, "single_stream": {"overhead_ms": -0.2}}},
+        "answers": {"checked": 5},
+        "complete": True,
+    }
+    assert report.verdict(good)[line].good is True
+    assert report.verdict({**good, **change})[line].good is False
+
+
+def test_nothing_measured_still_makes_a_report() -> None:
+    least = {"run": "x", "model": "shapes", "complete": False, "problems": ["no server"]}
+    text = report.markdown(least)
+    assert "PARTIAL: no server" in text
+    assert headings(text) == []
+    assert [line.good for line in report.verdict(least)] == [None, None, None, None, False]
+    parsed = Page()
+    parsed.feed(report.html(least))
+    assert parsed.open == []
+
+
+def test_every_section_and_figure_is_there(whole: Path) -> None:
+    text = (whole / "report.md").read_text()
+    assert headings(text) == list(SECTIONS)
+    page = (whole / "report.html").read_text()
+    assert tuple(re.findall(r'<svg[^>]*>.*?id="(\w+)-figure_1"', page, re.S)) == PLOTS
+    for said in ("saturates at 4 clients", "158 requests/s", "torch.compile", "1.62 ms", "AMD EPYC 7B13", "not held"):
+        assert said in text
+        assert said in page
+
+
+def test_the_page_is_well_formed_and_loads_nothing(whole: Path, broken_off: Path) -> None:
+    for folder in (whole, broken_off):
+        text = (folder / "report.html").read_text()
+        page = Page()
+        page.feed(text)
+        assert page.open == []
+        assert page.loads == []
+        assert page.unnamed == []
+        assert len(page.ids) == len(set(page.ids))
+        assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(page.ids)
+        assert set(re.findall(r'href="#([^"]*)"', text)) <= set(page.ids)
+        assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text).replace("HTTP", "")
+        assert "prefers-color-scheme:dark" in text
+        assert "#0000" not in text  # the plots' stand-ins
+        assert len(text) < 2_000_000
+
+
+def test_strange_names_are_escaped() -> None:
+    summary = example_run.summary()
+    evil = "<script>alert('$x$ |\n\"')</script>"
+    summary["model"] = summary["peers"][0]["name"] = evil
+    summary["environment"]["cpu"] = evil
+    summary["series"]["batch"][0]["label"] = evil
+    text = report.html(summary)
+    assert "<script" not in text
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    tables = [line for line in report.markdown(summary).splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables)
+
+
+def test_figures_that_are_not_there_become_dashes() -> None:
+    summary = example_run.summary()
+    summary["precisions"]["fp32"]["direct_ips"] = None
+    summary["series"]["batch"][0]["latency_ms"] = {"p50": float("nan")}
+    summary["series"]["batch"][1]["parts_ms"] = {}
+    summary["peers"].append({"name": "torch CUDA", "threads": 2, "batch_size": 1, "skipped": "no NVIDIA GPU here"})
+    assert "torch CUDA: left out, no NVIDIA GPU here" in report.markdown(summary)
+    assert "nan" not in report.html(summary).lower().replace("resonance", "")
+
+
+def test_without_matplotlib_the_tables_remain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(plot: object) -> str:
+        raise ImportError("No module named 'matplotlib'")
+
+    monkeypatch.setattr("perf.report_html.svg", missing)
+    text = report.html(example_run.summary())
+    assert "needs the package matplotlib" in text
+    assert "torch.compile" in text
+
+
+# -- in a browser ------------------------------------------------------------------------------------------------------
+
+# Errors are collected before anything else runs, and told to the page around when all is drawn.
+_PROBE = r"""<script>
+const found = {errors: []};
+addEventListener("error", event => found.errors.push(event.message));
+const report = console.error;
+console.error = (...words) => { found.errors.push(words.join(" ")); report(...words); };
+const channels = color => color.match(/[\d.]+/g).slice(0, 3).map(value => {
+  const part = value / 255;
+  return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+});
+const light = color => channels(color).reduce((sum, one, i) => sum + one * [0.2126, 0.7152, 0.0722][i], 0);
+const contrast = (a, b) => (Math.max(light(a), light(b)) + 0.05) / (Math.min(light(a), light(b)) + 0.05);
+addEventListener("load", () => {
+  const all = what => [...document.querySelectorAll(what)], box = one => one.getBoundingClientRect();
+  found.dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  found.page = [document.documentElement.scrollWidth, document.documentElement.clientWidth];
+  found.height = document.documentElement.scrollHeight;
+  found.plots = all("figure svg").map(one => [box(one).width, box(one).height]);
+  found.cut = all("table, figure svg").filter(one => {
+    const around = one.closest(".scroll");
+    return box(one).width > around.clientWidth && getComputedStyle(around).overflowX !== "auto";
+  }).length;
+  const card = getComputedStyle(document.querySelector(".scroll")).backgroundColor;
+  found.contrast = Math.min(...all("th, td, p, li span, a").map(one => contrast(getComputedStyle(one).color, card)));
+  found.outside = all("figure svg text").filter(one => {
+    const own = box(one), around = box(one.closest("svg"));
+    return own.left < around.left - 1 || own.right > around.right + 1 || own.bottom > around.bottom + 1;
+  }).map(one => one.textContent);
+  found.text = all("figure svg text").length;
+  parent.postMessage(JSON.stringify(found), "*");
+});
+</script>"""
+# Chromium makes no window as narrow as a telephone: the page stands in a frame of that width.
+_FRAME = """<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
+<style>body{{margin:0}}iframe{{border:0;display:block;width:{width}px;height:{height}px}}</style>
+<script>addEventListener("message", event => document.getElementById("found").textContent = event.data)</script>
+<iframe srcdoc="{page}"></iframe><pre id="found"></pre>"""
+
+
+def browse(
+    page: Path, folder: Path, width: int, *, dark: bool, height: int = 8000
+) -> tuple[dict[str, Any], Image, str]:
+    """What the probe found in a page, how it looks, and what the browser wrote."""
+    import PIL.Image
+
+    assert CHROMIUM is not None
+    probed = page.read_text().replace("<head>", f"<head>{_PROBE}", 1)
+    frame, shot = folder / "frame.html", folder / "shot.png"
+    frame.write_text(_FRAME.format(width=width, height=height, page=html.escape(probed)))
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            *("--enable-logging=stderr", "--v=0", f"--blink-settings=preferredColorScheme={0 if dark else 1}"),
+            *(f"--user-data-dir={folder / 'profile'}", f"--window-size={max(width, 600)},{height}"),
+            *(f"--screenshot={shot}", "--dump-dom", frame.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    told = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
+    assert told, done.stderr
+    found: dict[str, Any] = json.loads(html.unescape(told[1]))
+    with PIL.Image.open(shot) as picture:
+        return found, picture.convert("RGB").crop((0, 0, width, min(height, found["height"]))), done.stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: chromium, chromium-browser or google-chrome on PATH")
+@pytest.mark.parametrize("width", [1200, 420])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_page_in_a_browser(whole: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    found, picture, said = browse(whole / "report.html", tmp_path, width, dark=dark)
+    assert found["errors"] == []
+    assert "CONSOLE" not in said
+    assert found["dark"] == dark
+    assert found["page"][1] == width
+    assert found["page"][0] <= width  # nothing makes the page itself scroll sideways
+    assert found["cut"] == 0
+    assert len(found["plots"]) == len(PLOTS)
+    assert all(min(size) > 100 for size in found["plots"])
+    assert found["text"] > 200
+    assert found["outside"] == []
+    assert found["contrast"] >= 4.5  # WCAG 2.1, 1.4.3
+    colors = picture.getcolors(1 << 24)
+    assert colors is not None
+    assert len(colors) > 500
+    (_, ground), (_, second) = sorted(colors, reverse=True)[:2]
+    assert (max(ground) < 60 and max(second) < 60) if dark else (min(ground) > 240 and min(second) > 240)
+    for hue in BARS[dark]:  # every bar of the first plot, drawn in this scheme's colours
+        assert any(
+            max(abs(a - b) for a, b in zip(color, hue, strict=True)) < 24 for count, color in colors if count > 200
+        )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: chromium, chromium-browser or google-chrome on PATH")
+def test_the_browser_test_can_fail(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<html><head></head><body><div class="scroll" style="overflow:visible;width:300px"><table style="width:2000px">'
+        '<tr><td style="color:#777">a</td></tr></table></div><script>console.error("oh"); nowhere()</script></body>'
+        "</html>"
+    )
+    found, _, said = browse(page, tmp_path, 420, dark=False, height=600)
+    assert found["page"][0] > 420
+    assert found["cut"] == 1
+    assert found["contrast"] < 4.5
+    assert len(found["errors"]) == 2
+    assert "CONSOLE" in said
