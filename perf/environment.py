@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import subprocess
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ def capture(**given: str) -> dict[str, Any]:
     """All of it, in half a second.
 
     Args:
-        given: versions that the caller knows, such as tritonserver and perf_analyzer.
+        given: versions that the caller knows, such as the tritonserver's.
 
     Returns:
         `machine()`, and governor, load_average (1, 5, 15 minutes), other_load (share of all cores in use right now),
@@ -34,7 +36,7 @@ def capture(**given: str) -> dict[str, Any]:
         "other_load": other_load(),
         "container": container(),
         "gpus": gpus(),
-        "versions": versions(**given),
+        "versions": versions(**{"perf_analyzer": perf_analyzer(), **given}),
         "commit": commit(),
     }
 
@@ -46,6 +48,25 @@ def versions(**given: str) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return {**found, **{name: version for name, version in given.items() if version}}
+
+
+def perf_analyzer() -> str:
+    """The version of the program that makes the load; empty where there is none."""
+    from perf import analyzer
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="ssd-perf-") as folder:
+            done = subprocess.run(
+                [analyzer.find_perf_analyzer(), "--version"],
+                env=analyzer._environment(Path(folder)),
+                capture_output=True,
+                text=True,
+                timeout=20,
+            )
+    except (analyzer.PerfError, OSError, subprocess.SubprocessError):
+        return ""
+    found = re.search(r"\d+(\.\d+)+", done.stdout + done.stderr)
+    return found[0] if found else ""
 
 
 def machine() -> dict[str, Any]:

@@ -18,11 +18,11 @@ from perf import environment
 
 
 def test_capture_says_what_and_not_whose() -> None:
-    found = environment.capture(tritonserver="2.60.0", perf_analyzer="")
+    found = environment.capture(tritonserver="2.60.0")
     assert {"cpu", "cores", "cores_allowed", "memory_gib", "system"} <= found.keys()
     assert {"governor", "load_average", "other_load", "container", "gpus", "versions", "commit"} <= found.keys()
     assert found["versions"]["tritonserver"] == "2.60.0"
-    assert "perf_analyzer" not in found["versions"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", found["versions"]["perf_analyzer"])
     assert {"python", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient"} <= set(found["versions"])
     assert 0 <= found["other_load"] <= 1
     assert 1 <= found["cores_allowed"] <= found["cores"]
@@ -31,6 +31,14 @@ def test_capture_says_what_and_not_whose() -> None:
     assert str(Path.home()) + "/" not in text
     assert f'"{getpass.getuser()}"' not in text
     assert socket.gethostname() not in re.findall(r"[\w.-]+", text)
+
+
+def test_what_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert environment.perf_analyzer() == ""
+    assert environment.versions(perf_analyzer="", mine="1").keys() >= {"python", "mine"}
+    assert "perf_analyzer" not in environment.versions(perf_analyzer="")
 
 
 @pytest.mark.parametrize(
