@@ -120,6 +120,13 @@ def config(spec: Spec, version: int, precision: str, runtime: str, manifest_sha2
     kinds = (pb.TYPE_INT32, pb.TYPE_FP32, pb.TYPE_FP32, pb.TYPE_INT32)
     for name, kind, dims in zip(ssd_nms.OUTPUTS, kinds, ([1], [most, 4], [most], [most]), strict=True):
         made.output.add(name=name, data_type=kind, dims=dims)
+    # On a CPU it gained nothing: a session answers a batch's requests one after the other (docs/perf.md).
+    if spec.serving.dynamic_batching == "on" or (spec.serving.dynamic_batching == "auto" and runtime == "tensorrt"):
+        made.dynamic_batching.max_queue_delay_microseconds = spec.serving.queue_delay_us
+        policy = made.dynamic_batching.default_queue_policy
+        policy.timeout_action = pb.ModelQueuePolicy.REJECT
+        policy.default_timeout_microseconds = spec.serving.queue_timeout_ms * 1000
+        policy.max_queue_size = spec.serving.max_queue_size
     if runtime == "tensorrt":
         _serve_with_tensorrt(made, spec, instances)
     else:
@@ -132,7 +139,7 @@ def config(spec: Spec, version: int, precision: str, runtime: str, manifest_sha2
 
 
 def _serve_with_tensorrt(made: ModelConfig, spec: Spec, instances: int) -> None:
-    """What only a plan needs: requests are batched together, wait in a bounded queue, and find a warm model."""
+    """What only a plan needs: its GPU and profiles, CUDA graphs, and requests that find a warm model."""
     from tritonclient.grpc import model_config_pb2 as pb
 
     serving = spec.serving
@@ -140,11 +147,6 @@ def _serve_with_tensorrt(made: ModelConfig, spec: Spec, instances: int) -> None:
     group = made.instance_group.add(kind=pb.ModelInstanceGroup.KIND_GPU, count=instances)
     if len(spec.profiles) > 1:  # an instance takes the profile that fits each batch
         group.profile.extend(str(index) for index in range(len(spec.profiles)))
-    made.dynamic_batching.max_queue_delay_microseconds = serving.queue_delay_us
-    policy = made.dynamic_batching.default_queue_policy
-    policy.timeout_action = pb.ModelQueuePolicy.REJECT
-    policy.default_timeout_microseconds = serving.queue_timeout_ms * 1000
-    policy.max_queue_size = serving.max_queue_size
     if serving.cuda_graphs:  # without bounds of our own: graph_lower_bound would show rows that nothing wrote
         made.optimization.cuda.graphs = True
     if serving.warmup:

@@ -169,12 +169,13 @@ class Nms(Table):
 class Serving(Table):
     """[serving]: how tritonserver runs it; 0 leaves `instances` and `threads` to the runtime, the rest switched off.
 
-    Queue, delay, CUDA graphs and warm-up are for the runtime tensorrt, where requests are batched together.
+    Queue and delay are for requests that are batched together; CUDA graphs and warm-up for the runtime tensorrt.
     """
 
     max_batch_size: int = _key(32, low=1, high=4096)
     instances: int = _key(0, low=0, high=1024)
     threads: int = _key(0, low=0, high=1024)
+    dynamic_batching: str = _key("auto", choices=("auto", "on", "off"))
     max_queue_size: int = _key(256, low=0, high=2**31 - 1)
     queue_timeout_ms: int = _key(1000, low=0, high=2**31 - 1)
     queue_delay_us: int = _key(0, low=0, high=10**6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import dataclasses
 import json
 import os
 import random
@@ -412,6 +413,15 @@ def test_a_plans_config_with_the_defaults(spec: Spec) -> None:
     policy = made.dynamic_batching.default_queue_policy
     assert (policy.max_queue_size, policy.default_timeout_microseconds) == (256, 1_000_000)
     assert not policy.allow_timeout_override
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("batching", ["on", "off"])
+def test_batching_can_be_asked_for_and_refused(spec: Spec, runtime: str, batching: str) -> None:
+    serving = dataclasses.replace(spec.serving, dynamic_batching=batching, queue_delay_us=200)
+    made = repository.config(dataclasses.replace(spec, serving=serving), 1, "fp32", runtime, "")
+    assert made.HasField("dynamic_batching") == (batching == "on")
+    assert made.dynamic_batching.max_queue_delay_microseconds == (200 if batching == "on" else 0)
 
 
 @pytest.mark.parametrize(

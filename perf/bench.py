@@ -1,0 +1,162 @@
+"""One running server with one model, and all that a point of load on it needs: pictures, what they must give, a journal.
+
+    with bench(repository, "shapes", images, journal) as one:
+        record = one.point("concurrency", Load(concurrency=4), seconds=2.0)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perf import answers
+from perf.analyzer import Load, Point, run, write_input
+from perf.direct import thresholds
+from perf.journal import Journal
+from perf.resources import Sampler
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from ssd_client.config import ModelConfig
+
+    from build.serve import TritonServer
+
+PICTURES = 16  # the load's variety; perf_analyzer sends them in turn
+BINS = 60
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model that is served on this machine, ready to be loaded.
+
+    Attributes:
+        server: the running server.
+        model: name on it.
+        config: the model's, as the server tells it.
+        images: real pictures, UINT8 [H,W,3], at the model's input size.
+        expected: what the served file answers to them in this process.
+        data: perf_analyzer's input of them.
+        journal: where what is measured is kept.
+        late_ms: a checked answer that takes longer counts as late; None = none does.
+    """
+
+    server: TritonServer
+    model: str
+    config: ModelConfig
+    images: Sequence[NDArray[np.uint8]]
+    expected: answers.Expected
+    data: Path
+    journal: Journal
+    late_ms: float | None = None
+
+    @property
+    def precision(self) -> str:
+        """Of the served model."""
+        return self.config.precision
+
+    def point(
+        self, series: str, load: Load, *, seconds: float, repeat: int = 0, check: bool = True, retries: int = 1, **key: Any
+    ) -> dict[str, Any]:
+        """Measures one load, or takes what the journal has of it.
+
+        Args:
+            series: what the point belongs to.
+            load: what to put on the server.
+            seconds: of measurement.
+            repeat: number of the repeat.
+            check: whether answers are checked meanwhile. Not where a figure must not be touched by what that costs.
+            retries: how often a point that swings is measured again, each time twice as long.
+            key: what else tells this measurement from others.
+
+        Returns:
+            `load`; `point`: `Point.as_dict()` with a `histogram` {edges_ms, counts} in place of every single latency;
+            `answers`: as `AnswerCheck.result`, None where they were not checked; `faults`; `resources`.
+
+        Raises:
+            PerfError: it could not be measured.
+            ServeError: because the server is gone.
+        """
+        whole = {"series": series, "precision": self.precision, "load": load.as_dict(), "repeat": repeat, **key}
+        return self.journal.measure({**whole, "seconds": seconds}, lambda: self._measure(load, seconds, check, retries))
+
+    def _measure(self, load: Load, seconds: float, check: bool, retries: int) -> dict[str, Any]:
+        url = self.server.http_url if load.protocol == "http" else self.server.grpc_url
+        checking = answers.AnswerCheck(
+            self.server.grpc_url,
+            self.model,
+            self.images,
+            self.expected,
+            clients=load.concurrency or max(1, round((load.rate or 0) / 100)),
+            late_ms=self.late_ms,
+        )
+        before = self.server.requests(self.model)
+        try:
+            with Sampler(self.server.pid) as sampler, checking if check else contextlib.nullcontext():
+                point = run(url, self.model, self.data, load, seconds=seconds, retries=retries)
+        except Exception:
+            self.server.check()  # the better explanation where it is the server that failed
+            raise
+        checked = checking.result if check else None
+        served = (self.server.requests(self.model) - before) * load.batch_size
+        return {
+            "load": load.as_dict(),
+            "point": _without_single_latencies(point),
+            "answers": checked,
+            "faults": answers.faults(point),
+            "resources": sampler.result(served),
+        }
+
+
+@contextlib.contextmanager
+def bench(
+    repository: Path,
+    model: str,
+    images: Sequence[NDArray[np.uint8]],
+    journal: Journal,
+    *,
+    late_ms: float | None = None,
+) -> Iterator[Bench]:
+    """Starts a server on `repository`, with a Bench of its `model`, and stops it at the end.
+
+    Args:
+        repository: with one published model or more.
+        model: one of them.
+        images: UINT8 [H,W,3], at its input size; the first 16 count.
+        journal: of the run.
+        late_ms: as for `Bench`.
+
+    Raises:
+        ServeError: the server does not come up, or the model is not served.
+        SSDClientError: the served model is none of this project's.
+    """
+    from ssd_client import SSDClient
+
+    from build.serve import TritonServer
+
+    images = images[:PICTURES]
+    with TritonServer(repository) as server, tempfile.TemporaryDirectory(prefix="ssd-bench-") as folder:
+        with SSDClient(server.grpc_url, model=model) as client:
+            config = client.model_config()
+        version = server.repository / model / server.models[model]
+        expected = answers.expected_answers(version, config, images)
+        data = write_input(Path(folder) / "input.json", images, thresholds(config))
+        yield Bench(server, model, config, images, expected, data, journal, late_ms)
+
+
+def _without_single_latencies(point: Point) -> dict[str, Any]:
+    import numpy as np
+
+    values = point.as_dict()
+    latencies = values.pop("latencies_ms")
+    del values["sent_s"]
+    values["histogram"] = None
+    if latencies:
+        edges = np.geomspace(max(min(latencies), 1e-3), max(max(latencies), 2e-3) * (1 + 1e-9), BINS + 1)
+        counts, _ = np.histogram(np.clip(latencies, edges[0], None), edges)
+        values["histogram"] = {"edges_ms": edges.tolist(), "counts": counts.tolist()}
+    return values

@@ -1,0 +1,91 @@
+"""The journal of a run: every measurement by its key, one JSON line each, on disk before the next one starts.
+
+    journal = Journal(Path("artifacts/perf/2026-11-22T15-00-00/points.jsonl"))
+    result = journal.measure({"series": "ratio", "repeat": 0}, lambda: {"throughput": 190.0})
+
+That is all there is to resuming a run: the code that plans it runs again, and what it measured before is read back. So a
+plan must be deterministic in the results that it sees, as a binary search is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from perf.analyzer import PerfError
+
+
+class Journal:
+    """Measurements by key; those of an earlier run in the same file count as done.
+
+    Args:
+        path: the JSON-lines file; made where it is not there. None = nothing is kept.
+        before: called with the key of each measurement that is about to be made.
+
+    Raises:
+        PerfError: the file is no journal.
+    """
+
+    def __init__(self, path: Path | None = None, before: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        self._path, self._before = path, before
+        self._done: dict[str, dict[str, Any]] = {}
+        self.reused = 0
+        if path is None or not path.is_file():
+            return
+        whole = path.read_text()
+        lines = whole.split("\n")
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                entry = json.loads(line)
+                if "result" in entry:
+                    self._done[_name(entry["key"])] = entry["result"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise PerfError(
+                    f"{path} line {number} is no measurement: {error}",
+                    why="something else wrote to it",
+                    fix="remove that line to measure it again, or start a new run",
+                ) from None
+        if lines[-1]:  # the run was killed while it wrote this one: it counts as not measured
+            path.write_text(whole[: -len(lines[-1])])
+
+    def measure(self, key: Mapping[str, Any], function: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The result under `key`, measured by `function` where it is not there yet.
+
+        What `function` raises is noted and passed on; the key stays to be measured.
+        """
+        name = _name(key)
+        if name in self._done:
+            self.reused += 1
+            return self._done[name]
+        if self._before is not None:
+            self._before(key)
+        started = time.monotonic()
+        try:
+            result = dict(function())
+        except Exception as error:
+            self._append({"key": dict(key), "error": str(error)}, started)
+            raise
+        self._append({"key": dict(key), "result": result}, started)
+        # As it will be read back: a resumed run sees the very same values.
+        self._done[name] = json.loads(json.dumps(result))
+        return self._done[name]
+
+    def _append(self, entry: dict[str, Any], started: float) -> None:
+        entry |= {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        if self._path is None:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _name(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)
