@@ -99,7 +99,6 @@ def find_rate(
         except PerfError as error:  # above a rate that was held: refused requests, or answers that never come
             if not probes:
                 raise
-            bench.server.check_alive()
             lost = {"rate": rate, f"{percentile}_ms": None, "throughput": None, "held": False, "measured": 1}
             probes.append({**lost, "why": error.what.splitlines()[-1].strip()})
         return bool(probes[-1]["held"])
@@ -271,7 +270,8 @@ def _cannot(
 
 
 def _point(bench: Bench, series: str, load: Load, seconds: float, repeat: int = 0) -> dict[str, Any]:
-    point: dict[str, Any] = bench.point(series, load, seconds=seconds, repeat=repeat)["point"]
+    """A point without checked answers, which would come between the requests whose 99th percentile this is about."""
+    point: dict[str, Any] = bench.point(series, load, seconds=seconds, repeat=repeat, check=False)["point"]
     return point
 
 

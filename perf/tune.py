@@ -1,6 +1,6 @@
 """`invoke perf --tune`: which [serving] section answers most images per second under a bound on latency.
 
-    result = tune(spec, published, open_bench, concurrency=4)
+    result = tune(spec, published, images, journal, bound_ms=20)
     result["winner"], result["gain"], result["written"]
 
 Successive halving (Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter
@@ -12,7 +12,9 @@ Model Analyzer, which used to do this, is no longer part of Triton's SDK contain
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import os
 import re
@@ -28,8 +30,11 @@ from typing import TYPE_CHECKING, Any
 
 from build import repository as store
 from build.errors import OptionError, SpecError, SSDError
-from build.spec import Serving, Spec, load
+from build.spec import Spec, load
 from perf.analyzer import Load
+from perf.bench import Bench
+from perf.bench import bench as start_bench
+from perf.journal import Journal
 from perf.scenarios import default_bound, single_stream
 from perf.statistics import verdict
 
@@ -39,12 +44,11 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.console import Console
     from rich.table import Table
     from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-    from perf.bench import Bench
-    from perf.journal import Journal
 
 FINALISTS = 2
 ROUNDS = 3  # of the final, the fewest that `verdict` takes
@@ -84,36 +88,15 @@ class Candidate:
         delay = config.dynamic_batching.max_queue_delay_microseconds if batching else 0
         return cls(sum(group.count for group in config.instance_group), int(threads), batching, int(delay))
 
-    def apply(self, config: ModelConfig) -> None:
-        """Makes a config.pbtxt say this, and leaves the rest of it."""
-        config.instance_group[0].count = self.instances
-        del config.instance_group[1:]
-        if "threads" in config.parameters:
-            config.parameters["threads"].string_value = str(self.threads)
-        if self.dynamic_batching:
-            config.dynamic_batching.SetInParent()
-            config.dynamic_batching.max_queue_delay_microseconds = self.queue_delay_us
-        else:
-            config.ClearField("dynamic_batching")
-
-    def serving(self, runtime: str) -> dict[str, int | bool]:
-        """The keys of [serving] that make build/repository.py write such a config.pbtxt."""
-        keys: dict[str, int | bool] = {"instances": self.instances}
-        if runtime == "onnxruntime":
-            keys["threads"] = self.threads
-        if spec_can_batch(runtime):
-            keys |= {"dynamic_batching": self.dynamic_batching} if _has_key("dynamic_batching") else {}
-            keys["queue_delay_us"] = self.queue_delay_us
-        return keys
-
-
-def spec_can_batch(runtime: str) -> bool:
-    """Whether [serving] can say that requests are batched together: always for a plan, else by a key of its own."""
-    return runtime == "tensorrt" or _has_key("dynamic_batching")
-
-
-def _has_key(name: str) -> bool:
-    return any(item.name == name for item in dataclasses.fields(Serving))
+    def keys(self, runtime: str) -> dict[str, int | str]:
+        """The keys of [serving] that say this."""
+        batching = "on" if self.dynamic_batching else "off"
+        return {
+            "instances": self.instances,
+            **({"threads": self.threads} if runtime == "onnxruntime" else {}),
+            "dynamic_batching": "auto" if self.dynamic_batching == (runtime == "tensorrt") else batching,
+            "queue_delay_us": self.queue_delay_us,
+        }
 
 
 def candidates(cores: int, runtime: str = "onnxruntime") -> list[Candidate]:
@@ -129,8 +112,6 @@ def candidates(cores: int, runtime: str = "onnxruntime") -> list[Candidate]:
     """
     if runtime == "tensorrt":
         pairs = [(instances, 1) for instances in GPU_INSTANCES]
-        batching = [(True, delay) for delay in DELAYS_US]
-        batching += [(False, 0)] if _has_key("dynamic_batching") else []
     else:
         sizes = sorted({2**power for power in range(cores.bit_length() + 1)} | {cores, 3})
         pairs = [
@@ -138,8 +119,7 @@ def candidates(cores: int, runtime: str = "onnxruntime") -> list[Candidate]:
             for instances, threads in itertools.product(sizes, sizes)
             if threads <= cores and cores <= 2 * instances * threads <= 4 * cores
         ]
-        batching = [(False, 0)]
-        batching += [(True, delay) for delay in DELAYS_US] if spec_can_batch(runtime) else []
+    batching = [(False, 0), *((True, delay) for delay in DELAYS_US)]
     return [Candidate(*pair, *how) for pair, how in itertools.product(pairs, batching)]
 
 
@@ -294,7 +274,7 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 def tune(
     spec: Spec,
     published: Path,
-    open_bench: Callable[[Path], AbstractContextManager[Bench]],
+    images: Sequence[NDArray[np.uint8]],
     journal: Journal,
     *,
     bound_ms: float | None = None,
@@ -303,13 +283,14 @@ def tune(
     others: Sequence[Candidate] | None = None,
     write: bool = True,
     console: Console | None = None,
+    serving: Callable[..., AbstractContextManager[Bench]] = start_bench,
 ) -> dict[str, Any]:
     """Searches the best [serving] section on this machine and writes it to spec.toml.
 
     Args:
         spec: of the model.
-        published: a repository that it is published to as its spec says now; copies of it are served.
-        open_bench: a repository → its running server with a Bench, as a context.
+        published: a repository that it is published to; copies of it are served, each with a config.pbtxt of its own.
+        images: real pictures, UINT8 [H,W,3] at the model's input size.
         journal: where what was measured is kept; what it has already is not measured again, and no server started.
         bound_ms: for the p99; None = `default_bound` of the present setting's single stream.
         traffic: the clients, batch size and protocol to be fast for; None = 4 clients, gRPC.
@@ -317,6 +298,7 @@ def tune(
         others: what to try; None = `candidates` for this machine's cores.
         write: whether to write the winner to spec.toml.
         console: where to say what is found; None = standard output.
+        serving: what starts a server and a Bench of it.
 
     Returns:
         `candidates`, the present one first: the fields of `Candidate`, `throughput` (images/s) and `p99_ms` (None where
@@ -335,22 +317,26 @@ def tune(
         raise OptionError(f"seconds is {seconds!r}, but must be a number greater than 0")
     traffic = traffic or Load(concurrency=4)
     name = spec.model.name
-    config = _config(published / name / store.CONFIG)
-    runtime, precision = (config.parameters[key].string_value for key in ("runtime", "precision"))
-    present = Candidate.of_config(config)
+    manifest = store.served(published, name)[1]
+    runtime, precision = manifest["runtime"], manifest["precision"]
+    present = Candidate.of_config(store.config(spec, 0, precision, runtime, ""))
     others = [one for one in others or candidates(store.cores(), runtime) if one != present]
 
-    def on_server(what: Mapping[str, Any], candidate: Candidate, function: Callable[[Bench], dict[str, Any]]) -> Any:
+    def on_server(candidate: Candidate, function: Callable[[Bench], dict[str, Any]], **what: Any) -> dict[str, Any]:
         def run() -> dict[str, Any]:
-            with variant(published, name, candidate) as repository, open_bench(repository) as bench:
-                return function(bench)
+            with (
+                variant(spec, published, candidate) as repository,
+                serving(repository, name, images, Journal()) as one,
+            ):
+                return function(one)
 
         key = {"series": "tune", "precision": precision, "candidate": dataclasses.asdict(candidate)}
         return journal.measure({**key, "load": traffic.as_dict(), **what}, run)
 
     if bound_ms is None:
-        alone = {"what": "single stream", "seconds": seconds}
-        single = on_server(alone, present, lambda bench: single_stream(bench, seconds=seconds, load=traffic))
+        single = on_server(
+            present, lambda one: single_stream(one, seconds=seconds, load=traffic), alone=True, seconds=seconds
+        )
         bound_ms = default_bound(single["p50_ms"])
     count = measurements(len(others))
     say.print(f"{name}: {len(others)} settings against {present}, p99 <= {bound_ms:g} ms at {traffic}", markup=False)
@@ -360,15 +346,21 @@ def tune(
 
         def measure(candidate: Candidate, rung: int, repeat: int, length: float) -> tuple[float, float]:
             progress.update(task, description=f"rung {rung}: {candidate}")
-            what = {"rung": rung, "repeat": repeat, "seconds": length}
+            check = rung == 0 and repeat == 0  # that each answers right is seen once; then figures are undisturbed
             try:
-                found = on_server(what, candidate, lambda bench: _served(bench, traffic, rung, repeat, length))
+                record = on_server(
+                    candidate,
+                    lambda one: one.point("tune", traffic, seconds=length, check=check),
+                    rung=rung,
+                    repeat=repeat,
+                    seconds=length,
+                )
+                return _figures(record, traffic)
             except SSDError as error:
                 say.print(f"{candidate}: {error}", markup=False)
                 raise
             finally:
                 progress.advance(task)
-            return found["throughput"], found["p99_ms"]
 
         tried = search(present, others, measure, bound_ms, seconds)
     winner, better, why = decide(tried, bound_ms)
@@ -388,7 +380,7 @@ def tune(
     say.print(table(result))
     say.print(f"{name}: {why}", markup=False)
     if result["written"]:
-        write_serving(spec.path, winner.candidate.serving(runtime))
+        write_serving(spec.path, _changes(spec, present, winner.candidate, runtime))
         say.print(f"{name}: written to [serving] of {spec.path}; publish it: invoke build-engines", markup=False)
     else:
         say.print(f"{name}: {spec.path.name} stays as it is", markup=False)
@@ -416,21 +408,24 @@ def table(result: Mapping[str, Any], most: int = 12) -> Table:
 
 
 @contextmanager
-def variant(published: Path, model: str, candidate: Candidate) -> Iterator[Path]:
-    """A repository with the served version of one model, set up as the candidate says; gone at the end.
+def variant(spec: Spec, published: Path, candidate: Candidate) -> Iterator[Path]:
+    """A repository with what is served of one model, set up as the candidate says; gone at the end.
 
-    It lies beside `published` and its files are hard links to those there (copies where links are not allowed).
+    It lies beside `published` and its files are hard links to those there (copies where links are not allowed); its
+    config.pbtxt is the one that a publish of the candidate would write.
 
     Raises:
         PublishError: the model is not published there, or damaged.
     """
     from google.protobuf import text_format
 
-    version, _ = store.served(published, model)
-    config = _config(published / model / store.CONFIG)
-    candidate.apply(config)
+    version, manifest = store.served(published, spec.model.name)
+    runtime, digest = manifest["runtime"], hashlib.sha256((version / store.MANIFEST).read_bytes()).hexdigest()
+    changed = dataclasses.replace(spec.serving, **candidate.keys(runtime))  # type: ignore[arg-type]
+    changed_spec = dataclasses.replace(spec, serving=changed)
+    config = store.config(changed_spec, manifest["version"], manifest["precision"], runtime, digest)
     with tempfile.TemporaryDirectory(prefix=f".{published.name}-", dir=published.parent) as name:
-        folder = Path(name) / model
+        folder = Path(name) / spec.model.name
         shutil.copytree(version, folder / version.name, copy_function=_link)
         (folder / store.CONFIG).write_text(text_format.MessageToString(config))
         yield Path(name)
@@ -443,35 +438,34 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _config(path: Path) -> ModelConfig:
-    from google.protobuf import text_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-    try:
-        return text_format.Parse(path.read_text(), ModelConfig())
-    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise TuneError(f"{path}: cannot be read: {error}", fix="publish it again: invoke build-engines") from None
+def _changes(spec: Spec, present: Candidate, winner: Candidate, runtime: str) -> dict[str, int | str]:
+    """The keys of [serving] to write: what is as it was stays open where it was open, for the next machine."""
+    keys = winner.keys(runtime)
+    if (winner.instances, winner.threads) == (present.instances, present.threads):
+        keys = {key: value for key, value in keys.items() if key not in ("instances", "threads")}
+    return {key: value for key, value in keys.items() if getattr(spec.serving, key) != value}
 
 
-def _served(bench: Bench, traffic: Load, rung: int, repeat: int, seconds: float) -> dict[str, Any]:
-    """Images per second and p99 under the load.
+def _figures(record: Mapping[str, Any], traffic: Load) -> tuple[float, float]:
+    """Images per second and p99.
 
     Raises:
         TuneError: answers were wrong, or requests failed: whatever its speed, such a setting cannot win.
     """
-    record = bench.point("tune", traffic, seconds=seconds, repeat=repeat, rung=rung)
     point, answers = record["point"], record["answers"] or {}
     bad = {"wrong": answers.get("wrong", 0), "dropped": answers.get("dropped", 0), "failed": point["errors"]}
     if any(bad.values()):
         found = ", ".join(f"{count} {what}" for what, count in bad.items() if count)
-        raise TuneError(f"under {traffic} its answers were not all right: {found}", why="; ".join(record["faults"]))
-    return {"throughput": point["throughput"], "p99_ms": point["latency_ms"]["p99"]}
+        raise TuneError(
+            f"under {traffic} its answers were not all right: {found}", why="; ".join(answers.get("examples", ()))
+        )
+    return point["throughput"], point["latency_ms"]["p99"]
 
 
 # -- spec.toml ---------------------------------------------------------------------------------------------------------
 
 
-def write_serving(path: Path, values: Mapping[str, int | bool]) -> None:
+def write_serving(path: Path, values: Mapping[str, int | bool | str]) -> None:
     """Sets keys of [serving] in a spec.toml; every other byte, comments included, stays as it is.
 
     Raises:
@@ -483,13 +477,13 @@ def write_serving(path: Path, values: Mapping[str, int | bool]) -> None:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}") from None
     wanted = {**before, "serving": {**before.get("serving", {}), **values}}
-    changed = _with_serving(text, {key: str(value).lower() for key, value in values.items()})
+    changed = _with_serving(text, {key: json.dumps(value) for key, value in values.items()})
     try:
         right = tomllib.loads(changed) == wanted
     except tomllib.TOMLDecodeError:
         right = False
     if not right:
-        lines = "; ".join(f"{key} = {str(value).lower()}" for key, value in values.items())
+        lines = "; ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
         raise SpecError(f"{path}: [serving] is written in a way that cannot be changed", fix=f"write by hand: {lines}")
     unfinished = path.with_suffix(".new.toml")
     with store.explained(path):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from build.errors import OptionError, ServeError
+from build.errors import OptionError
 from perf import scenarios
 from perf.analyzer import Load, PerfError
 from perf.scenarios import BoundError, default_bound, find_rate, offline, server, single_stream
@@ -33,7 +33,6 @@ class FakeBench:
         self.stalls: set[int] = set()  # numbers of measurements that the machine spoils
         self.errors = 0
         self.refuses_from = math.inf  # requests/s
-        self.server = SimpleNamespace(check_alive=lambda: None)
 
     def limit(self, bound_ms: float) -> float:
         """The rate at which p99 is the bound, without noise."""
@@ -155,16 +154,6 @@ def test_a_rate_at_which_perf_analyzer_gives_up_is_lost() -> None:
     assert {probe["p99_ms"] for probe in lost} == {None}
     with pytest.raises(PerfError, match="Exceeds maximum"):  # no rate is too high for this: something else is wrong
         find_rate(bench, 20, low=200)
-
-
-def test_a_server_that_is_gone_ends_the_search() -> None:
-    def gone() -> None:
-        raise ServeError("tritonserver is gone")
-
-    bench = FakeBench()
-    bench.refuses_from, bench.server = 200, SimpleNamespace(check_alive=gone)
-    with pytest.raises(ServeError):
-        find_rate(bench, 20)
 
 
 def test_what_is_plain_and_what_is_not() -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +17,10 @@ import pytest
 from build import repository as store
 from build.errors import ServeError, SpecError
 from build.spec import Serving, load
+from models.shapes.scenes import scene
 from perf import tune as tuning
 from perf.analyzer import Load
+from perf.journal import Journal
 from perf.tune import Candidate, candidates, decide, measurements, pareto, search, tune, write_serving
 from tests.build import tiny_model
 
@@ -53,6 +55,15 @@ class Simulation:
             throughput * math.exp(self.random.gauss(0, spread)),
             p99_ms * math.exp(self.random.gauss(0, 3 * spread)),
         )
+
+
+def candidate_of(repository: Path) -> Candidate:
+    """What the one model of a repository is set up as."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    (config,) = repository.glob("*/config.pbtxt")
+    return Candidate.of_config(text_format.Parse(config.read_text(), ModelConfig()))
 
 
 def test_the_best_setting_wins() -> None:
@@ -149,18 +160,15 @@ def test_pareto() -> None:
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 4, 16, 64])
-def test_candidates_make_sense(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for can_batch in (False, True):
-        monkeypatch.setattr(tuning, "_has_key", lambda name, can=can_batch: can)
-        found = candidates(cores)
-        assert Candidate(cores, 1) in found
-        assert Candidate(1, cores) in found
-        assert len(found) == len(set(found)) <= 40 * (4 if can_batch else 1)
-        for one in found:
-            assert one.threads <= cores
-            assert cores / 2 <= one.instances * one.threads <= 2 * cores
-            assert one.dynamic_batching or not one.queue_delay_us
-        assert can_batch == any(one.dynamic_batching for one in found)
+def test_candidates_make_sense(cores: int) -> None:
+    found = candidates(cores)
+    assert Candidate(cores, 1) in found
+    assert Candidate(1, cores, True, 500) in found
+    assert len(found) == len(set(found)) <= 160
+    for one in found:
+        assert one.threads <= cores
+        assert cores / 2 <= one.instances * one.threads <= 2 * cores
+        assert one.dynamic_batching or not one.queue_delay_us
     plans = candidates(cores, "tensorrt")
     assert {one.threads for one in plans} == {1}
     assert {one.instances for one in plans} == {1, 2, 3, 4}
@@ -181,38 +189,37 @@ def test_two_cores() -> None:
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
-def test_a_candidate_in_config_pbtxt(tmp_path: Path, runtime: str) -> None:
-    spec = load(tiny_model.write(tmp_path / "tiny"))
-    config = store.config(spec, 1, "fp32", runtime, "0" * 64)
-    before = type(config).FromString(config.SerializeToString())
-    present = Candidate.of_config(config)
-    batching = Candidate(3, 2 if runtime == "onnxruntime" else 1, True, 500)
-    for one in (batching, Candidate(5, 1)):
-        one.apply(config)
-        assert Candidate.of_config(config) == one
-    present.apply(config)
-    if runtime == "onnxruntime":
-        assert config == before
-    assert [group.kind for group in config.instance_group] == [group.kind for group in before.instance_group]
-
-
-@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
 def test_spec_and_config_say_the_same(tmp_path: Path, runtime: str) -> None:
-    """What a winner writes to spec.toml makes the very config.pbtxt that was measured."""
+    """What a winner writes to spec.toml makes the very config.pbtxt that was measured, whatever was there before."""
     file = tiny_model.write(tmp_path / "tiny")
+    original = file.read_text()
+    present = Candidate.of_config(store.config(load(file), 1, "fp32", runtime, ""))
     for one in candidates(2, runtime):
-        write_serving(file, one.serving(runtime))
+        file.write_text(original)
+        write_serving(file, tuning._changes(load(file), present, one, runtime))
         assert Candidate.of_config(store.config(load(file), 1, "fp32", runtime, "")) == one
 
 
+def test_what_is_as_it_was_stays_open(tmp_path: Path) -> None:
+    spec = load(tiny_model.write(tmp_path / "tiny"))  # instances and threads are 0: of any machine's cores
+    assert tuning._changes(spec, PRESENT, Candidate(2, 1, True, 500), "onnxruntime") == {
+        "dynamic_batching": "on",
+        "queue_delay_us": 500,
+    }
+    assert tuning._changes(spec, PRESENT, Candidate(2, 2), "onnxruntime") == {"instances": 2, "threads": 2}
+    assert tuning._changes(spec, Candidate(1, 1, True), Candidate(2, 1, True), "tensorrt") == {"instances": 2}
+
+
 def test_a_variant_is_the_published_model_set_up_otherwise(tiny: tuple[Path, Path]) -> None:
-    _, published = tiny
-    with tuning.variant(published, "tiny", Candidate(3, 2)) as repository:
+    file, published = tiny
+    with tuning.variant(load(file), published, PRESENT) as repository:  # as it is: nothing but the comment is missing
+        was, made = (folder / "tiny" / "config.pbtxt" for folder in (published, repository))
+        assert was.read_text().split("\n", 1)[1] == made.read_text()
+    with tuning.variant(load(file), published, Candidate(3, 2, True, 500)) as repository:
         version = store.served_version(repository, "tiny")
-        for file in (published / "tiny" / str(version)).iterdir():
-            assert file.samefile(repository / "tiny" / str(version) / file.name)
-        assert store.served(repository, "tiny")[1]["version"] == version
-        assert Candidate.of_config(tuning._config(repository / "tiny" / "config.pbtxt")) == Candidate(3, 2)
+        for held in (published / "tiny" / str(version)).iterdir():
+            assert held.samefile(repository / "tiny" / str(version) / held.name)
+        assert candidate_of(repository) == Candidate(3, 2, True, 500)
     assert [path.name for path in published.parent.iterdir() if path.name.startswith(".published-")] == []
     assert store.served(published, "tiny")
 
@@ -240,12 +247,12 @@ def test_the_real_spec_keeps_every_other_byte(shapes: Path) -> None:
 
 def test_keys_that_are_not_there_yet(shapes: Path) -> None:
     before = shapes.read_text()
-    write_serving(shapes, {"instances": 4, "queue_delay_us": 500, "cuda_graphs": True})
+    write_serving(shapes, {"instances": 4, "dynamic_batching": "on", "cuda_graphs": True})
     serving = load(shapes).serving
-    assert (serving.instances, serving.queue_delay_us, serving.cuda_graphs) == (4, 500, True)
+    assert (serving.instances, serving.dynamic_batching, serving.cuda_graphs) == (4, "on", True)
     added = [line for line in shapes.read_text().splitlines() if line not in before.splitlines()]
     assert len(added) == 3
-    assert "\nqueue_delay_us = 500\ncuda_graphs = true\n\n[data]" in shapes.read_text()
+    assert '\ndynamic_batching = "on"\ncuda_graphs = true\n\n[data]' in shapes.read_text()
 
 
 SPECS = {
@@ -254,6 +261,7 @@ SPECS = {
     "ends in it": ("[serving]", "[serving]\ninstances = 2\n"),
     "no last newline": ("[serving]\nthreads = 1", "[serving]\nthreads = 1\ninstances = 2\n"),
     "Windows": ("[serving]\r\ninstances=1 # a\r\n", "[serving]\r\ninstances=2 # a\r\n"),
+    "a text": ('[serving]\ninstances = "auto"  # a\n', "[serving]\ninstances = 2  # a\n"),
     "quoted, indented": (' [ serving ]\n  "instances" = 1#a\n', ' [ serving ]\n  "instances" = 2#a\n'),
     "another table's key": ("[a]\ninstances = 1\n[serving]\n", "[a]\ninstances = 1\n[serving]\ninstances = 2\n"),
     "in a comment": ("[serving]\n# instances = 1\na = 0\n", "[serving]\n# instances = 1\na = 0\ninstances = 2\n"),
@@ -291,21 +299,8 @@ def test_a_value_that_the_spec_refuses(shapes: Path) -> None:
 # -- the whole, on simulated servers -----------------------------------------------------------------------------------
 
 
-class MemoryJournal:
-    """The journal's contract, in memory."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, dict[str, Any]] = {}
-
-    def measure(self, key: dict[str, Any], function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        name = json.dumps(key, sort_keys=True)
-        if name not in self.held:
-            self.held[name] = json.loads(json.dumps(function()))
-        return self.held[name]
-
-
 class FakeServers:
-    """What `open_bench` gives: a simulated server set up as the repository's config.pbtxt says."""
+    """In place of `perf.bench.bench`: simulated servers, set up as the repository's config.pbtxt says."""
 
     def __init__(self) -> None:
         self.simulation, self.started = Simulation(noise=0.01), list[Candidate]()
@@ -313,20 +308,20 @@ class FakeServers:
         self.wrong: set[Candidate] = set()
 
     @contextmanager
-    def __call__(self, repository: Path) -> Iterator[Any]:
-        one = Candidate.of_config(tuning._config(repository / "tiny" / "config.pbtxt"))
+    def __call__(self, repository: Path, model: str, images: Any, journal: Journal) -> Iterator[Any]:
+        one = candidate_of(repository)
         self.started.append(one)
         if one in self.broken:
             raise self.broken[one]
 
-        def point(series: str, traffic: Load, *, seconds: float, repeat: int = 0, **key: Any) -> dict[str, Any]:
-            throughput, p99_ms = self.simulation(one, 0, repeat, seconds)
+        def point(series: str, traffic: Load, *, seconds: float, check: bool = True, **key: Any) -> dict[str, Any]:
+            throughput, p99_ms = self.simulation(one, 0, 0, seconds)
             latency = {"p50": p99_ms / 2.1, "p90": p99_ms, "p99": p99_ms}
-            wrong = 2 if one in self.wrong else 0
+            wrong = ["picture 3: box 0 is off by 0.21"] * (one in self.wrong)
+            answers = {"checked": 20, "wrong": len(wrong), "dropped": 0, "late": 0, "examples": wrong}
             return {
                 "point": {"throughput": throughput, "latency_ms": latency, "requests": 99, "errors": 0},
-                "answers": {"checked": 20, "wrong": wrong, "dropped": 0, "late": 0},
-                "faults": [],
+                "answers": answers if check else None,
             }
 
         yield SimpleNamespace(point=point)
@@ -336,7 +331,7 @@ class FakeServers:
 def tiny(tmp_path: Path) -> tuple[Path, Path]:
     """spec.toml of a tiny model, and a repository that it is published to."""
     file = tiny_model.write(tmp_path / "tiny")
-    write_serving(file, PRESENT.serving("onnxruntime"))
+    write_serving(file, {"instances": PRESENT.instances, "threads": PRESENT.threads})
     spec = load(file)
     store.publish(spec, spec.onnx_path, tmp_path / "published", "fp32", "onnxruntime")
     return file, tmp_path / "published"
@@ -347,14 +342,14 @@ OTHERS = [Candidate(instances, threads) for instances in (1, 3, 4) for threads i
 
 def test_tune(tiny: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     file, published = tiny
-    servers, journal, before = FakeServers(), MemoryJournal(), file.read_text()
+    servers, journal, before = FakeServers(), Journal(), file.read_text()
     run = {"others": OTHERS, "bound_ms": 20, "traffic": Load(concurrency=2)}
-    looked = tune(load(file), published, servers, journal, **run, write=False)
+    looked = tune(load(file), published, [], journal, serving=servers, **run, write=False)
     assert file.read_text() == before
     assert not looked["written"]
     started = len(servers.started)
     assert started == measurements(len(OTHERS))
-    result = tune(load(file), published, servers, journal, **run)
+    result = tune(load(file), published, [], journal, serving=servers, **run)
     assert len(servers.started) == started  # all from the journal, and not a server was started
     assert {**result, "written": False} == looked
     assert result["written"]
@@ -371,7 +366,7 @@ def test_tune(tiny: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> No
 
 def test_tune_chooses_a_bound(tiny: tuple[Path, Path]) -> None:
     file, published = tiny
-    result = tune(load(file), published, FakeServers(), MemoryJournal(), others=OTHERS, write=False)
+    result = tune(load(file), published, [], Journal(), serving=FakeServers(), others=OTHERS, write=False)
     assert result["bound_ms"] in (20, 25)
 
 
@@ -379,26 +374,59 @@ def test_wrong_answers_never_win(tiny: tuple[Path, Path], capsys: pytest.Capture
     file, published = tiny
     servers = FakeServers()
     servers.wrong = {Candidate(4, 1)}
-    result = tune(load(file), published, servers, MemoryJournal(), others=OTHERS, bound_ms=20, write=False)
+    result = tune(load(file), published, [], Journal(), serving=servers, others=OTHERS, bound_ms=20, write=False)
     assert result["winner"]["instances"] == 3
     failed = [row for row in result["candidates"] if row["failed"]]
     assert [(row["instances"], row["threads"]) for row in failed] == [(4, 1)]
-    assert "2 wrong" in failed[0]["failed"]
+    assert "box 0 is off by 0.21" in failed[0]["failed"]
     assert "4 x 1: under" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")])
 def test_what_ends_the_search_leaves_spec_toml(tiny: tuple[Path, Path], error: BaseException) -> None:
     file, published = tiny
-    servers, journal, before = FakeServers(), MemoryJournal(), file.read_text()
+    servers, journal, before = FakeServers(), Journal(), file.read_text()
     servers.broken = {Candidate(4, 2): error}
     with pytest.raises(type(error)):
-        tune(load(file), published, servers, journal, others=OTHERS, bound_ms=20)
+        tune(load(file), published, [], journal, serving=servers, others=OTHERS, bound_ms=20)
     assert file.read_text() == before
     assert {path.name for path in published.parent.iterdir() if path.is_dir()} == {"tiny", "published"}
     # Resumed: what was measured before is not measured again.
     servers.broken, before_resume = {}, len(servers.started)
-    tune(load(file), published, servers, journal, others=OTHERS, bound_ms=20)
+    tune(load(file), published, [], journal, serving=servers, others=OTHERS, bound_ms=20)
     # Those before the one that broke are in the journal; that one is tried again.
     assert len(servers.started) - before_resume == measurements(len(OTHERS)) - (before_resume - 1)
     assert load(file).serving.instances == 4
+
+
+@pytest.mark.triton
+@pytest.mark.slow
+def test_a_real_search(repository: Path, shapes: Path, tmp_path: Path) -> None:
+    """Two cores' worth of instances against one, three times in turn, each on a server of its own."""
+    images = [scene("held_out", index).image for index in range(4)]
+    write_serving(shapes, {"instances": 1, "threads": 1})
+    run: dict[str, Any] = {
+        "others": [Candidate(2, 1)],
+        "bound_ms": 2000,
+        "traffic": Load(concurrency=4, protocol="http", shared_memory="system"),
+        "seconds": 0.3,
+        "write": False,
+    }
+    file = tmp_path / "points.jsonl"
+    result = tune(load(shapes), repository, images, Journal(file), **run)
+    one, two = result["candidates"]
+    assert (one["instances"], two["instances"]) == (1, 2)
+    assert not one["failed"]
+    assert not two["failed"]
+    for row in (one, two):
+        assert len(row["repeats"]) == 3
+        assert 0 < row["p99_ms"] < 2000
+        assert row["throughput"] > 0
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(entries) == 6
+    checked = [entry["result"]["answers"] for entry in entries if entry["result"]["answers"]]
+    assert len(checked) == 2
+    assert all(answers["checked"] and not answers["wrong"] for answers in checked)
+    journal = Journal(file)
+    assert tune(load(shapes), repository, images, journal, **run) == result
+    assert journal.reused == 6
