@@ -57,7 +57,7 @@ GPU_INSTANCES = (1, 2, 3, 4)
 
 
 class TuneError(SSDError):
-    """A candidate that answers wrongly or not at all, or a search that found nothing."""
+    """A candidate that answers wrongly or not at all."""
 
 
 @dataclass(frozen=True, order=True)
@@ -311,6 +311,7 @@ def tune(
     """
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from ssd_client import SSDClientError
 
     say = console or Console(highlight=False, soft_wrap=True)
     if not 0 < seconds < math.inf:
@@ -324,11 +325,14 @@ def tune(
 
     def on_server(candidate: Candidate, function: Callable[[Bench], dict[str, Any]], **what: Any) -> dict[str, Any]:
         def run() -> dict[str, Any]:
-            with (
-                variant(spec, published, candidate) as repository,
-                serving(repository, name, images, Journal()) as one,
-            ):
-                return function(one)
+            try:
+                with (
+                    variant(spec, published, candidate) as repository,
+                    serving(repository, name, images, Journal()) as one,
+                ):
+                    return function(one)
+            except (SSDClientError, OSError) as error:  # of a server that went between two requests
+                raise TuneError(f"the server of {candidate} failed: {error}") from error
 
         key = {"series": "tune", "precision": precision, "candidate": dataclasses.asdict(candidate)}
         return journal.measure({**key, "load": traffic.as_dict(), **what}, run)

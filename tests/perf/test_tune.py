@@ -382,6 +382,15 @@ def test_wrong_answers_never_win(tiny: tuple[Path, Path], capsys: pytest.Capture
     assert "4 x 1: under" in capsys.readouterr().out
 
 
+def test_a_server_that_goes_away_leaves_the_search(tiny: tuple[Path, Path]) -> None:
+    file, published = tiny
+    servers = FakeServers()
+    servers.broken = {Candidate(4, 1): ConnectionRefusedError("nobody listens"), Candidate(1, 1): ServeError("no")}
+    result = tune(load(file), published, [], Journal(), serving=servers, others=OTHERS, bound_ms=20, write=False)
+    assert result["winner"]["instances"] == 3
+    assert {(row["instances"], row["threads"]) for row in result["candidates"] if row["failed"]} == {(4, 1), (1, 1)}
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a bug")])
 def test_what_ends_the_search_leaves_spec_toml(tiny: tuple[Path, Path], error: BaseException) -> None:
     file, published = tiny
