@@ -111,6 +111,41 @@ def build_engines(
         )
 
 
+@task(
+    help={
+        "quick": "a rough look in under a minute",
+        "model": "folder of models/",
+        "precision": "one or several, with commas (default: fp32 and int8; quick: fp32)",
+        "slo": "search the highest rate whose p99 stays within so many ms",
+        "images": "folder of pictures to send (default: the model's held-out ones)",
+        "tune": "search instances, threads and batching, and write the best into spec.toml",
+        "resume": "folder of a run that did not come to its end",
+        "compare": "two runs, with a comma: is the second faster?",
+    }
+)
+@_explained
+def perf(
+    c: Context,
+    quick: bool = False,
+    model: str = "shapes",
+    precision: str = "",
+    slo: float = 0.0,
+    images: str = "",
+    tune: bool = False,
+    resume: str = "",
+    compare: str = "",
+) -> None:
+    """Load the served model, check its answers, set it against the same model in process; writes artifacts/perf/."""
+    from perf.run import Settings, compare_runs
+    from perf.run import perf as run
+
+    if compare:
+        compare_runs(compare.split(","), ARTIFACTS)
+        return
+    precisions = tuple(precision.split(",")) if precision else (("fp32",) if quick or tune else ("fp32", "int8"))
+    run(Settings(model, precisions, quick, slo, tune, images), resume=_path(resume), artifacts=ARTIFACTS)
+
+
 @task(help={"model": "one model (default: all of them)", "count": "how many pictures"})
 @_explained
 def verify(c: Context, model: str = "", count: int = 0) -> None:

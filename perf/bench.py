@@ -1,7 +1,7 @@
-"""One running server with one model, and all that a point of load on it needs: pictures, what they must give, a journal.
+"""One running server with one model, and what a point of load on it needs: pictures, what they must give, a journal.
 
-    with bench(repository, "shapes", images, journal) as one:
-        record = one.point("concurrency", Load(concurrency=4), seconds=2.0)
+with bench(repository, "shapes", images, journal) as one:
+    record = one.point("concurrency", Load(concurrency=4), seconds=2.0)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from build.errors import ServeError
 from perf import answers
 from perf.analyzer import Load, Point, run, write_input
 from perf.direct import thresholds
@@ -60,7 +61,15 @@ class Bench:
         return self.config.precision
 
     def point(
-        self, series: str, load: Load, *, seconds: float, repeat: int = 0, check: bool = True, retries: int = 1, **key: Any
+        self,
+        series: str,
+        load: Load,
+        *,
+        seconds: float,
+        repeat: int = 0,
+        check: bool = True,
+        retries: int = 1,
+        **key: Any,
     ) -> dict[str, Any]:
         """Measures one load, or takes what the journal has of it.
 
@@ -131,17 +140,19 @@ def bench(
         late_ms: as for `Bench`.
 
     Raises:
-        ServeError: the server does not come up, or the model is not served.
-        SSDClientError: the served model is none of this project's.
+        ServeError: the server does not come up, or the model is not served, or is none of this project's.
     """
-    from ssd_client import SSDClient
+    from ssd_client import SSDClient, SSDClientError
 
     from build.serve import TritonServer
 
     images = images[:PICTURES]
     with TritonServer(repository) as server, tempfile.TemporaryDirectory(prefix="ssd-bench-") as folder:
-        with SSDClient(server.grpc_url, model=model) as client:
-            config = client.model_config()
+        try:
+            with SSDClient(server.grpc_url, model=model) as client:
+                config = client.model_config()
+        except SSDClientError as error:
+            raise ServeError(f"{model} cannot be loaded with pictures: {error}") from None
         version = server.repository / model / server.models[model]
         expected = answers.expected_answers(version, config, images)
         data = write_input(Path(folder) / "input.json", images, thresholds(config))
