@@ -6,17 +6,21 @@ Writes `<artifacts>/demo/detections.png` (a contact sheet) and `<artifacts>/demo
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Sequence
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from perf.direct import CLIENTS
 
 if TYPE_CHECKING:
     from PIL import Image
     from rich.table import Table
 
+    from perf.bench import Bench
+
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = "shapes"
 DRAWN = 24
 DRAW_THRESHOLD = 0.5
@@ -37,11 +41,12 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     from rich.console import Console
     from ssd_client import SSDClient
 
-    from build import pipeline
-    from build.serve import TritonServer
+    from build import pipeline, spec, verify
     from models.shapes.scenes import write_split
+    from perf.bench import PICTURES, bench
+    from perf.environment import machine, versions
+    from perf.journal import Journal
     from perf.served_accuracy import evaluate_served
-    from perf.served_ratio import measure
 
     console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
@@ -52,8 +57,10 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     pipeline.build_engines([MODEL], repository=repository)
     with console.status(f"drawing {images} held-out scenes (once; kept in {artifacts.name}/datasets)"):
         pictures, truth = write_split(artifacts / "datasets" / MODEL, "held_out", images)
+    sent, _ = verify.images_for(spec.load(ROOT / "models" / MODEL / "spec.toml"), artifacts / "datasets", PICTURES)
 
-    with TritonServer(repository) as server:
+    with bench(repository, MODEL, list(sent), Journal()) as one:
+        server = one.server
         console.print(f"tritonserver {server.version} serves {MODEL}: gRPC {server.grpc_url}, HTTP {server.http_url}")
         with SSDClient(server.grpc_url, model=MODEL, shared_memory="system") as client:
             found = client.detect(pictures[:DRAWN], score_threshold=DRAW_THRESHOLD)
@@ -63,13 +70,12 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
                 evaluation_started = time.monotonic()
                 accuracy = evaluate_served(client, pictures, truth)
                 evaluation_seconds = time.monotonic() - evaluation_started
-            config = client.model_config()
         with console.status("perf_analyzer: single stream, then 4 clients, beside the same model in process"):
-            load = measure(server, MODEL, pictures, quick=quick)
+            load = _load(one, quick=quick)
         summary = {
             "server_version": server.version,
-            "runtime": config.runtime,
-            "precision": config.precision,
+            "runtime": one.config.runtime,
+            "precision": one.config.precision,
             "map50": accuracy.map50,
             "map": accuracy.map,
             "map_by_size": {"small": accuracy.map_small, "medium": accuracy.map_medium, "large": accuracy.map_large},
@@ -91,6 +97,29 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     return summary
 
 
+def _load(one: Bench, *, quick: bool) -> dict[str, Any]:
+    """The part of `invoke perf` that a first look needs: its ratio and single stream, and throughput by clients."""
+    from perf import direct
+    from perf.run import WAYS, served_ratio, single_stream
+
+    rounds, seconds = (2, 0.6) if quick else (4, 0.8)
+    busy = direct.other_load()
+    with direct.beside(one.server, one.model, one.images, one.config) as raw:
+        single = single_stream(one, raw, rounds=rounds, seconds=seconds)
+        ratio = served_ratio(one, raw, rounds=rounds, seconds=seconds)
+    throughput = {}
+    for clients in (1, 2):
+        record = one.point("concurrency", replace(WAYS["shm"], concurrency=clients), seconds=seconds, retries=0)
+        throughput[str(clients)] = record["point"]["throughput"]
+    return {
+        "latency_ms": single["served_ms"],
+        "overhead_ms": single["overhead_ms"],
+        "throughput_ips": {**throughput, str(CLIENTS): ratio["served_ips"]["shm"]},
+        **ratio,
+        "other_load": busy,
+    }
+
+
 def contact_sheet(pictures: Sequence[Image.Image], columns: int = COLUMNS, gap: int = 6) -> Image.Image:
     """Pictures of one size in rows of `columns`, on white."""
     from PIL import Image
@@ -101,27 +130,6 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = COLUMNS, gap: 
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
     return sheet
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    names = ("onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient", "pycocotools")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
-
-
-def machine() -> dict[str, Any]:
-    """The machine that the figures come from."""
-    import psutil
-
-    names = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": psutil.cpu_count(logical=True),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.platform(),
-    }
 
 
 def _table(summary: dict[str, Any]) -> Table:
@@ -139,11 +147,11 @@ def _table(summary: dict[str, Any]) -> Table:
     )
     for clients, rate in summary["throughput_ips"].items():
         table.add_row(f"throughput, {clients} client{'s' if clients != '1' else ''}", f"{rate:.0f} images/s")
-    table.add_row(
-        "the same model in process", f"{summary['raw_ips']:.0f} images/s ({summary['raw_threads']} sessions x threads)"
-    )
+    direct = f"{summary['direct_ips']:.0f} images/s ({summary['direct_threads']} sessions x threads)"
+    table.add_row("the same model in process", direct)
     ratio = summary["served_ratio"]
-    table.add_row("served / in process, 4 clients", f"{ratio['shm']:.2f} shared memory, {ratio['grpc']:.2f} gRPC")
+    said = f"{ratio['shm']:.2f} shared memory, {ratio['grpc']:.2f} gRPC, {ratio['http']:.2f} HTTP"
+    table.add_row(f"served / in process, {CLIENTS} clients", said)
     return table
 
 

@@ -191,7 +191,7 @@ def perf(
 
 
 def compare_runs(runs: Sequence[str], artifacts: Path = ROOT / "artifacts", console: Console | None = None) -> None:
-    """Says whether the second run is faster than the first; writes compare.md and compare.html into the second's folder.
+    """Says whether the second run is faster than the first; writes compare.md and .html into the second's folder.
 
     Args:
         runs: two of them, each its folder or the folder's name.
