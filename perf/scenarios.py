@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from build.errors import OptionError, SSDError
@@ -74,7 +74,8 @@ def find_rate(
     Returns:
         `bound_ms`, `percentile`, `rate` (requests/s, the highest that was held), `note` (where no limit was met) and
         `probes` in order: `rate`, `<percentile>_ms` (median), `throughput` (images/s, median), `held`, `measured` (how
-        many times), `why` (it was not held). The two figures are None at a rate at which requests failed.
+        many times), `why` (it was not held). Both figures are None where perf_analyzer
+        could not measure.
 
     Raises:
         BoundError: not even `low` is held; says what a single client gets.
@@ -94,13 +95,7 @@ def find_rate(
 
     def held(rate: float) -> bool:
         arriving = dataclasses.replace(load, concurrency=None, rate=rate, arrivals="poisson")
-        try:
-            probes.append(_probe(bench, arriving, bound_ms, percentile, seconds))
-        except PerfError as error:  # above a rate that was held: refused requests, or answers that never come
-            if not probes:
-                raise
-            lost = {"rate": rate, f"{percentile}_ms": None, "throughput": None, "held": False, "measured": 1}
-            probes.append({**lost, "why": error.what.splitlines()[-1].strip()})
+        probes.append(_probe(bench, arriving, bound_ms, percentile, seconds, must_measure=not probes))
         return bool(probes[-1]["held"])
 
     if not held(lower):
@@ -215,28 +210,44 @@ def default_bound(p50_ms: float) -> float:
     return 5.0 * math.ceil(4 * p50_ms / 5 - 1e-9)
 
 
-def _probe(bench: Bench, load: Load, bound_ms: float, percentile: str, seconds: float) -> dict[str, Any]:
-    """Whether the server holds the bound under this load, by one measurement or by the majority of up to three."""
+def _probe(
+    bench: Bench, load: Load, bound_ms: float, percentile: str, seconds: float, *, must_measure: bool
+) -> dict[str, Any]:
+    """Whether the server holds the bound under this load, by one measurement or by the majority of up to three.
+
+    Above a rate that was held, one that cannot be measured is lost: requests are refused, or answers never come.
+    """
     assert load.rate is not None
-    points, problems = [], list[str]()
+    points, problems, failure = list[dict[str, Any]](), list[str](), None
     for repeat in range(ATTEMPTS):
-        point = _point(bench, _SERIES, load, _length(load.rate, seconds), repeat=repeat)
-        problem, plain = _judge(point, load, bound_ms, percentile)
-        points.append(point)
+        try:
+            point = _point(bench, _SERIES, load, _length(load.rate, seconds), repeat=repeat)
+        except PerfError as error:
+            failure = error
+            problem, plain = error.what.splitlines()[-1].strip(), False
+        else:
+            points.append(point)
+            problem, plain = _judge(point, load, bound_ms, percentile)
         problems.append(problem)
         agreed = repeat == 1 and bool(problems[0]) == bool(problem)
         if (plain and repeat == 0) or agreed:
             break
+    if must_measure and failure is not None and not points:
+        raise failure
     lost = [problem for problem in problems if problem]
     held = 2 * len(lost) < len(problems)
     return {
         "rate": load.rate,
-        f"{percentile}_ms": statistics.median(point["latency_ms"][percentile] for point in points),
-        "throughput": statistics.median(point["throughput"] for point in points),
+        f"{percentile}_ms": _median(point["latency_ms"][percentile] for point in points),
+        "throughput": _median(point["throughput"] for point in points),
         "held": held,
-        "measured": len(points),
+        "measured": len(problems),
         "why": "" if held else lost[0],
     }
+
+
+def _median(values: Iterable[float]) -> float | None:
+    return statistics.median(found) if (found := list(values)) else None
 
 
 def _judge(point: Mapping[str, Any], load: Load, bound_ms: float, percentile: str) -> tuple[str, bool]:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from build import repository as store
 from build.errors import OptionError, SpecError, SSDError
 from build.spec import Spec, load
-from perf.analyzer import Load
+from perf.analyzer import Load, PerfError
 from perf.bench import Bench
 from perf.bench import bench as start_bench
 from perf.journal import Journal
@@ -351,15 +351,15 @@ def tune(
         def measure(candidate: Candidate, rung: int, repeat: int, length: float) -> tuple[float, float]:
             progress.update(task, description=f"rung {rung}: {candidate}")
             check = rung == 0 and repeat == 0  # that each answers right is seen once; then figures are undisturbed
+
+            def point(one: Bench) -> dict[str, Any]:
+                try:
+                    return one.point("tune", traffic, seconds=length, check=check)
+                except PerfError:  # perf_analyzer fails now and then for reasons of its own
+                    return one.point("tune", traffic, seconds=length, check=check)
+
             try:
-                record = on_server(
-                    candidate,
-                    lambda one: one.point("tune", traffic, seconds=length, check=check),
-                    rung=rung,
-                    repeat=repeat,
-                    seconds=length,
-                )
-                return _figures(record, traffic)
+                return _figures(on_server(candidate, point, rung=rung, repeat=repeat, seconds=length), traffic)
             except SSDError as error:
                 say.print(f"{candidate}: {error}", markup=False)
                 raise

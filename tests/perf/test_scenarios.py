@@ -33,6 +33,8 @@ class FakeBench:
         self.stalls: set[int] = set()  # numbers of measurements that the machine spoils
         self.errors = 0
         self.refuses_from = math.inf  # requests/s
+        self.fails: set[int] = set()  # numbers of calls at which perf_analyzer gives up for reasons of its own
+        self.calls = 0
 
     def limit(self, bound_ms: float) -> float:
         """The rate at which p99 is the bound, without noise."""
@@ -45,7 +47,8 @@ class FakeBench:
         return self.journal[name]
 
     def measure(self, load: Load, seconds: float) -> dict[str, Any]:
-        if load.rate is not None and load.rate >= self.refuses_from:
+        self.calls += 1
+        if load.rate is not None and (load.rate >= self.refuses_from or self.calls in self.fails):
             raise PerfError("perf_analyzer gave no figures (exit code 1)\n  Exceeds maximum queue size")
         number = len(self.measured)
         self.measured.append(load)
@@ -106,6 +109,13 @@ def test_noise_moves_the_rate_little(seed: int) -> None:
     found = find_rate(bench, 20, tolerance=0.05)
     assert found["rate"] == pytest.approx(bench.limit(20), rel=0.2)
     assert len(bench.measured) <= 25
+
+
+@pytest.mark.parametrize("call", range(1, 14))
+def test_one_failure_of_perf_analyzer_changes_nothing(call: int) -> None:
+    bench = FakeBench()
+    bench.fails = {call}
+    assert find_rate(bench, 20)["rate"] == find_rate(FakeBench(), 20)["rate"]
 
 
 @pytest.mark.parametrize("stalled", range(12))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from build import repository as store
+from build.datasets import to_input
 from build.errors import ServeError, SpecError
 from build.spec import Serving, load
 from models.shapes.scenes import scene
@@ -412,7 +413,7 @@ def test_what_ends_the_search_leaves_spec_toml(tiny: tuple[Path, Path], error: B
 @pytest.mark.slow
 def test_a_real_search(repository: Path, shapes: Path, tmp_path: Path) -> None:
     """Two cores' worth of instances against one, three times in turn, each on a server of its own."""
-    images = [scene("held_out", index).image for index in range(4)]
+    images = [to_input(scene("held_out", index).image, load(shapes).input)[0] for index in range(4)]
     write_serving(shapes, {"instances": 1, "threads": 1})
     run: dict[str, Any] = {
         "others": [Candidate(2, 1)],
