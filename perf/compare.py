@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Facts that are never the same twice.
 _PASSING = ("load_average", "other_load")
+_ORDER = ("slower", "faster", "no difference shown", "too few repeats")  # what matters most comes first
+_MOST_DRAWN = 40
 _NEEDED = ("run", "model", "precisions", "series")
 
 
@@ -38,9 +40,10 @@ def compare(run_a: Path, run_b: Path) -> dict[str, Any]:
         run_a, run_b: folders of runs.
 
     Returns:
-        `a` and `b`, the runs' names; `differences` [{what, a, b}] in model, environment and settings; `rows` [{what,
-        unit, better (higher or lower), a {repeats, median}, b {repeats, median}, ratio (of the medians, B over A), low
-        and high (its 95 % interval), verdict}]; `counts` {verdict: how many}; `only_a`, `only_b`: what one alone has.
+        `a` and `b`, the runs' names; `differences` [{what, a, b}] in model, environment and settings; `rows`, the
+        slower ones first [{what, unit, better (higher or lower), a {repeats, median}, b {repeats, median}, ratio (of
+        the medians, B over A), low and high (its 95 % interval), verdict}]; `counts` {verdict: how many}; `only_a`,
+        `only_b`: what one alone has.
 
     Raises:
         CompareError: a folder cannot be read, or holds no whole run; or the runs have nothing in common.
@@ -55,6 +58,7 @@ def compare(run_a: Path, run_b: Path) -> dict[str, Any]:
             fix="run both with the same settings",
         )
     rows = [_row(what, *of_a[what], of_b[what][0]) for what in both]
+    rows.sort(key=lambda row: _ORDER.index(row["verdict"]))
     return {
         "a": a["run"],
         "b": b["run"],
@@ -167,7 +171,7 @@ def table(result: Mapping[str, Any]) -> RichTable:
 
     made = RichTable(title=f"B = {result['b']} against A = {result['a']}", title_justify="left")
     for number, head in enumerate(_HEADS):
-        made.add_column(head, justify="left" if number in (0, len(_HEADS) - 1) else "right")
+        made.add_column(head, justify="left" if number < 2 else "right")
     colors = {"faster": "green", "slower": "red"}
     for row in result["rows"]:
         made.add_row(*_cells(row), style=colors.get(row["verdict"]))
@@ -175,7 +179,7 @@ def table(result: Mapping[str, Any]) -> RichTable:
 
 
 _TITLE = "Run B against run A"
-_HEADS = ("measured", "A", "B", "B / A", "95 % interval", "repeats", "verdict")
+_HEADS = ("measured", "verdict of B", "A", "B", "B / A", "95 % interval", "repeats")
 
 
 def _subtitle(result: Mapping[str, Any]) -> str:
@@ -205,20 +209,32 @@ def _sections(result: Mapping[str, Any]) -> list[Section]:
     if result["differences"]:
         rows = [(one["what"], report.words(one["a"]), report.words(one["b"])) for one in result["differences"]]
         made.append(Section("Where they differ", (), (), [Table(("what", "A", "B"), rows, words=3)]))
-    shown = [row for row in result["rows"] if row["ratio"] is not None]
-    alt = "Ratio of B over A with its 95 % interval for everything that both measured"
+    shown = [_speed(row) for row in result["rows"] if row["ratio"] is not None]
+    alt = "How many times as fast B is as A, with its 95 % interval, for everything that both measured"
     text = (
         "Ratio of the medians with a 95 % bootstrap interval, widened for few repeats. A verdict asks for an interval "
         "without 1 and a difference of 1 % or more. Of a hundred equal things about three may still look "
         "different, and repeats within a run do not show how much the machine changes between runs: two runs of one "
         "commit do."
     )
-    drawn = [Plot("compare", alt, partial(report_html.intervals, shown))] if shown else []
-    made.append(Section("Measured by both", [text], drawn, [Table(_HEADS, [_cells(row) for row in result["rows"]])]))
+    text += " In the picture right is faster, for times too."
+    text += f" It has the first {_MOST_DRAWN}." if len(shown) > _MOST_DRAWN else ""
+    drawn = [Plot("compare", alt, partial(report_html.intervals, shown[:_MOST_DRAWN]))] if shown else []
+    made.append(
+        Section("Measured by both", [text], drawn, [Table(_HEADS, [_cells(row) for row in result["rows"]], words=2)])
+    )
     alone = [(run.upper(), what) for run in "ab" for what in result[f"only_{run}"]]
     if alone:
         made.append(Section("Measured by one alone", (), (), [Table(("run", "what"), alone, words=2)]))
     return made
+
+
+def _speed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A ratio as how many times as fast B is: that of a time is turned round."""
+    if row["better"] == "higher":
+        return dict(row)
+    low, high = (None if row[end] is None else 1 / row[end] for end in ("high", "low"))
+    return {**row, "ratio": 1 / row["ratio"], "low": low, "high": high}
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -226,9 +242,9 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     interval = "" if row["low"] is None else f"{row['low']:.3f} .. {row['high']:.3f}"
     return (
         row["what"],
+        row["verdict"],
         *(report.figure(row[side]["median"]) + unit for side in "ab"),
         "–" if row["ratio"] is None else f"{row['ratio']:.3f}",
         interval,
         f"{row['a']['repeats']}, {row['b']['repeats']}",
-        row["verdict"],
     )

@@ -163,7 +163,8 @@ def _faults_line(summary: Summary) -> Line:
     if not rows:
         return Line(None, "Faults: nothing was watched.")
     faults = list(dict.fromkeys(fault for row in rows for fault in row.get("faults") or ()))
-    return Line(not faults, f"Faults: {'; '.join(faults) or 'none seen'}.")
+    more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+    return Line(not faults, f"Faults: {'; '.join(faults[:3]) or 'none seen'}{more}.")
 
 
 def _complete_line(summary: Summary) -> Line:
@@ -264,6 +265,12 @@ def _single_stream(summary: Summary) -> Section | None:
             f"({figure(nms['low_ms'])} to {figure(nms['high_ms'])}); the target of {SSD_NMS_MS:g} ms is "
             f"{'met' if met else 'MISSED'}."
         )
+        low = nms.get("low_threshold")
+        if low:
+            text.append(
+                f"With a score threshold of {low['score_threshold']:g}, where far more candidates compete: "
+                f"{figure(low['median_ms'])} ms."
+            )
     if not rows and not text:
         return None
     tables = [Table(("precision", "", *(f"{p}, ms" for p in _PERCENTILES)), rows, words=2)] if rows else []
@@ -323,10 +330,10 @@ def _rate(summary: Summary) -> Section | None:
         percentile = slo.get("percentile", "p99")
         probes = [
             (
-                figure(one["rate"]),
+                f"{figure(one['rate'])} requests/s",
+                "held" if one["held"] else f"not held{': ' + one['why'] if one.get('why') else ''}",
                 figure(one.get(f"{percentile}_ms")),
                 figure(one.get("throughput")),
-                "held" if one["held"] else f"not held{': ' + one['why'] if one.get('why') else ''}",
             )
             for one in slo.get("probes") or ()
         ]
@@ -334,13 +341,11 @@ def _rate(summary: Summary) -> Section | None:
             f"{figure(slo['rate'])} requests/s (Poisson) is the highest rate found with {percentile} within "
             f"{slo['bound_ms']:g} ms."
         )
-        tables.append(Table(("probe, requests/s", f"{percentile}, ms", "images/s", "bound"), probes))
+        tables.append(Table(("probe", f"{slo['bound_ms']:g} ms", f"{percentile}, ms", "images/s"), probes, words=2))
     if rows:
         tables.insert(0, _brief(rows))
     alt = "Latency percentiles over the rate of requests, with the bound and the highest rate that holds it"
-    return Section(
-        "Requests that come when they like", text, [Plot("rate", alt, partial(plots.rates, rows, slo))], tables
-    )
+    return Section("Requests at a given rate", text, [Plot("rate", alt, partial(plots.rates, rows, slo))], tables)
 
 
 def _protocols(summary: Summary) -> Section | None:
@@ -375,19 +380,22 @@ def _scenarios(summary: Summary) -> Section | None:
     for precision, found in (summary.get("scenarios") or {}).items():
         single, offline, server = (found.get(name) or {} for name in ("single_stream", "offline", "server"))
         if single:
-            rows.append((precision, "single stream", f"{figure(single['p90_ms'])} ms", "90th percentile"))
+            rows.append(
+                (precision, "single stream", "90th percentile of the latency", f"{figure(single['p90_ms'])} ms")
+            )
         if offline:
-            how = f"throughput in batches of {offline['batch_size']}"
-            rows.append((precision, "offline", f"{figure(offline['images_per_second'])} images/s", how))
+            clients = f" from {offline['concurrency']} clients" if offline.get("concurrency") else ""
+            how = f"throughput in batches of {offline['batch_size']}{clients}"
+            rows.append((precision, "offline", how, f"{figure(offline['images_per_second'])} images/s"))
         if server:
             how = f"Poisson arrivals, p99 {figure(server.get('p99_ms'))} ms within {server['bound_ms']:g} ms"
-            rows.append((precision, "server", f"{figure(server['queries_per_second'])} queries/s", how))
+            rows.append((precision, "server", how, f"{figure(server['queries_per_second'])} queries/s"))
         notes += [f"{name}: {one['note']}." for name, one in found.items() if (one or {}).get("note")]
     if not rows:
         return None
     plain = [note.replace("_", " ") for note in dict.fromkeys(notes)]
     return Section(
-        "MLPerf's scenarios", plain, (), [Table(("precision", "scenario", "result", "metric"), rows, words=2)]
+        "MLPerf's scenarios", plain, (), [Table(("precision", "scenario", "metric", "result"), rows, words=3)]
     )
 
 
@@ -396,26 +404,35 @@ def _peers(summary: Summary) -> Section | None:
     ran = [one for one in found if one.get("images_per_second")]
     if not found:
         return None
+    noted = any(one.get("note") for one in ran)
     rows = [
         (
             one["name"],
+            *([one.get("note", "")] if noted else []),
             str(one["batch_size"]),
             str(one["threads"]),
             figure(statistics.median(one["images_per_second"])),
             figure(one.get("median_ms")),
             figure(one.get("ratio")),
-            one.get("note", ""),
         )
         for one in ran
     ]
     skipped = dict.fromkeys(f"{one['name']}: left out, {one['skipped']}" for one in found if one.get("skipped"))
-    heads = ("peer, in process", "batch", "threads", "images/s", "batch, ms", "times ONNX Runtime fp32", "note")
+    heads = (
+        "peer, in process",
+        *(["note"] if noted else []),
+        "batch",
+        "threads",
+        "images/s",
+        "batch, ms",
+        "times ONNX Runtime fp32",
+    )
     alt = "Images per second of every peer, with each repeat"
     return Section(
         "Peers",
         ["The same network in one process, in turn within each round.", *skipped],
         [Plot("peers", alt, partial(plots.peers, ran))] if ran else [],
-        [Table(heads, rows)] if ran else [],
+        [Table(heads, rows, words=1 + noted)] if ran else [],
     )
 
 
@@ -436,19 +453,19 @@ def _tune(summary: Summary) -> Section | None:
         ]
         said = "failed: " + one["failed"].splitlines()[0] if one["failed"] else ""
         notes = said or ", ".join(mark for mark, is_so in marks if is_so)
-        rows.append((name, figure(one["throughput"]), figure(one["p99_ms"]), str(one["rung"]), notes))
+        rows.append((name, notes, figure(one["throughput"]), figure(one["p99_ms"]), str(one["rung"])))
         if one["throughput"] is not None:
             points.append(
                 {"name": name, "front": front, "winner": best, **{k: one[k] for k in ("throughput", "p99_ms")}}
             )
     written = "It is written to spec.toml." if tune.get("written") else "spec.toml stays as it was."
-    heads = ("instances x threads", "images/s", "p99, ms", "rung", "")
+    heads = ("instances x threads", "", "images/s", "p99, ms", "rung")
     alt = "Throughput over p99 latency of the settings that were tried, with the Pareto front and the winner"
     return Section(
         "Tuning",
         [f"{tune['why'][:1].upper()}{tune['why'][1:]}. {written}"],
         [Plot("tune", alt, partial(plots.pareto, points, tune.get("bound_ms")))] if points else [],
-        [Table(heads, rows)],
+        [Table(heads, rows, words=2)],
     )
 
 
@@ -476,7 +493,7 @@ def _resources(summary: Summary) -> Section | None:
     bars = [(_name(row), row["resources"]) for row in rows]
     text = "Cores that were busy on average, by whom; images per core count the server and the model."
     return Section(
-        "What it takes",
+        "Cores and memory",
         [text],
         [Plot("cores", alt, partial(plots.stacked, bars, CORES, "cores", shares=False))],
         [Table(heads, cells)],

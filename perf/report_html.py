@@ -71,7 +71,6 @@ border-radius:10px}
 .verdict b{flex:none;width:20px;height:20px;margin-top:1px;border-radius:50%;color:var(--card);background:var(--single);
 font-size:13px;line-height:20px;text-align:center}
 .verdict .good b{background:var(--expansion)}.verdict .bad b{background:var(--unmapped)}
-.verdict .bad span{font-weight:600}
 /* darker than the look's own: words stand on them in white */
 @media(prefers-color-scheme:light){:root{--added:#9a5f00;--pointwise:#0b7a70;--expansion:#477812;--single:#69717e}}
 nav{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px}a{color:var(--vertical)}
@@ -79,6 +78,7 @@ figure{margin:0 0 12px}.scroll:focus-visible{outline:2px solid var(--vertical)}
 figure svg{width:100%;min-width:700px;height:auto}
 figure svg *{stroke-linejoin:round;stroke-linecap:butt}
 figure svg text{font-family:system-ui,-apple-system,"Segoe UI",sans-serif}
+td.wrap{white-space:nowrap}.long td.wrap{white-space:normal;overflow-wrap:break-word;min-width:15em}
 .scroll+.scroll,figure+.scroll{margin-top:12px}h1,p,li{overflow-wrap:anywhere}
 @media print{.scroll{overflow:visible}}
 """
@@ -107,7 +107,7 @@ def page(title: str, subtitle: str, lines: Sequence[Line], sections: Sequence[Se
         parts.append(tag("h2", escape(one.title), id=_anchor(one.title)))
         parts += [_picture(plot) for plot in one.plots]
         parts += [tag("p", escape(text)) for text in one.text]
-        parts += [_scroll(table_html(table.heads, table.rows, table.words), one.title) for table in one.tables]
+        parts += [_table(table, one.title) for table in one.tables]
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{LOOK}{_STYLE}</style>'
@@ -120,9 +120,14 @@ def _anchor(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
-def _scroll(content: str, label: str) -> str:
+def _table(table: Table, label: str) -> str:
+    long = any(len(cell) > 80 for row in table.rows for cell in row[: table.words])
+    return _scroll(table_html(table.heads, table.rows, table.words), label, "scroll long" if long else "scroll")
+
+
+def _scroll(content: str, label: str, kind: str = "scroll") -> str:
     """What is wider than the page scrolls by itself, with the keyboard too."""
-    return tag("div", content, class_="scroll", tabindex=0, role="region", aria_label=label)
+    return tag("div", content, class_=kind, tabindex=0, role="region", aria_label=label)
 
 
 def _picture(plot: Plot) -> str:
@@ -177,6 +182,7 @@ def _settings(name: str) -> Iterator[None]:
         "ytick.minor.size": 0,
         "legend.frameon": False,
         "legend.fontsize": 8.5,
+        "legend.handlelength": 3,
         "lines.linewidth": 1.8,
         "lines.markersize": 5,
         "figure.constrained_layout.use": True,
@@ -263,7 +269,7 @@ def served(
             target = targets.get(precision, {}).get(way)
             if target is not None:
                 axes.plot([place - 0.44, place + 0.44], [target] * 2, color=_BAD, linewidth=1.6)
-            axes.text(place, 0.03, f"{middle:.2f}", ha="center", va="bottom", color=_CARD, weight="bold", size=11)
+            axes.text(place, 0.03, f"{middle:.3f}", ha="center", va="bottom", color=_CARD, weight="bold", size=11)
             names.append((place, ways[way]))
             place += 1
         axes.text((start + place - 1) / 2, 1.01, precision, ha="center", transform=axes.get_xaxis_transform(),
@@ -352,7 +358,7 @@ def sweep(rows: Sequence[Row], axis: str, label: str, floor: Mapping[str, float]
                        gid=_hint(f"{name}: saturates at {found['label']}"))  # fmt: skip
     for (name, value), color in zip(floor.items(), _COLORS, strict=False):
         first.axhline(value, color=color, linestyle=(0, (1, 2)), linewidth=1.2, gid=_hint(f"{name}: {value:.4g}/s"))
-    first.set_ylim(0)
+    first.set_ylim(0, 1.1 * max([*floor.values(), *(row["throughput"]["high"] for row in rows)]))
     first.margins(x=0.08)
     first.set(title="images per second", xlabel=label)
     _ticks(first, [row["load"][axis] for row in rows])
@@ -397,10 +403,11 @@ def rates(rows: Sequence[Row], slo: Mapping[str, Any] | None) -> Figure:
     if slo:
         for axes in panels:
             axes.axhline(slo["bound_ms"], color=_BAD, linewidth=1.3, label=f"bound: {slo['bound_ms']:g} ms")
+        percentile = slo.get("percentile", "p99")
         for held, marker, color in ((True, "^", _GOOD), (False, "x", _BAD)):
             probes = [one for one in slo["probes"] if one["held"] == held]
-            last.plot([one["rate"] for one in probes], [one["p99_ms"] for one in probes], marker, color=color,
-                      markersize=7, label=f"probe: p99 {'held' if held else 'not held'}")  # fmt: skip
+            last.plot([one["rate"] for one in probes], [one[f"{percentile}_ms"] for one in probes], marker, color=color,
+                      markersize=7, label=f"probe: {percentile} {'held' if held else 'not held'}")  # fmt: skip
         if slo["rate"]:
             last.axvline(slo["rate"], color=_GOOD, linewidth=1.3, linestyle="--", label=f"found: {slo['rate']:.4g}/s")
     for axes in panels:
@@ -496,7 +503,7 @@ def pareto(points: Sequence[Mapping[str, Any]], bound_ms: float | None) -> Figur
 
 
 def intervals(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """The ratio of two runs for each thing compared, with its interval.
+    """How many times as fast one run is as another in each thing compared, with its interval.
 
     Args:
         rows: each {what, ratio, low, high, verdict}.
@@ -512,7 +519,7 @@ def intervals(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
     axes.tick_params(axis="y", length=0, labelcolor=_INK)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("B / A")
+    axes.set_xlabel("times as fast")
     axes.grid(axis="y", visible=False)
     return figure
 

@@ -69,7 +69,7 @@ def summed_answers(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
     sums: dict[str, Any] = {
         name: sum(one.get(name, 0) for one in answers) for name in ("checked", "wrong", "dropped", "late")
     }
-    sums["examples"] = [text for one in answers for text in one.get("examples") or ()][:5]
+    sums["examples"] = list(dict.fromkeys(text for one in answers for text in one.get("examples") or ()))[:5]
     return sums
 
 

@@ -146,6 +146,7 @@ def summary(seed: int = 0) -> dict[str, Any]:
             "classes": 21,
             "score_threshold": 0.05,
             "runs": 200,
+            "low_threshold": {"median_ms": 6.4, "low_ms": 6.1, "high_ms": 7.0, "score_threshold": 0.01, "runs": 20},
         },
         "answers": {"checked": 1872, "wrong": 0, "dropped": 0, "late": 0},
         "series": {

@@ -26,13 +26,13 @@ SECTIONS = (
     "Where the time goes",
     "More clients",
     "Larger batches",
-    "Requests that come when they like",
+    "Requests at a given rate",
     "Protocols and shared memory",
     "How latency is spread",
     "MLPerf's scenarios",
     "Peers",
     "Tuning",
-    "What it takes",
+    "Cores and memory",
     "Environment",
     "Settings",
     "Every figure",
@@ -315,7 +315,7 @@ def test_the_page_in_a_browser(whole: Path, tmp_path: Path, width: int, dark: bo
 def test_the_browser_test_can_fail(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(
-        '<html><head></head><body><div class="scroll" style="overflow:visible;width:300px"><table style="width:2000px">'
+        '<html><head></head><body><div class="scroll" style="background:#fff;width:300px"><table style="width:2000px">'
         '<tr><td style="color:#777">a</td></tr></table></div><script>console.error("oh"); nowhere()</script></body>'
         "</html>"
     )
