@@ -270,13 +270,14 @@ def _cannot(
     bench: Bench, bound_ms: float, percentile: str, probe: Mapping[str, Any], load: Load, seconds: float
 ) -> BoundError:
     single = single_stream(bench, seconds=seconds, load=load)
+    enough = max(default_bound(single["p50_ms"]), 5.0 * math.ceil((probe[f"{percentile}_ms"] or 0.0) / 5))
     alone = f"a single client gets its answers within {single['p50_ms']:.1f} ms (p50), {single['p99_ms']:.1f} ms (p99)"
     return BoundError(
         f"{bench.model} ({bench.precision}) cannot hold {percentile} <= {bound_ms:g} ms even at "
         f"{probe['rate']:g} requests/s: {probe['why']}",
         why=f"{alone}; requests that arrive together also wait for one another",
-        fix=f"ask for a bound of {default_bound(single['p50_ms']):g} ms or more, serve a faster precision (int8), or "
-        "look for a faster setting: invoke perf --tune",
+        fix=f"ask for a bound of {enough:g} ms or more, serve a faster precision (int8), or look for a faster setting: "
+        "invoke perf --tune",
     )
 
 

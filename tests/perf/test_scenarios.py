@@ -185,6 +185,13 @@ def test_a_bound_that_nobody_holds() -> None:
         find_rate(FakeBench(), 3)
 
 
+def test_a_bound_that_would_do_is_more_than_what_was_seen() -> None:
+    bench = FakeBench()
+    bench.stalls = set(range(1, 9))
+    with pytest.raises(BoundError, match=r"(?s)p99 <= 80 ms even at .*p99 was 10\d\.\d ms.*a bound of 110 ms or more"):
+        find_rate(bench, 80)
+
+
 def test_slow_rates_are_measured_for_longer() -> None:
     assert scenarios._length(1000, 2) == 2
     assert scenarios._length(25, 2) == 4
