@@ -176,10 +176,13 @@ def _torch(spec: Spec, images: NDArray[Any], threads: int, *, compiled: bool) ->
     torch.set_num_threads(threads)
     network, note = network_of(spec)
     pixels = torch.from_numpy(images)
-    run = torch.compile(network, dynamic=False, options={"freezing": True}) if compiled else network
+    run = network
+    if compiled:
+        torch.compiler.reset()  # it gives up, silently, after compiling the same code for a few batch sizes
+        run = torch.compile(network, dynamic=False, options={"freezing": True})
 
     def once() -> None:
-        with torch.no_grad():
+        with torch.inference_mode():
             run(pixels)
 
     return Peer(_clocked(once), note)
@@ -320,7 +323,7 @@ def _torch_cuda(spec: Spec, images: NDArray[Any]) -> Peer:
     network, pixels = network.cuda(), torch.from_numpy(images).cuda()
 
     def once() -> None:
-        with torch.no_grad():
+        with torch.inference_mode():
             network(pixels)
 
     return Peer(_by_events(torch, once), _gpu_note(torch, note))
@@ -337,7 +340,7 @@ def _torch_tensorrt(spec: Spec, images: NDArray[Any]) -> Peer:
     compiled = torch_tensorrt.compile(network.cuda(), ir="dynamo", inputs=[pixels])
 
     def once() -> None:
-        with torch.no_grad():
+        with torch.inference_mode():
             compiled(pixels)
 
     return Peer(_by_events(torch, once), _gpu_note(torch, note))

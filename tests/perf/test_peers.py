@@ -16,22 +16,10 @@ from build import graph
 from build.errors import RuntimeUnavailableError
 from build.spec import Spec, load
 from perf import peers
+from perf.journal import Journal
 from perf.peers import BASE, Peer
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Memory:
-    """A journal that keeps nothing on disk."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Any] = {}
-
-    def measure(self, key: dict[str, Any], function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if str(key) not in self.kept:
-            self.kept[str(key)] = function()
-        found: dict[str, Any] = self.kept[str(key)]
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +55,13 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def measured(spec: Spec, journal: Memory, **settings: Any) -> list[dict[str, Any]]:
+def measured(spec: Spec, journal: Journal, **settings: Any) -> list[dict[str, Any]]:
     fewer = replace(spec, data=replace(spec.data, held_out=""))  # noise will do
-    return peers.measure(fewer, Path("nowhere"), journal, seconds=0, rounds=3, **settings)  # type: ignore[arg-type]
+    return peers.measure(fewer, Path("nowhere"), journal, seconds=0, rounds=3, **settings)
 
 
 def test_rows(spec: Spec, scripted: list[str]) -> None:
-    rows = measured(spec, Memory(), batch_sizes=(1, 8))
+    rows = measured(spec, Journal(), batch_sizes=(1, 8))
     assert [(row["name"], row["batch_size"]) for row in rows] == [
         (name, batch) for batch in (1, 8) for name in (BASE, "fast", "missing", "crashes")
     ]
@@ -86,13 +74,13 @@ def test_rows(spec: Spec, scripted: list[str]) -> None:
 
 
 def test_in_turn(spec: Spec, scripted: list[str]) -> None:
-    measured(spec, Memory(), batch_sizes=(1,))
+    measured(spec, Journal(), batch_sizes=(1,))
     turns = [name for name, _ in itertools.groupby(scripted)]
     assert turns == [BASE, "fast"] * 4  # the first is for warming up
 
 
 def test_what_the_journal_has_is_not_measured_again(spec: Spec, scripted: list[str]) -> None:
-    journal = Memory()
+    journal = Journal()
     first = measured(spec, journal, batch_sizes=(1,))
     before = len(scripted)
     assert measured(spec, journal, batch_sizes=(1,)) == first
@@ -109,7 +97,7 @@ def test_without_the_base_there_is_nothing_to_compare(
 
     monkeypatch.setattr(peers, "_on_cpu", lambda *_: {BASE: fails})
     with pytest.raises(RuntimeUnavailableError, match="no onnxruntime"):
-        measured(spec, Memory())
+        measured(spec, Journal())
 
 
 def test_onnxruntime_runs_up_to_ssd_nms(spec: Spec, tmp_path: Path) -> None:
