@@ -72,7 +72,7 @@ def compare(run_a: Path, run_b: Path) -> dict[str, Any]:
 
 def _load(run: Path) -> dict[str, Any]:
     path = run / "summary.json"
-    resume = f"finish it: invoke perf --resume {run.name}"
+    resume = f"finish it: invoke perf --resume {run}"
     try:
         summary: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -106,8 +106,13 @@ def _measured(summary: Mapping[str, Any]) -> Iterator[tuple[str, _Measured]]:
     for precision, one in summary["precisions"].items():
         for way, rounds in (one.get("ratio_rounds") or {}).items():
             yield f"{precision}: served / in-process, {report.WAYS.get(way, way)}", (rounds, "", True)
-        direct = one.get("direct_rounds") or [one["direct_ips"]] if one.get("direct_ips") else []
-        yield f"{precision}: in-process", (direct, "images/s", True)
+        batches = one.get("batches") or {}
+        for way, rounds in (batches.get("ratio_rounds") or {}).items():
+            name = f"{report.WAYS.get(way, way)}, batch {batches['batch_size']}"
+            yield f"{precision}: served / in-process, {name}", (rounds, "", True)
+        yield f"{precision}: in-process", ([one["direct_ips"]] if one.get("direct_ips") else [], "images/s", True)
+        overhead = (one.get("single_stream") or {}).get("overhead_rounds") or []
+        yield f"{precision}: overhead of a single stream", (overhead, "ms", False)
     for row in report.all_rows(summary):
         name = f"{row['precision']}: {row['label']}"
         if row["load"].get("rate") is None:  # else it is what was asked for

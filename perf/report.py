@@ -211,21 +211,20 @@ def _served(summary: Summary) -> Section | None:
     rounds: dict[str, dict[str, list[float]]] = {}
     rows = []
     for precision, one in (summary.get("precisions") or {}).items():
-        for way, value in (one.get("served_ratio") or {}).items():
-            each = (one.get("ratio_rounds") or {}).get(way) or [value]
-            rounds.setdefault(precision, {})[way] = each
-            target = TARGETS.get(precision, {}).get(way)
-            rows.append(
-                (
+        if one.get("served_ratio"):
+            rounds[precision] = one.get("ratio_rounds") or {way: [value] for way, value in one["served_ratio"].items()}
+        for size, measured in ((1, one), ((one.get("batches") or {}).get("batch_size"), one.get("batches") or {})):
+            for way, value in (measured.get("served_ratio") or {}).items():
+                target = TARGETS.get(precision, {}).get(way) if size == 1 else None
+                each = (measured.get("ratio_rounds") or {}).get(way) or [value]
+                figures = [(measured.get("served_ips") or {}).get(way), measured.get("direct_ips"), value, target]
+                cells = [
                     precision,
                     WAYS.get(way, way),
-                    figure((one.get("served_ips") or {}).get(way)),
-                    figure(one.get("direct_ips")),
-                    figure(value),
-                    f"{target:.2f}" if target else "",
-                    " ".join(figure(each_one) for each_one in each),
-                )
-            )
+                    str(size),
+                    *(figure(known) if known else "" for known in figures),
+                ]
+                rows.append((*cells, " ".join(figure(ratio) for ratio in each)))
     if not rows:
         return None
     threads = {
@@ -239,12 +238,12 @@ def _served(summary: Summary) -> Section | None:
         + (f" (sessions x threads, {', '.join(sorted(threads))})" if threads else "")
         + ", no network and no copies."
     )
-    heads = ("precision", "way", "served, images/s", "in-process, images/s", "ratio", "target", "rounds")
+    heads = ("precision", "way", "batch", "served, images/s", "in-process, images/s", "ratio", "target", "rounds")
     alt = "Served over in-process throughput by precision and way, with each round and the targets"
     return Section(
         "Served against in-process",
         [text],
-        [Plot("served", alt, partial(plots.served, rounds, TARGETS, WAYS))],
+        [Plot("served", alt, partial(plots.served, rounds, TARGETS, WAYS))] if rounds else [],
         [Table(heads, rows, words=2)],
     )
 

@@ -394,6 +394,8 @@ def rates(rows: Sequence[Row], slo: Mapping[str, Any] | None) -> Figure:
         rows: of the series; may be empty.
         slo: as in a summary.
     """
+    import numpy as np
+
     lines = curves(list(rows), "rate")
     figure, panels = _figure(3.4, max(1, len(lines)), sharey=True)
     for axes, (name, points), color in zip(panels, lines.items(), _COLORS, strict=False):
@@ -410,12 +412,16 @@ def rates(rows: Sequence[Row], slo: Mapping[str, Any] | None) -> Figure:
                       markersize=7, label=f"probe: {percentile} {'held' if held else 'not held'}")  # fmt: skip
         if slo["rate"]:
             last.axvline(slo["rate"], color=_GOOD, linewidth=1.3, linestyle="--", label=f"found: {slo['rate']:.4g}/s")
+    values = [
+        value for axes in panels for line in axes.get_lines() for value in np.ravel(line.get_ydata()) if value > 1
+    ]
     for axes in panels:
-        axes.set_yscale("log")
-        axes.autoscale(axis="y")
         axes.set_xlabel("requests per second asked for")
         axes.legend(loc="upper left")
-        _plain(axes.yaxis)
+        if max(values) > 10 * min(values):
+            axes.set_yscale("log")
+            axes.autoscale(axis="y")
+            _plain(axes.yaxis)
     panels[0].set_ylabel("latency, ms")
     return figure
 
@@ -441,13 +447,16 @@ def distributions(rows: Sequence[Row]) -> Figure:
     for row, color in zip(rows, _COLORS, strict=False):
         edges, counts = np.asarray(row["histogram"]["edges_ms"]), np.asarray(row["histogram"]["counts"])
         name, total = f"{row['precision']}, {row['label']}", counts.sum()
+        longer = 1 - np.cumsum(counts) / total
+        seen = longer > 0.5 / total
+        tail.plot(edges[1:][seen], longer[seen], color=color, label=name)
+        # No more bins than so few requests can fill.
+        starts = np.arange(0, len(counts), max(1, round(len(counts) / np.sqrt(total))))
+        edges, counts = np.append(edges[starts], edges[-1]), np.add.reduceat(counts, starts)
         # Of the logarithm, so that equal areas are equal shares in this picture.
         widths = np.diff(np.log(edges)) if edges[0] > 0 else np.diff(edges)
         shape.stairs(counts / total / widths, edges, color=color, fill=True, alpha=0.25)
         shape.stairs(counts / total / widths, edges, color=color, linewidth=1.4)
-        longer = 1 - np.cumsum(counts) / total
-        seen = longer > 0.5 / total
-        tail.plot(edges[1:][seen], longer[seen], color=color, label=name)
     shape.set(title="distribution", xlabel="latency, ms", xscale="log", yticks=[])
     tail.set(title="share of requests that take longer", xlabel="latency, ms", xscale="log", yscale="log")
     tail.set_yticks([0.5, 0.1, 0.01, 0.001], ["50 %", "10 %", "1 %", "0.1 %"])

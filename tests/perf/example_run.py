@@ -93,7 +93,7 @@ def summary(seed: int = 0) -> dict[str, Any]:
     batch = [row("fp32", rng, concurrency=2, batch_size=n, **shm) for n in (1, 2, 4, 8, 16, 32, 64)]
     ways = [("http", None), ("grpc", None), ("stream", None), ("http", "system"), ("grpc", "system")]
     ratios = {"fp32": {"shm": 0.978, "grpc": 0.931, "http": 0.842}, "int8": {"shm": 0.94, "grpc": 0.86, "http": 0.79}}
-    precisions = {}
+    precisions: dict[str, dict[str, Any]] = {}
     for kind, direct in (("fp32", 206.4), ("int8", 384.0)):
         rounds = {way: [value * rng.gauss(1, 0.012) for _ in range(5)] for way, value in ratios[kind].items()}
         medians = {way: sorted(values)[2] for way, values in rounds.items()}
@@ -108,7 +108,17 @@ def summary(seed: int = 0) -> dict[str, Any]:
                 "served_ms": {"p50": served, "p90": served * 1.06, "p99": served * 1.31},
                 "direct_ms": {"p50": floor, "p90": floor * 1.05, "p99": floor * 1.22},
                 "overhead_ms": served - floor,
+                "overhead_rounds": [(served - floor) * rng.gauss(1, 0.05) for _ in range(5)],
             },
+        }
+        batches = {way: [value * 1.02 for value in values] for way, values in rounds.items()}
+        precisions[kind]["batches"] = {
+            "batch_size": 8,
+            "served_ratio": {way: sorted(values)[2] for way, values in batches.items()},
+            "ratio_rounds": batches,
+            "served_ips": {way: direct * sorted(values)[2] for way, values in batches.items()},
+            "direct_ips": direct,
+            "direct_threads": "2 x 1",
         }
     return {
         "run": "2026-11-22-15-40-01",

@@ -140,7 +140,7 @@ def test_folders_that_hold_no_whole_run_are_explained(save: Save, tmp_path: Path
     cases = {
         tmp_path / "nowhere": "no run of invoke perf",
         tmp_path / "empty": "no run of invoke perf",
-        tmp_path / "off": "that run was broken off\nwhat to do: finish it: invoke perf --resume off",
+        tmp_path / "off": f"that run was broken off\nwhat to do: finish it: invoke perf --resume {tmp_path / 'off'}",
         tmp_path / "binary": "damaged",
         tmp_path / "folder": "cannot be read",
         save("torn", '{"run": "torn", '): "damaged",
