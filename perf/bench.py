@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from build.errors import ServeError
 from perf import answers
-from perf.analyzer import Load, Point, run, write_input
+from perf.analyzer import Load, PerfError, Point, run, write_input
 from perf.direct import thresholds
 from perf.journal import Journal
 from perf.resources import Sampler
@@ -103,15 +103,19 @@ class Bench:
             clients=load.concurrency or max(1, round((load.rate or 0) / 100)),
             late_ms=self.late_ms,
         )
-        before = self.server.requests(self.model)
         try:
+            before = self.server.requests(self.model)
             with Sampler(self.server.pid) as sampler, checking if check else contextlib.nullcontext():
                 point = run(url, self.model, self.data, load, seconds=seconds, retries=retries)
-        except Exception:
+            served = (self.server.requests(self.model) - before) * load.batch_size
+        except (PerfError, OSError) as error:
             self.server.check()  # the better explanation where it is the server that failed
+            if isinstance(error, OSError):
+                raise ServeError(
+                    f"the server did not answer in time: {error}", fix="see what else runs there"
+                ) from error
             raise
         checked = checking.result if check else None
-        served = (self.server.requests(self.model) - before) * load.batch_size
         return {
             "load": load.as_dict(),
             "point": _without_single_latencies(point),

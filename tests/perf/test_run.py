@@ -1,0 +1,218 @@
+"""`invoke perf` from end to end on a real server: whole, resumed, lied to, stalled, killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from build.errors import DataError, OptionError
+from build.serve import TritonServer
+from perf import run
+from perf.analyzer import PerfError
+from perf.run import Settings, Size
+
+TINY = Size(1, 0.3, 1, 0.3, 1, (1, 4), (4,), (0.5,), protocols=False, searches=False)
+QUICK = Settings(quick=True)
+
+# Appended to a published model.py: what ONNX Runtime answers is spoilt, or comes late.
+SPOILT = """
+
+class _Spoilt:
+    def __init__(self, session):
+        self.session, self.count = session, 0
+
+    def run(self, names, feeds):
+        arrays = self.session.run(names, feeds)
+        self.count += 1
+        {fault}
+        return arrays
+
+
+class TritonPythonModel(TritonPythonModel):
+    def initialize(self, args):
+        super().initialize(args)
+        self._session = _Spoilt(self._session)
+"""
+SWAP = "arrays = [array[[1, 0, *range(2, len(array))]] if len(array) > 1 else array for array in arrays]"
+# More and longer ones than in test_answers.py, so that a busy machine does not hide them.
+STALL = "self.count % 20 or __import__('time').sleep(0.15)"
+
+
+@pytest.fixture
+def published(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the published model that the run serves; nothing is built."""
+    copy = tmp_path / "model_repository"
+    shutil.copytree(repository, copy)
+    monkeypatch.setattr(run, "publish", lambda *_: copy)
+    monkeypatch.setattr(run, "QUICK", TINY)
+    return copy
+
+
+def spoil(published: Path, fault: str) -> None:
+    for path in published.glob("shapes/*/model.py"):
+        path.write_text(path.read_text() + SPOILT.format(fault=fault))
+    for config in published.rglob("config.pbtxt"):  # one instance: every request counts
+        config.write_text(config.read_text().replace("count: 2", "count: 1"))
+
+
+def only_run(artifacts: Path) -> Path:
+    (folder,) = (path for path in (artifacts / "perf").iterdir() if (path / "settings.json").is_file())
+    return folder
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+@pytest.mark.triton
+@pytest.mark.slow
+def test_a_run_and_its_resumption(published: Path, tmp_path: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    summary = run.perf(QUICK, artifacts=artifacts, console=quiet())
+    folder = only_run(artifacts)
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["complete"]
+    assert summary["problems"] == []
+    assert set(summary["served_ratio"]) == {"shm", "grpc", "http"}
+    assert all(0.05 < ratio < 5 for ratio in summary["served_ratio"].values())
+    single = summary["precisions"]["fp32"]["single_stream"]
+    assert 0 < single["direct_ms"]["p50"] <= single["direct_ms"]["p99"]
+    assert single["overhead_ms"] == single["overhead_rounds"][0]
+    assert (summary["ssd_nms"]["anchors"], summary["ssd_nms"]["classes"]) == (8732, 21)
+    assert summary["answers"]["checked"] > 0
+    assert {name: len(rows) for name, rows in summary["series"].items()} == {"concurrency": 2, "batch": 1, "rate": 1}
+    assert summary["environment"]["versions"]["tritonserver"]
+    page = (folder / "report.html").read_text()
+    assert "shapes" in page
+    assert "<svg" in page
+    assert "Served / in-process throughput" in (folder / "report.md").read_text()
+
+    # As if it had been killed after its first five measurements.
+    points = folder / "points.jsonl"
+    lines = points.read_text().splitlines(keepends=True)
+    points.write_text("".join(lines[:5]))
+    again = run.perf(Settings(model="ignored"), resume=folder, artifacts=artifacts, console=quiet())
+    resumed = points.read_text().splitlines(keepends=True)
+    assert resumed[:5] == lines[:5]
+    assert [json.loads(line)["key"] for line in resumed] == [json.loads(line)["key"] for line in lines]
+    assert again["precisions"]["fp32"]["ratio_rounds"]["shm"] == summary["precisions"]["fp32"]["ratio_rounds"]["shm"]
+
+
+@pytest.mark.triton
+@pytest.mark.slow
+def test_wrong_answers_fail_the_run(published: Path, tmp_path: Path) -> None:
+    spoil(published, SWAP)
+    with pytest.raises(PerfError, match=r"(?s)checked answers were wrong.*rows were swapped.*report\.html"):
+        run.perf(QUICK, artifacts=tmp_path, console=quiet())
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert summary["answers"]["wrong"] > 0
+    assert summary["served_ratio"]
+    assert "rows were swapped" in (only_run(tmp_path) / "report.md").read_text()
+
+
+@pytest.mark.triton
+@pytest.mark.slow
+def test_stalls_are_named(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(published, STALL)
+    monkeypatch.setattr(run, "QUICK", dataclasses.replace(TINY, seconds=3.0, concurrency=(1,), batch=(), rates=()))
+    summary = run.perf(QUICK, artifacts=tmp_path, console=quiet())
+    faults = summary["series"]["concurrency"][0]["faults"]
+    assert any("stall of about" in fault for fault in faults), faults
+
+
+@pytest.mark.triton
+@pytest.mark.slow
+def test_a_killed_server_leaves_a_partial_report(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers: list[TritonServer] = []
+    start = TritonServer.start
+
+    def started(server: TritonServer) -> None:
+        start(server)
+        servers.append(server)
+
+    def kill_in_the_sweep() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            points = list(tmp_path.glob("perf/*/points.jsonl"))
+            if points and '"concurrency", ' in points[0].read_text():
+                os.kill(servers[0].pid, signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    monkeypatch.setattr(TritonServer, "start", started)
+    killer = threading.Thread(target=kill_in_the_sweep)
+    killer.start()
+    try:
+        with pytest.raises(PerfError, match=r"(?s)not everything was measured: .*tritonserver is gone.*--resume"):
+            run.perf(QUICK, artifacts=tmp_path, console=quiet())
+    finally:
+        killer.join()
+    folder = only_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert not summary["complete"]
+    assert summary["served_ratio"], summary["problems"]
+    assert "PARTIAL" in (folder / "report.md").read_text()
+    assert "PARTIAL" in (folder / "report.html").read_text()
+
+    whole: dict[str, Any] = run.perf(QUICK, resume=folder, artifacts=tmp_path, console=quiet())
+    assert whole["complete"]
+    assert whole["precisions"]["fp32"]["ratio_rounds"] == summary["precisions"]["fp32"]["ratio_rounds"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (Settings(model="nope"), r"no model 'nope'\n.*shapes"),
+        (Settings(precisions=("fp32", "int3")), r"int3\n.*choose from"),
+        (Settings(precisions=()), "empty"),
+        (Settings(slo_ms=-1), "-1 ms"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: Settings, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=complaint):
+        run.perf(settings, artifacts=tmp_path, console=quiet())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_pictures(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no pictures"):
+        run.perf(Settings(images=str(tmp_path / "none")), artifacts=tmp_path / "artifacts", console=quiet())
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(PerfError, match=r"no run that could be resumed"):
+        run.perf(QUICK, resume=tmp_path, artifacts=tmp_path, console=quiet())
+
+
+def test_a_run_of_another_machine(tmp_path: Path) -> None:
+    folder, _, facts = run._open(QUICK, None, tmp_path)
+    environment = {**facts["environment"], "cpu": "another one"}
+    settings = dataclasses.asdict(QUICK)
+    (folder / "settings.json").write_text(json.dumps({"settings": settings, "environment": environment}))
+    with pytest.raises(PerfError, match=r"(?s)cannot be resumed: cpu: another one then.*start a new run"):
+        run.perf(QUICK, resume=folder, artifacts=tmp_path, console=quiet())
+
+
+def test_a_run_of_another_server() -> None:
+    facts: dict[str, Any] = {"environment": {"versions": {}}}
+    run._same_server(facts, "2.51.0")
+    run._same_server(facts, "2.51.0")
+    with pytest.raises(PerfError, match=r"(?s)began with tritonserver 2\.51\.0, but this one is 2\.60\.0.*new run"):
+        run._same_server(facts, "2.60.0")
+
+
+def test_two_runs_are_needed_for_a_comparison(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="name two"):
+        run.compare_runs(["one"], tmp_path, quiet())
