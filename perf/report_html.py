@@ -298,7 +298,7 @@ def stacked(
     """
     figure, (axes,) = _figure(0.75 + 0.235 * len(rows))
     totals = [sum(parts.get(name) or 0 for name in names) for _, parts in rows]
-    longest = 1.0 if shares else max(totals)
+    longest = 1.0 if shares else max(totals) or 1.0
     left = [0.0] * len(rows)
     for (name, title), color in zip(names.items(), _PARTS, strict=False):
         widths = [
@@ -394,31 +394,28 @@ def rates(rows: Sequence[Row], slo: Mapping[str, Any] | None) -> Figure:
         rows: of the series; may be empty.
         slo: as in a summary.
     """
-    import numpy as np
-
     lines = curves(list(rows), "rate")
     figure, panels = _figure(3.4, max(1, len(lines)), sharey=True)
     for axes, (name, points), color in zip(panels, lines.items(), _COLORS, strict=False):
         _latencies(axes, points, "rate", color)
         axes.set_title(name)
     last = panels[-1]  # Poisson's, where there are both
+    percentile = (slo or {}).get("percentile", "p99")
     if slo:
         for axes in panels:
             axes.axhline(slo["bound_ms"], color=_BAD, linewidth=1.3, label=f"bound: {slo['bound_ms']:g} ms")
-        percentile = slo.get("percentile", "p99")
         for held, marker, color in ((True, "^", _GOOD), (False, "x", _BAD)):
             probes = [one for one in slo["probes"] if one["held"] == held]
             last.plot([one["rate"] for one in probes], [one[f"{percentile}_ms"] for one in probes], marker, color=color,
                       markersize=7, label=f"probe: {percentile} {'held' if held else 'not held'}")  # fmt: skip
         if slo["rate"]:
             last.axvline(slo["rate"], color=_GOOD, linewidth=1.3, linestyle="--", label=f"found: {slo['rate']:.4g}/s")
-    values = [
-        value for axes in panels for line in axes.get_lines() for value in np.ravel(line.get_ydata()) if value > 1
-    ]
+    values = [row["latency_ms"][name] for row in rows for name in ("p50", "p99") if name in row["latency_ms"]]
+    values += [slo["bound_ms"], *(one[f"{percentile}_ms"] for one in slo["probes"])] if slo else []
     for axes in panels:
         axes.set_xlabel("requests per second asked for")
         axes.legend(loc="upper left")
-        if max(values) > 10 * min(values):
+        if values and max(values) > 10 * min(values) > 0:
             axes.set_yscale("log")
             axes.autoscale(axis="y")
             _plain(axes.yaxis)
@@ -535,7 +532,7 @@ def intervals(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def chosen(rows: Sequence[Row]) -> list[Row]:
     """Rows to look closely at: of each curve's histograms the smallest load, the saturated one and the largest."""
-    held = [row for row in rows if row.get("histogram")]
+    held = [row for row in rows if row.get("histogram") and sum(row["histogram"]["counts"])]
     if not held:
         return []
     curve = [row for row in held if row["precision"] == held[0]["precision"]]

@@ -150,6 +150,27 @@ def test_nothing_measured_still_makes_a_report() -> None:
     assert parsed.open == []
 
 
+@pytest.mark.parametrize("name", sorted({*example_run.summary()} - {"run", "model"}))
+def test_any_part_may_be_missing(name: str) -> None:
+    summary = example_run.summary()
+    assert report.markdown({**summary, name: None})
+    del summary[name]
+    assert report.markdown(summary)
+
+
+def test_a_precision_may_be_half_measured() -> None:
+    summary = example_run.summary()
+    summary["precisions"]["int8"] = {"single_stream": summary["precisions"]["int8"]["single_stream"]}
+    summary["scenarios"]["int8"] = {"single_stream": {"p90_ms": 6.0}}
+    summary["series"]["rate"] = []
+    summary["series"]["concurrency"] = summary["series"]["concurrency"][:1]
+    summary["series"]["batch"][0]["histogram"] = None
+    text = report.html(summary)
+    assert "<svg" in text
+    assert "int8 0.72 ms" in text
+    assert "int8 shared memory" not in text
+
+
 def test_every_section_and_figure_is_there(whole: Path) -> None:
     text = (whole / "report.md").read_text()
     assert headings(text) == list(SECTIONS)
