@@ -165,7 +165,12 @@ def markdown(report: Report) -> str:
     if report.ceilings:
         lines.append(f"- ceilings: {_ceiling_text(report.ceilings)}")
     lines += [f"- note: {note}" for note in report.notes]
-    lines += ["", "## The ten kernels that take longest", "", *_table(_HEADS, (_row(report, k) for k in report.top()))]
+    lines += [
+        "",
+        "## The ten kernels that take longest",
+        "",
+        *markdown_table(_HEADS, (_row(report, k) for k in report.top())),
+    ]
     if _int8_text(report):
         lines += ["", _int8_text(report)]
     lines += ["", "## Which nodes became one kernel", ""]
@@ -180,11 +185,11 @@ def markdown(report: Report) -> str:
         (k.op, " + ".join(report.nodes[i].name for i in k.nodes) or "–", k.kind, k.evidence, number(k.milliseconds))
         for k in report.kernels
     )
-    lines += _table(("kernel", "source nodes", "kind", "evidence", "ms"), rows)
+    lines += markdown_table(("kernel", "source nodes", "kind", "evidence", "ms"), rows)
     return "\n".join(lines) + "\n"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -194,13 +199,13 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 # -- SVG ---------------------------------------------------------------------------------------------------------------
 
 
-def _tag(name: str, content: str = "", **attributes: object) -> str:
+def tag(name: str, content: str = "", **attributes: object) -> str:
     pairs = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items())
     return f"<{name}{pairs}>{content}</{name}>"
 
 
 def _text(x: float, y: float, content: str, **attributes: object) -> str:
-    return _tag("text", escape(content), x=round(x, 1), y=round(y, 1), **attributes)
+    return tag("text", escape(content), x=round(x, 1), y=round(y, 1), **attributes)
 
 
 @dataclass
@@ -246,7 +251,7 @@ def graph_svg(report: Report) -> str:
         if kernel.kind in ("vertical", "pointwise", "horizontal") and boxes:
             x, y = min(box.x for box in boxes) - 4, min(box.y for box in boxes) - 3
             groups.append(
-                _tag(
+                tag(
                     "rect",
                     x=x,
                     y=y,
@@ -260,11 +265,11 @@ def graph_svg(report: Report) -> str:
     shift = left_width + 56
     body = _text(0, 14, f"before: {report.computing_nodes()} nodes", class_="head")
     body += _text(shift, 14, f"after: {len(report.kernels)} kernels", class_="head")
-    body += _tag("g", "".join(groups) + left, transform="translate(6 30)")
-    body += _tag("g", right, transform=f"translate({shift + 6} 30)")
+    body += tag("g", "".join(groups) + left, transform="translate(6 30)")
+    body += tag("g", right, transform=f"translate({shift + 6} 30)")
     total = shift + right_width + 12
     label = "The graph before and after fusion"
-    return _tag("svg", body, viewBox=f"0 0 {total} {height}", width=total, height=height, role="img", aria_label=label)
+    return tag("svg", body, viewBox=f"0 0 {total} {height}", width=total, height=height, role="img", aria_label=label)
 
 
 def _layout(nodes: Sequence[int], edges: Sequence[tuple[int, int]]) -> dict[int, tuple[int, int]]:
@@ -357,14 +362,14 @@ def _panel(boxes: Mapping[int, _Box], edges: Sequence[tuple[int, int]]) -> tuple
             start, end = boxes[a], boxes[b]
             y, target = start.y + _HEIGHT / 2, end.y + _HEIGHT / 2 + (3 if start.x == end.x else 0)
             lines.append(f"M{start.x + start.width} {y}H{x - 4}q4 0 4 4V{target - 4}q0 4 -4 4H{end.x + end.width}")
-    drawn = "".join(_tag("path", d=line, class_="edge") for line in lines)
+    drawn = "".join(tag("path", d=line, class_="edge") for line in lines)
     for box in boxes.values():
-        inside = _tag("title", escape(box.hint))
-        inside += _tag("rect", x=box.x, y=box.y, width=box.width, height=_HEIGHT, rx=4, class_=f"box {box.kind}")
+        inside = tag("title", escape(box.hint))
+        inside += tag("rect", x=box.x, y=box.y, width=box.width, height=_HEIGHT, rx=4, class_=f"box {box.kind}")
         inside += _text(box.x + 6, box.y + 12.5, box.label)
         if box.side:
             inside += _text(box.x + box.width - 6, box.y + 12.5, box.side, text_anchor="end", class_="side")
-        drawn += _tag("g", inside)
+        drawn += tag("g", inside)
     return drawn, right + _GAP + len(busy) * _LANE
 
 
@@ -388,12 +393,12 @@ def roofline_svg(report: Report) -> str:
     def y(value: float) -> float:
         return top + plot_height * (1 - math.log(value / low_y) / math.log(high_y / low_y))
 
-    body = _tag("clipPath", _tag("rect", x=left, y=top, width=plot_width, height=plot_height), id="plot")
+    body = tag("clipPath", tag("rect", x=left, y=top, width=plot_width, height=plot_height), id="plot")
     for power in range(math.ceil(math.log10(low_x)), math.floor(math.log10(high_x)) + 1):
-        body += _tag("path", d=f"M{x(10.0**power):.1f} {top}V{top + plot_height}", class_="grid")
+        body += tag("path", d=f"M{x(10.0**power):.1f} {top}V{top + plot_height}", class_="grid")
         body += _text(x(10.0**power), top + plot_height + 16, f"{10.0**power:g}", text_anchor="middle", class_="axis")
     for power in range(math.ceil(math.log10(low_y)), math.floor(math.log10(high_y)) + 1):
-        body += _tag("path", d=f"M{left} {y(10.0**power):.1f}H{left + plot_width}", class_="grid")
+        body += tag("path", d=f"M{left} {y(10.0**power):.1f}H{left + plot_width}", class_="grid")
         body += _text(left - 8, y(10.0**power) + 4, f"{10.0 ** (power - 9):g}", text_anchor="end", class_="axis")
     middle = left + plot_width / 2
     body += _text(middle, height - 8, "FLOP per byte moved", text_anchor="middle", class_="axis")
@@ -405,9 +410,9 @@ def roofline_svg(report: Report) -> str:
         knee = min(high_x, limits.operations / speed)
         start = max(low_x, low_y / speed)
         line = f"M{x(start):.1f} {y(start * speed):.1f}L{x(knee):.1f} {y(knee * speed):.1f}"
-        roofs += _tag("path", d=line, class_="roof" if (size, speed) in ends else "roof faint")
+        roofs += tag("path", d=line, class_="roof" if (size, speed) in ends else "roof faint")
     first_knee = limits.operations / limits.bandwidth[0][1]
-    roofs += _tag(
+    roofs += tag(
         "path", d=f"M{x(max(low_x, first_knee)):.1f} {y(limits.operations):.1f}H{left + plot_width}", class_="roof"
     )
     right = left + plot_width - 6
@@ -419,7 +424,7 @@ def roofline_svg(report: Report) -> str:
         class_="roofname",
     )
     if limits.int8:
-        roofs += _tag(
+        roofs += tag(
             "path", d=f"M{x(max(low_x, first_knee)):.1f} {y(limits.int8):.1f}H{left + plot_width}", class_="roof int8"
         )
         roofs += _text(
@@ -437,9 +442,9 @@ def roofline_svg(report: Report) -> str:
         spot_at = (x(kernel.intensity or 1), y(reached[id(kernel)]))
         radius = 3 + 34 * math.sqrt(kernel.share or 0) / 1.6
         hint = f"{title(report, kernel)}: {number(kernel.milliseconds)} ms, {reached[id(kernel)] / 1e9:.1f} GFLOP/s"
-        spot = _tag(
+        spot = tag(
             "circle",
-            _tag("title", escape(hint)),
+            tag("title", escape(hint)),
             cx=round(spot_at[0], 1),
             cy=round(spot_at[1], 1),
             r=round(radius, 1),
@@ -451,15 +456,15 @@ def roofline_svg(report: Report) -> str:
         if rank < 8 and free and here < right - 160:
             named.append(spot_at)
             names += _text(here + radius + 4, below + 4, title(report, kernel).split(" + ")[0], class_="dotname")
-    body += _tag("g", roofs + dots + names, clip_path="url(#plot)")
-    body += _tag("rect", x=left, y=top, width=plot_width, height=plot_height, class_="frame")
+    body += tag("g", roofs + dots + names, clip_path="url(#plot)")
+    body += tag("rect", x=left, y=top, width=plot_width, height=plot_height, class_="frame")
     label = "Roofline: reached operations per second over operations per byte"
-    return _tag("svg", body, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img", aria_label=label)
+    return tag("svg", body, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img", aria_label=label)
 
 
 # -- HTML --------------------------------------------------------------------------------------------------------------
 
-_STYLE = """
+LOOK = """
 :root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#1d2128;--dim:#646c78;--line:#e0e2e6;--grid:#eceef1;
 --vertical:#2f6fde;--pointwise:#0f8f83;--horizontal:#8a4bd0;--expansion:#5b8c1f;--added:#c07a00;--unmapped:#d23b3b;
 --single:#8a92a0;--folded:#b4bac4}
@@ -506,40 +511,40 @@ svg .head{font-size:13px;font-weight:600}svg .side,svg .axis,svg .roofname{fill:
 def html(report: Report) -> str:
     """The whole report as one file."""
     facts = "".join(
-        _tag("div", f"<b>{escape(value)}</b><span>{escape(name)}</span>") for name, value in _summary(report)
+        tag("div", f"<b>{escape(value)}</b><span>{escape(name)}</span>") for name, value in _summary(report)
     )
     parts = [
         f"<h1>{escape(report.model)}: what fusion made of it</h1>",
-        _tag("p", escape(f"{report.runtime} {report.version} · {report.precision} · {report.machine}"), class_="dim"),
-        _tag("div", facts, class_="facts"),
-        *(_tag("p", f"<b>Note.</b> {escape(note)}") for note in report.notes),
+        tag("p", escape(f"{report.runtime} {report.version} · {report.precision} · {report.machine}"), class_="dim"),
+        tag("div", facts, class_="facts"),
+        *(tag("p", f"<b>Note.</b> {escape(note)}") for note in report.notes),
         "<h2>The ten kernels that take longest</h2>",
-        _tag("div", _html_table(_HEADS, [_row(report, k) for k in report.top()]), class_="scroll"),
-        _tag("p", escape(_int8_text(report)), class_="dim"),
+        tag("div", table_html(_HEADS, [_row(report, k) for k in report.top()]), class_="scroll"),
+        tag("p", escape(_int8_text(report)), class_="dim"),
     ]
     roofline = roofline_svg(report)
     if roofline:
         parts += [
             "<h2>What bounds them</h2>",
-            _tag("div", _tag("div", roofline, class_="scroll")),
+            tag("div", tag("div", roofline, class_="scroll")),
             '<div class="key"><span><i style="background:var(--vertical)"></i>bound by compute</span>'
             '<span><i style="background:var(--added)"></i>bound by memory</span>'
             "<span>area: share of the time</span><span>above a line: its data stayed in a nearer cache</span></div>",
         ]
     kinds = {kernel.kind for kernel in report.kernels}
-    key = "".join(_tag("span", f'<i class="{kind}"></i>{text}') for kind, text in KINDS.items() if kind in kinds)
+    key = "".join(tag("span", f'<i class="{kind}"></i>{text}') for kind, text in KINDS.items() if kind in kinds)
     parts += [
         "<h2>The graph before and after</h2>",
-        _tag("div", key, class_="key"),
-        _tag("div", graph_svg(report), class_="scroll graph"),
+        tag("div", key, class_="key"),
+        tag("div", graph_svg(report), class_="scroll graph"),
         "<h2>Which nodes became one kernel</h2>",
     ]
     for pattern, groups in _fusions(report):
-        rows = "".join(_tag("li", " + ".join(_tag("code", escape(node.name)) for node in group)) for group in groups)
-        parts += [f"<h3>{escape(pattern)}: {len(groups)}</h3>", _tag("ol", rows)]
+        rows = "".join(tag("li", " + ".join(tag("code", escape(node.name)) for node in group)) for group in groups)
+        parts += [f"<h3>{escape(pattern)}: {len(groups)}</h3>", tag("ol", rows)]
     found = [escape(text) for text in _findings(report)]
-    found += ["Stayed apart: " + ", ".join(_tag("code", escape(n)) for n in names) for names in report.not_merged]
-    parts += ["<h2>What else happened</h2>", _tag("ul", "".join(_tag("li", text) for text in found))]
+    found += ["Stayed apart: " + ", ".join(tag("code", escape(n)) for n in names) for names in report.not_merged]
+    parts += ["<h2>What else happened</h2>", tag("ul", "".join(tag("li", text) for text in found))]
     rows_of_all = [
         (
             kernel.op,
@@ -553,34 +558,25 @@ def html(report: Report) -> str:
     heads = ("kernel", "source nodes", "kind", "evidence", "ms")
     parts += [
         "<h2>Every kernel</h2>",
-        _tag("div", _html_table(heads, rows_of_all, words=4), class_="scroll"),
+        tag("div", table_html(heads, rows_of_all, words=4), class_="scroll"),
         "<h2>How this was measured</h2>",
-        _tag("p", escape(report.how) + "."),
+        tag("p", escape(report.how) + "."),
     ]
     if report.ceilings:
-        parts.append(_tag("p", "Ceilings: " + escape(_ceiling_text(report.ceilings))))
+        parts.append(tag("p", "Ceilings: " + escape(_ceiling_text(report.ceilings))))
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Fusion report: {escape(report.model)}</title><style>{_STYLE}</style>"
+        f"<title>Fusion report: {escape(report.model)}</title><style>{LOOK}</style>"
     )
-    body = _tag("main", "\n".join(parts))
+    body = tag("main", "\n".join(parts))
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 
 
-def _html_table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+def table_html(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
     """A table whose first columns are words."""
 
-    def line(cells: Sequence[str], tag: str) -> str:
-        return _tag(
-            "tr",
-            "".join(
-                _tag(
-                    tag,
-                    escape(cell),
-                    class_="words wrap" if i < words and tag == "td" else "words" if i < words else "",
-                )
-                for i, cell in enumerate(cells)
-            ),
-        )
+    def line(cells: Sequence[str], kind: str) -> str:
+        first = "words wrap" if kind == "td" else "words"
+        return tag("tr", "".join(tag(kind, escape(cell), class_=first * (i < words)) for i, cell in enumerate(cells)))
 
-    return _tag("table", line(heads, "th") + "".join(line(row, "td") for row in rows))
+    return tag("table", line(heads, "th") + "".join(line(row, "td") for row in rows))

@@ -110,7 +110,7 @@ def _measured(summary: Mapping[str, Any]) -> Iterator[tuple[str, _Measured]]:
         for way, rounds in (batches.get("ratio_rounds") or {}).items():
             name = f"{report.WAYS.get(way, way)}, batch {batches['batch_size']}"
             yield f"{precision}: served / in-process, {name}", (rounds, "", True)
-        yield f"{precision}: in-process", ([one["direct_ips"]] if one.get("direct_ips") else [], "images/s", True)
+        yield f"{precision}: in-process", (one.get("direct_rounds") or [], "images/s", True)
         overhead = (one.get("single_stream") or {}).get("overhead_rounds") or []
         yield f"{precision}: overhead of a single stream", (overhead, "ms", False)
     for row in report.all_rows(summary):

@@ -14,9 +14,7 @@ from html import escape
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from build.fusion_html import _STYLE as LOOK
-from build.fusion_html import _html_table as table_html
-from build.fusion_html import _tag as tag
+from build.fusion_html import LOOK, table_html, tag
 from perf.statistics import amount, curves, saturation
 
 if TYPE_CHECKING:

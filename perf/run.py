@@ -345,7 +345,7 @@ def served_ratio(one: Bench, raw: direct.Direct, *, rounds: int, seconds: float)
 
     Returns:
         `served_ratio` {shm, grpc, http}, `ratio_rounds` {way: each round's}, `served_ips` and `direct_ips`, the medians
-        behind it in images/s, `direct_threads`: the split of the threads that was the fastest direct one.
+        behind it in images/s, `direct_rounds`, `direct_threads`: the fastest split of the threads into sessions.
     """
     batch = raw.batch_size
     key = {"series": "ratio", "precision": one.precision, "batch_size": batch, "seconds": seconds}
@@ -373,6 +373,7 @@ def served_ratio(one: Bench, raw: direct.Direct, *, rounds: int, seconds: float)
         "ratio_rounds": ratios,
         "served_ips": {way: statistics.median(values) for way, values in served.items()},
         "direct_ips": statistics.median(between),
+        "direct_rounds": between,
         "direct_threads": str(raw),
     }
 

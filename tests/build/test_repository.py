@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
-import dataclasses
 import json
 import os
 import random
