@@ -13,11 +13,13 @@ import base64
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import importlib.util
 import json
 import math
 import os
 import platform
+import random
 import re
 import shutil
 import subprocess
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -64,8 +66,10 @@ _LONGER = 1.2  # it measures windows this much longer than it is told to
 _WARM_UP = 0.05  # share of the time that is not measured: connections are made then
 _PATIENCE = 60  # seconds that it may take beside the measurement
 _STEADY = 0.1  # the windows' throughput may differ by this share of it
-_TOO_SHORT = "No valid requests recorded"
-_UNSTABLE = "Failed to obtain stable measurement"  # with the limits given below: a window in which no request ended
+# After these it only waits for requests on the way, in vain where nobody will answer them.
+_FAILED = re.compile(
+    r"^Failed to |^No valid requests|cb::Error: (?!No valid requests|failed to find the requested)", re.MULTILINE
+)
 _NEW_GLIBC = (2, 38)  # what the package perf-analyzer needs
 # The plain names that the program asks for → how the server's wheel calls the same libraries.
 _LIBRARIES = {
@@ -91,7 +95,7 @@ class Load:
     Attributes:
         concurrency: closed loop: clients that each have one request on the way. 1 where no rate is given.
         rate: open loop: requests per second, sent whether or not earlier ones were answered.
-        arrivals: of a rate: evenly spaced, or a Poisson process (the same one in every run).
+        arrivals: of a rate: evenly spaced, or a Poisson process, drawn anew for every run.
         batch_size: images per request.
         protocol: stream is gRPC with one bidirectional stream per client.
         shared_memory: how pictures and detections are handed over, on one machine; None = inside the requests.
@@ -287,7 +291,8 @@ def run(
                 raise
             seconds *= 4
         else:
-            if point.stable or attempt >= retries:
+            whole = point.stable and (point.latencies_ms or not load.shared_memory)
+            if whole or attempt >= retries:
                 break
             seconds *= 2
     assert point is not None
@@ -300,24 +305,27 @@ def _measure(url: str, model: str, data: Path, load: Load, seconds: float, memor
         folder = Path(name)
         report, export = folder / "report.csv", folder / "export.json"
         command = [str(program), "-m", model, "-u", url, "-b", str(load.batch_size), "--input-data", str(data), "-v"]
-        command += ["-f", str(report), "--verbose-csv", *_options(load)]
-        # It writes the bytes of inputs and outputs beside the times, as decimal numbers: 1 MB and 13 MB of memory for
-        # every 300×300 picture, but none where they are in shared memory.
+        command += ["-f", str(report), "--verbose-csv"]
+        # It writes the bytes of inputs and outputs beside the times, as decimal numbers: 1 MB, and 16 bytes of memory
+        # for each, for every 300×300 picture; 340 bytes for a request whose tensors are in shared memory.
         if load.shared_memory:
             command += ["--profile-export-file", str(export)]
         # Windows that may differ by any amount: an unsteady run would otherwise end without figures.
         window = max(1, round(1000 * seconds / (1 - _WARM_UP) / _WINDOWS / _LONGER))
+        window_s = window * _LONGER / 1000
         command += ["-p", str(window), "-s", "1000000", "-r", str(_MOST_WINDOWS)]
-        output, code = _execute(command, _environment(folder), seconds, memory_gib)
+        command += _options(load, _WINDOWS * window_s, folder)
+        with _region_names(load):
+            output, code = _execute(command, _environment(folder), seconds, memory_gib)
         if code != 0 or not report.is_file():
             raise _failure(output, code, url, model, load)
         row = _only_row(report)
         parts = {name: float(row.get(column) or 0) / 1000 for column, name in _PARTS.items()}
-        if export.is_file():
-            return _exact_point(load, parts, *_read_export(export))
+        exact = _read_export(export) if export.is_file() else None
+        if exact:
+            return _exact_point(load, parts, *exact)
     requests = re.search(r"Request count: (\d+)", output)
     passes = [float(text) for text in re.findall(r"Pass \[\d+\] throughput: ([\d.e+]+)", output)[-_WINDOWS:]]
-    window_s = window * _LONGER / 1000
     return Point(
         load=load,
         requests=int(requests[1]) if requests else 0,
@@ -332,37 +340,48 @@ def _measure(url: str, model: str, data: Path, load: Load, seconds: float, memor
     )
 
 
-def _options(load: Load) -> list[str]:
+def _options(load: Load, seconds: float, folder: Path) -> list[str]:
     options = ["-i", "http" if load.protocol == "http" else "grpc", "--shared-memory", load.shared_memory or "none"]
     if load.protocol == "stream":
         options.append("--streaming")
     if load.rate is None:
         return [*options, "--concurrency-range", str(load.concurrency)]
-    # Asynchronous: its threads would otherwise wait for each answer, and the rate would bend to the server.
-    return [
-        *options,
-        "--async",
-        "--request-rate-range",
-        f"{load.rate:.6f}",
-        "--request-distribution",
-        load.arrivals,
-    ]
+    options.append("--async")  # its threads would otherwise wait for each answer, and the rate would bend to the server
+    if load.arrivals == "constant":
+        return [*options, "--request-rate-range", f"{load.rate:.6f}"]
+    # Its own Poisson process is the same one every time, and begins slowly: 79 of the first 100 requests, 9 of 20.
+    intervals = folder / "intervals.txt"
+    intervals.write_text("".join(f"{interval}\n" for interval in _poisson(load.rate, seconds)))
+    return [*options, "--request-intervals", str(intervals)]
 
 
-def _read_export(path: Path) -> tuple[list[tuple[int, int]], list[int]]:
+def _poisson(rate: float, seconds: float) -> list[int]:
+    """Microseconds between the arrivals of a Poisson process, of which as many fall into the time as `rate` says.
+
+    Arrivals that are known to be n in a time are spread over it evenly, each on its own.
+    """
+    seconds = max(seconds, 10 / rate)
+    arrivals = sorted(round(random.uniform(0, seconds) * 1e6) for _ in range(round(rate * seconds)))
+    return [after - before for before, after in pairwise([0, *arrivals[:-1], round(seconds * 1e6)])]
+
+
+def _read_export(path: Path) -> tuple[list[tuple[int, int]], list[int]] | None:
     """What --profile-export-file wrote.
 
     It holds only requests that were answered within a measured window, the windows one after the other, and where they
     begin and end (2.51's inference_profiler.cc: ValidLatencyMeasurement, CollectData).
 
     Returns:
-        when each request was sent and answered, in order of sending; the windows' boundaries. All in nanoseconds.
+        when each request was sent and answered, in order of sending; the windows' boundaries. All in nanoseconds. None
+        where the file is cut off: 2.51 writes a few stray bytes for a tensor in shared memory, and stops at NaN.
     """
     try:
         experiment = json.loads(path.read_text())["experiments"][0]
         requests = sorted((one["timestamp"], one["response_timestamps"][-1]) for one in experiment["requests"])
         return requests, sorted(set(experiment["window_boundaries"]))
-    except (ValueError, LookupError, TypeError) as error:
+    except json.JSONDecodeError:
+        return None
+    except (LookupError, TypeError) as error:
         raise PerfError(
             f"perf_analyzer's --profile-export-file cannot be read: {type(error).__name__}: {error}",
             why="this version of perf_analyzer writes another format",
@@ -377,7 +396,7 @@ def _exact_point(
     edges = [start, *(edge for edge in boundaries if edge > start)]
     kept = [(sent, answered) for sent, answered in requests if answered > start]
     if not kept:
-        raise _NothingEndedError("perf_analyzer measured no request", why=_TOO_SHORT)
+        raise _NothingEndedError("perf_analyzer measured no request", why="its windows are too short")
     counts = [0] * (len(edges) - 1)
     for _, answered in kept:
         counts[min(bisect_right(edges, answered), len(counts)) - 1] += 1
@@ -455,13 +474,14 @@ def _execute(
             f"{command[0]} cannot run: {error}", fix="install it again: remove .venv, run ./invoke"
         ) from None
     regions: set[Path] = set()
+    failing = False
     try:
         while True:
             try:
                 output, _ = process.communicate(timeout=0.1)
                 return output, process.returncode
-            except subprocess.TimeoutExpired:
-                pass
+            except subprocess.TimeoutExpired as expired:
+                printed = (expired.output or b"").decode(errors="replace")
             with contextlib.suppress(psutil.Error, OSError):
                 regions |= _regions(process.pid)
                 used = psutil.Process(process.pid).memory_info().rss / 2**30
@@ -471,7 +491,12 @@ def _execute(
                         why="without shared memory it keeps the bytes of every request",
                         fix="use shared memory, a shorter run or smaller batches, or allow it more",
                     )
+            if not failing and _FAILED.search(printed):
+                failing, deadline = True, min(deadline, time.monotonic() + 2)
             if time.monotonic() > deadline:
+                if failing:
+                    process.terminate()
+                    return process.communicate()[0], process.returncode
                 raise PerfError(
                     f"perf_analyzer did not end within {patience:g} s, although it was to measure for {seconds:g} s",
                     why="the server hangs, or answers far more slowly than requests are sent",
@@ -480,11 +505,25 @@ def _execute(
     finally:
         if process.poll() != 0:
             process.kill()
-            process.wait()
+            process.communicate()
             for region in regions:  # what it made and would have removed itself
                 with contextlib.suppress(OSError):
                     if region.stat().st_ctime >= started:
                         region.unlink()
+
+
+@contextlib.contextmanager
+def _region_names(load: Load) -> Iterator[None]:
+    """Waits for every other one that uses shared memory: all of them call it by the names of the model's tensors."""
+    if load.shared_memory != "system":
+        yield
+        return
+    folder = os.open("/dev/shm", os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _regions(pid: int) -> set[Path]:
@@ -506,7 +545,7 @@ def _only_row(report: Path) -> dict[str, str]:
     return rows[0]
 
 
-# First match wins: what perf_analyzer prints, why it is so, what to do about it. {0} is what the group caught.
+# First match wins: what perf_analyzer prints, why it is so, what to do about it. {0} is what the first group caught.
 _CAUSES = (
     (
         r"error while loading shared libraries: (\S+?):",
@@ -519,14 +558,19 @@ _CAUSES = (
         "use the perf_analyzer of requirements/perf_analyzer.lock, or NVIDIA's SDK container",
     ),
     (
-        r"unrecognized option '?([\w-]+)",
-        "this version of perf_analyzer does not know {0}",
+        r"(?:unrecognized|invalid) option -*\s*'?([\w-]+)",
+        "this version of perf_analyzer does not know the option {0}",
         "use the one of requirements/perf_analyzer.lock",
     ),
     (
-        r"(std::bad_alloc|[Cc]annot allocate memory)",
-        "there is no more memory for it: without shared memory it keeps the bytes of every request",
+        r"std::bad_alloc|std::system_error|Cannot allocate memory|ended by signal 9",
+        "there was no more memory for it: without shared memory it keeps the bytes of every request",
         "use shared memory, a shorter run or smaller batches",
+    ),
+    (
+        r"ended by signal 7",  # SIGBUS: a file in /dev/shm takes its space only when it is written
+        "/dev/shm is full: it holds every picture once for each place in a batch",
+        "make /dev/shm larger (docker: --shm-size=1g), or use fewer pictures or smaller batches",
     ),
     (
         r"unknown model: '([^\n]*) is not found",
@@ -534,35 +578,66 @@ _CAUSES = (
         "publish it first: invoke build-engines",
     ),
     (
-        r"([Ss]hared memory) is disabled",
-        "the server refuses clients' {0}",
-        "start it with --allow-client-shm=true (invoke serve does)",
+        r"shape of (\[[\d,]*\]) for input \"(\w+)\" is incompatible with the model's input shape of (\[[-\d,]*\])",
+        "the load's {1} are {0}, the model takes {2}",
+        "bring the pictures to the model's size before write_input (ssd_client.preprocess.input_array)",
+    ),
+    (r"missing tensor (\w+)", "the load has no {0}, which is an input of the model", "give write_input its thresholds"),
+    (
+        r"batch-size must be <= (\d+)",
+        "the model takes at most {0} images in a request",
+        "ask for smaller batches, or raise max_batch_size in its spec.toml",
     ),
     (
-        r"(?:Unable to open shared memory region|unable to get shared memory descriptor)[^\n]*'(\S+)'",
+        r"[Ss]hared memory is disabled",
+        "the server does not allow clients to use shared memory",
+        "start it with --allow-client-shm=true (invoke serve does), or measure without",
+    ),
+    (
+        r"Unable to open shared memory region",
         "the server does not see this memory: it runs on another machine, or in a container of its own",
         "measure on the server's machine (docker: --ipc=host), or without shared memory",
     ),
     (
-        r"(cuda|CUDA)",
-        "CUDA shared memory needs an NVIDIA GPU, its driver, and a server that runs on the same GPU",
+        r"on gpu for|[Cc]uda|CUDA",
+        "CUDA shared memory needs an NVIDIA GPU with a driver for CUDA 12, and the server on the same GPU",
         "use system shared memory",
     ),
+    (
+        r"(?s)Measurement Settings .*(?:connect to|reset by peer|Socket closed|HTTP client failed|is empty)",
+        "the server went away while it was measured",
+        "see its log (artifacts/logs/tritonserver.log); start it again: invoke serve",
+    ),
+    (
+        r"[Ff]ailed to connect to remote host|Couldn't connect|Connection refused|[Rr]esol(?:ve host|ution failed)",
+        "no server answers there",
+        "start one: invoke serve",
+    ),
+    (
+        r"metadata: (?:failed to connect to all addresses|HTTP client failed|failed to parse|.*[Uu]nimplemented)",
+        "what listens there does not speak Triton's {protocol}",
+        "give the server's {protocol} port (invoke serve shows both)",
+    ),
+    (r"Thread \[\d+\] had error: ([^\n]*)", "a request failed: {0}", "see the server's log"),
 )
+_NOTHING_ENDED = "No valid requests recorded|Failed to obtain stable|failed to find the requested model version"
 
 
 def _failure(output: str, code: int, url: str, model: str, load: Load) -> PerfError:
-    lines = [line for line in output.splitlines() if line.strip()]
-    what = f"perf_analyzer gave no figures for model {model} at {url} (exit code {code})"
-    shown = "\n".join(f"  {line.strip()}" for line in lines[-5:])
+    ended = f"exit code {code}" if code >= 0 else f"ended by signal {-code}"
+    lines = [
+        line.strip() for line in output.split("Usage: ")[0].splitlines() if not re.match(r"\s*$|Unable to un", line)
+    ]
+    what = "\n  ".join([f"perf_analyzer gave no figures for model {model} at {url} ({ended})", *lines[-5:]])
     for pattern, why, fix in _CAUSES:
-        match = re.search(pattern, output)
+        match = re.search(pattern, f"{output}\n{ended}")
         if match:
-            return PerfError(f"{what}\n{shown}", why=why.format(match[1]), fix=fix)
-    if _TOO_SHORT in output or _UNSTABLE in output:
+            protocol = "HTTP" if load.protocol == "http" else "gRPC"
+            return PerfError(
+                what, why=why.format(*match.groups(), protocol=protocol), fix=fix.format(protocol=protocol)
+            )
+    if re.search(_NOTHING_ENDED, output):
         return _NothingEndedError(
-            f"{what}\n{shown}",
-            why="no request ended in time: the server is too busy, or hangs",
-            fix="see what else runs there",
+            what, why="no request ended in time: the server is too busy, or hangs", fix="see what else runs there"
         )
-    return PerfError(f"{what}\n{shown}")
+    return PerfError(what)

@@ -104,7 +104,7 @@ RATES = [
 def measured(server: TritonServer, data: Path, load: Load) -> Point:
     before = server.requests("shapes")
     url = server.http_url if load.protocol == "http" else server.grpc_url
-    point = run(url, "shapes", data, load, seconds=1.2, retries=0)
+    point = run(url, "shapes", data, load, seconds=0.8, retries=0)
     assert point.load == load
     assert point.errors == 0
     assert 0 < point.requests <= server.requests("shapes") - before
@@ -112,7 +112,7 @@ def measured(server: TritonServer, data: Path, load: Load) -> Point:
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p95"] <= latency["p99"]
     assert point.parts_ms["server_infer"] > 0
     assert sum(point.parts_ms.values()) == pytest.approx(latency["avg"], rel=0.3)
-    assert point.seconds == pytest.approx(1.2, rel=0.15)
+    assert point.seconds == pytest.approx(0.8, rel=0.15)
     assert len(point.latencies_ms) == len(point.sent_s) == (point.requests if load.shared_memory else 0)
     if load.shared_memory:
         assert point.sent_s[0] == 0
@@ -151,8 +151,26 @@ def test_unknown_model(triton_server: TritonServer, data: Path) -> None:
 
 @pytest.mark.triton
 def test_batch_above_the_maximum(triton_server: TritonServer, data: Path) -> None:
-    with pytest.raises(PerfError, match="batch-size must be <= 32"):
+    with pytest.raises(PerfError, match=r"(?s)batch-size must be <= 32.*at most 32 images.*smaller batches"):
         run(triton_server.grpc_url, "shapes", data, Load(batch_size=33), seconds=0.5)
+
+
+@pytest.mark.triton
+def test_the_port_of_another_protocol(triton_server: TritonServer, data: Path) -> None:
+    with pytest.raises(PerfError, match="does not speak Triton's gRPC"):
+        run(triton_server.http_url, "shapes", data, Load())
+    with pytest.raises(PerfError, match="does not speak Triton's HTTP"):
+        run(triton_server.grpc_url, "shapes", data, Load(protocol="http"))
+
+
+@pytest.mark.triton
+def test_input_that_the_model_does_not_take(triton_server: TritonServer, tmp_path: Path) -> None:
+    small = write_input(tmp_path / "small.json", [np.zeros((200, 300, 3), np.uint8)], THRESHOLDS)
+    with pytest.raises(PerfError, match=r"images are \[200,300,3\], the model takes \[300,300,3\]"):
+        run(triton_server.grpc_url, "shapes", small, Load())
+    bare = write_input(tmp_path / "bare.json", [np.zeros((300, 300, 3), np.uint8)])
+    with pytest.raises(PerfError, match="no iou_threshold, which is an input"):
+        run(triton_server.grpc_url, "shapes", bare, Load())
 
 
 @pytest.mark.triton
@@ -316,8 +334,7 @@ OPTIONS = {
     "-i grpc --shared-memory none ": Load(),
     "-i http --shared-memory system ": Load(protocol="http", shared_memory="system"),
     "-i grpc --shared-memory cuda --streaming ": Load(protocol="stream", shared_memory="cuda"),
-    "--async --request-rate-range 12.500000 --request-distribution constant ": Load(rate=12.5),
-    "--request-distribution poisson ": Load(rate=12.5, arrivals="poisson"),
+    "--async --request-rate-range 12.500000 ": Load(rate=12.5),
     "-b 8 ": Load(batch_size=8),
 }
 
@@ -327,6 +344,28 @@ def test_what_it_is_told(program: Program, data: Path, expected: str) -> None:
     program.says(figures([80, 80, 80]))
     run("127.0.0.1:1", "shapes", data, OPTIONS[expected], retries=0)
     assert expected in " ".join([*program.arguments(0), ""])
+
+
+def test_poisson_arrivals() -> None:
+    intervals = np.array(analyzer._poisson(1000, 5))
+    assert len(intervals) == 5000
+    assert intervals.sum() == 5_000_000  # the rate is exact, whatever chance does
+    assert intervals.min() >= 0
+    assert intervals.std() == pytest.approx(1000, rel=0.1)  # as far apart as they vary: exponential
+    assert float((intervals > 1000).mean()) == pytest.approx(1 / math.e, abs=0.04)
+    assert analyzer._poisson(1000, 5) != list(intervals)
+    assert sum(analyzer._poisson(0.5, 1)) == 20_000_000  # at least ten
+
+
+def test_an_export_that_is_cut_off(program: Program, data: Path) -> None:
+    cut = (
+        f'{figures([80, 80, 80])}; write(\'--profile-export-file\', \'{{"experiments": [{{"requests": [{{"images": \')'
+    )
+    program.says(cut, figures([80, 80, 80]))
+    assert run("127.0.0.1:1", "shapes", data, SHM).latencies_ms
+    program.says(cut)
+    point = run("127.0.0.1:1", "shapes", data, SHM)
+    assert (point.requests, point.throughput, point.latencies_ms) == (240, 400, [])
 
 
 def test_an_export_of_another_format(program: Program, data: Path) -> None:
@@ -433,3 +472,87 @@ def test_which_program_comes_first(bare: Path, monkeypatch: pytest.MonkeyPatch) 
     on_path = program_at(bare, "path", "perf_analyzer")
     monkeypatch.setenv("PATH", str(on_path.parent))
     assert analyzer.find_perf_analyzer() == on_path
+
+
+# What it says where there are no figures
+
+HEAD = (
+    "*** Measurement Settings ***\nRequest concurrency: 2\n"
+    "  Pass [1] throughput: 52.9 infer/sec. Avg latency: 36747 usec (std 26627 usec).\n"
+)
+STARTED = "Failed to maintain requested inference load. Worker thread(s) failed to generate concurrent requests.\n"
+METADATA = "error: failed to get model metadata: "
+SERVER = "error: Unable to init infer data manager: "
+# What versions 2.51 (tritonserver 2.51 to 2.72 behind it) printed, its exit code, the cause that is named.
+CAUSES = {
+    "library": ("perf_analyzer: error while loading shared libraries: libfoo.so.1: cannot open", 127, "libfoo.so.1 is"),
+    "glibc": ("perf_analyzer: /lib/libc.so.6: version `GLIBC_2.99' not found", 1, "needs GLIBC_2.99"),
+    "option": ("perf_analyzer: unrecognized option '--streaming'\nUsage: x [options]\nnoise", 3, "option --streaming"),
+    "memory": (HEAD + "terminate called after throwing an instance of 'std::bad_alloc'", -6, "no more memory"),
+    "killed": (HEAD, -9, "no more memory"),
+    "full /dev/shm": (" Successfully read data for 1 stream/streams with 16 step/steps.", -7, "/dev/shm is full"),
+    "shared memory not allowed": (
+        SERVER + "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable.",
+        99,
+        "--allow-client-shm=true .invoke serve does",
+    ),
+    "another machine": (SERVER + "Unable to open shared memory region: '/detection_boxes'", 99, "another machine"),
+    "no GPU": (
+        SERVER + "unable to allocate memory of 1600 bytes on gpu for output: CUDA driver version is insufficient",
+        99,
+        "needs an NVIDIA GPU",
+    ),
+    "HTTP port for gRPC": (
+        METADATA + "failed to connect to all addresses; last error: UNAVAILABLE: ipv4:127.0.0.1:1: Socket closed",
+        99,
+        "does not speak Triton's gRPC",
+    ),
+    "gRPC port for HTTP": (METADATA + "HTTP client failed: Unsupported protocol", 99, "does not speak Triton's HTTP"),
+    "another HTTP server": (METADATA + "failed to parse the request JSON buffer: Invalid value. at 0", 99, "HTTP port"),
+    "another host": (
+        METADATA + "DNS resolution failed for nosuch:8001: Domain name not found",
+        99,
+        "no server answers",
+    ),
+    "gone, HTTP": (
+        HEAD + "  Pass [2] cb::Error: HTTP client failed: Couldn't connect to server\n" + STARTED,
+        99,
+        "the server went away",
+    ),
+    "gone, gRPC": (HEAD + STARTED + "Thread [0] had error: recvmsg:Connection reset by peer", 99, "went away"),
+    "an error": (HEAD + STARTED + "Thread [0] had error: out of beans", 99, "request failed: out of beans"),
+    "no report": ("all is well", 0, "exit code 0"),
+    "another cause": ("all is lost", 99, "all is lost"),
+}
+
+
+@pytest.mark.parametrize("what", CAUSES)
+def test_why_there_are_no_figures(program: Program, data: Path, what: str) -> None:
+    printed, code, expected = CAUSES[what]
+    end = f"sys.exit({code})" if code >= 0 else f"os.kill(os.getpid(), {-code})"
+    program.says(f"print({printed!r}, flush=True); {end}")
+    load = Load(protocol="http") if "HTTP" in expected else Load()
+    with pytest.raises(PerfError) as raised:
+        run("127.0.0.1:1", "shapes", data, load)
+    assert expected.replace(".", " ") in str(raised.value).replace("(", " ").replace(".", " ")
+    assert "noise" not in str(raised.value)
+    assert len(list(program.calls.iterdir())) == 1
+
+
+def test_a_program_that_waits_for_a_server_that_went_away(program: Program, data: Path) -> None:
+    gone = "  Pass [2] cb::Error: failed to connect to all addresses; last error: Connection refused"
+    program.says(f"print({HEAD + gone!r}, flush=True); time.sleep(60)")
+    with pytest.raises(PerfError, match="the server went away"):
+        run("127.0.0.1:1", "shapes", data, Load(2, protocol="stream"))
+
+
+def test_one_at_a_time_with_shared_memory(program: Program, data: Path) -> None:
+    program.says(
+        "log = open(calls / 'log', 'a'); print('on', file=log, flush=True); time.sleep(0.3); print('off', file=log)"
+    )
+    runs = [threading.Thread(target=pytest.raises, args=(PerfError, run, "", "", data, SHM)) for _ in range(2)]
+    for one in runs:
+        one.start()
+    for one in runs:
+        one.join()
+    assert (program.calls / "log").read_text().split() == ["on", "off", "on", "off"]
