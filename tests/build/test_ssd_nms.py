@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from build import ssd_nms
 from build.errors import GraphError
 from build.spec import Nms
+from perf.ssd_nms import realistic
 from tests import ssd_nms_oracle as oracle
 
 
@@ -51,20 +52,6 @@ def session_of(model: onnx.ModelProto) -> ort.InferenceSession:
 def run(case: oracle.Case) -> oracle.Outputs:
     model = model_of(case.nms, half=case.box_deltas.dtype == np.float16)
     return tuple(session_of(model).run(None, case.inputs()))
-
-
-def realistic(rows: int = 1, classes: int = 21, seed: int = 0) -> dict[str, np.ndarray]:
-    """8,732 anchors, nearly all of them background, about 200 that are not."""
-    random, anchors = np.random.default_rng(seed), 8732
-    logits = random.normal(0, 1, (rows, anchors, classes)).astype(np.float32)
-    logits[..., 0] += 7
-    for row in logits:
-        hits = random.integers(0, anchors, 200)
-        row[hits, 0] -= 7
-        row[hits, random.integers(1, classes, 200)] += 6
-    boxes = np.concatenate([random.uniform(0, 1, (anchors, 2)), random.uniform(0.05, 0.5, (anchors, 2))], 1)
-    deltas = random.normal(0, 1, (rows, anchors, 4)).astype(np.float32)
-    return {"box_deltas": deltas, "class_logits": logits, "anchors": boxes.astype(np.float32)}
 
 
 def same_bits(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
