@@ -156,7 +156,8 @@ class AnswerCheck:
         batch_size: pictures of a batch, which are all different; fewer where the model or `images` has not so many.
         late_ms: a single picture whose answer takes longer counts as late; None = none does. (Batches take longer.)
         protocol: grpc or http.
-        shared_memory: system = pictures are handed over in shared memory.
+        shared_memory: system = pictures are handed over in shared memory. A perf_analyzer that uses it unregisters
+            that of all clients when it starts and ends; they then register anew.
         timeout: seconds after which an answer counts as dropped.
 
     Raises:

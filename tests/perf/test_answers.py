@@ -173,6 +173,15 @@ def known(triton_server: TritonServer, tmp_path_factory: pytest.TempPathFactory)
     return images, expected, write_input(tmp_path_factory.mktemp("load") / "input.json", images, values)
 
 
+def every_latency(url: str, model: str, data: Path, seconds: float) -> Point:
+    """A point that knows every request, which perf_analyzer 2.51 now and then fails to write out."""
+    for _ in range(3):
+        point = run(url, model, data, Load(concurrency=2, shared_memory="system"), seconds=seconds, retries=0)
+        if point.latencies_ms:
+            return point
+    raise AssertionError("three times no latencies")
+
+
 @pytest.mark.triton
 def test_expected_answers_are_those_of_the_pictures(known: Known) -> None:
     _, expected, _ = known
@@ -185,12 +194,12 @@ def test_expected_answers_are_those_of_the_pictures(known: Known) -> None:
 
 
 @pytest.mark.triton
-def test_a_healthy_server_under_load(triton_server: TritonServer, known: Known) -> None:
+@pytest.mark.parametrize("shared_memory", [None, "system"])
+def test_a_healthy_server_under_load(triton_server: TritonServer, known: Known, shared_memory: Any) -> None:
     images, expected, data = known
-    load = Load(concurrency=2, shared_memory="system")
     url = triton_server.grpc_url
-    with AnswerCheck(url, "shapes", images, expected, rate=20, clients=20, shared_memory="system") as check:
-        point = run(url, "shapes", data, load, seconds=2, retries=0)
+    with AnswerCheck(url, "shapes", images, expected, rate=20, clients=20, shared_memory=shared_memory) as check:
+        point = every_latency(url, "shapes", data, 1.5)
     result = check.result
     assert result["checked"] >= 10
     assert result == {"checked": result["checked"], "wrong": 0, "dropped": 0, "late": 0, "examples": []}
@@ -220,9 +229,8 @@ def test_swapped_rows_are_found_and_named(faulty_server: TritonServer, known: Kn
 @pytest.mark.triton
 def test_a_periodic_stall_is_named(faulty_server: TritonServer, known: Known) -> None:
     images, expected, data = known
-    load = Load(concurrency=2, shared_memory="system")
-    with AnswerCheck(faulty_server.grpc_url, "stalls", images, expected, shared_memory="system") as check:
-        point = run(faulty_server.grpc_url, "stalls", data, load, seconds=4, retries=0)
+    with AnswerCheck(faulty_server.grpc_url, "stalls", images, expected) as check:
+        point = every_latency(faulty_server.grpc_url, "stalls", data, 4)
     assert check.result["wrong"] == check.result["dropped"] == 0
     named = faults(point)
     spread = point.latency_ms["p90"] - point.latency_ms["p50"]
