@@ -241,8 +241,11 @@ class TritonServer:
 
     def requests(self, model: str) -> int:
         """How many requests the served version of `model` has answered without an error."""
-        statistics = json.loads(self._http(f"v2/models/{model}/stats"))["model_stats"]
-        return sum(int(entry["inference_stats"]["success"]["count"]) for entry in statistics)
+        return sum(int(entry["inference_stats"]["success"]["count"]) for entry in self._statistics(model))
+
+    def images(self, model: str) -> int:
+        """How many images those requests held."""
+        return sum(int(entry["inference_count"]) for entry in self._statistics(model))
 
     # -- start and stop ------------------------------------------------------------------------------------------------
 
@@ -353,6 +356,10 @@ class TritonServer:
     def _url(self, which: str) -> str:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"[{host}]:{self._ports[which]}" if ":" in host else f"{host}:{self._ports[which]}"
+
+    def _statistics(self, model: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(self._http(f"v2/models/{model}/stats"))["model_stats"]
+        return found
 
     def _check_ports(self) -> None:
         """Fills in free ports for those that are 0 and makes sure that the others are free."""

@@ -104,10 +104,10 @@ class Bench:
             late_ms=self.late_ms,
         )
         try:
-            before = self.server.requests(self.model)
+            before = self.server.images(self.model)
             with Sampler(self.server.pid) as sampler, checking if check else contextlib.nullcontext():
                 point = run(url, self.model, self.data, load, seconds=seconds, retries=retries)
-            served = (self.server.requests(self.model) - before) * load.batch_size
+            served = self.server.images(self.model) - before
         except (PerfError, OSError) as error:
             self.server.check()  # the better explanation where it is the server that failed
             if isinstance(error, OSError):

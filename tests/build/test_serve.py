@@ -24,6 +24,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from numpy.typing import NDArray
+from ssd_client import SSDClient
 from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm
 
@@ -486,3 +487,11 @@ def test_the_server_on_path_comes_first(stand_in: Callable[[str], None], tmp_pat
     stand_in("exit 0")
     assert serve.find_tritonserver().binary == tmp_path / "bin" / "tritonserver"
     assert wheel.from_wheel or shutil.which("tritonserver", path=os.environ["PATH"].split(":", 1)[1])
+
+
+@pytest.mark.triton
+def test_a_batch_is_one_request_of_many_images(triton_server: TritonServer) -> None:
+    requests, images = triton_server.requests("shapes"), triton_server.images("shapes")
+    with SSDClient(triton_server.grpc_url, model="shapes") as client:
+        client.detect(list(np.zeros((3, 300, 300, 3), np.uint8)))
+    assert (triton_server.requests("shapes") - requests, triton_server.images("shapes") - images) == (1, 3)

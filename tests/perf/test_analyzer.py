@@ -94,17 +94,17 @@ KINDS = [
     Load(batch_size=4, shared_memory="system"),
 ]
 RATES = [
-    Load(rate=60, shared_memory="system"),
-    Load(rate=60, protocol="http", arrivals="poisson", shared_memory="system"),
-    Load(rate=60, protocol="stream", arrivals="poisson", shared_memory="system"),
-    Load(rate=60, arrivals="poisson"),
+    Load(rate=25, shared_memory="system"),
+    Load(rate=25, protocol="http", arrivals="poisson", shared_memory="system"),
+    Load(rate=25, protocol="stream", arrivals="poisson", shared_memory="system"),
+    Load(rate=25, arrivals="poisson"),
 ]
 
 
-def measured(server: TritonServer, data: Path, load: Load) -> Point:
+def measured(server: TritonServer, data: Path, load: Load, seconds: float = 0.8) -> Point:
     before = server.requests("shapes")
     url = server.http_url if load.protocol == "http" else server.grpc_url
-    point = run(url, "shapes", data, load, seconds=0.8, retries=0)
+    point = run(url, "shapes", data, load, seconds=seconds, retries=0)
     assert point.load == load
     assert point.errors == 0
     assert 0 < point.requests <= server.requests("shapes") - before
@@ -112,7 +112,7 @@ def measured(server: TritonServer, data: Path, load: Load) -> Point:
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p95"] <= latency["p99"]
     assert point.parts_ms["server_infer"] > 0
     assert sum(point.parts_ms.values()) == pytest.approx(latency["avg"], rel=0.3)
-    assert point.seconds == pytest.approx(0.8, rel=0.15)
+    assert point.seconds == pytest.approx(seconds, rel=0.15)
     assert len(point.latencies_ms) == len(point.sent_s) == (point.requests if load.shared_memory else 0)
     if load.shared_memory:
         assert point.sent_s[0] == 0
@@ -134,13 +134,13 @@ def test_clients(triton_server: TritonServer, data: Path, load: Load) -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize("load", RATES, ids=str)
 def test_a_rate_of_requests(triton_server: TritonServer, data: Path, load: Load) -> None:
-    point = measured(triton_server, data, load)
+    point = measured(triton_server, data, load, seconds=1.2)
     assert point.throughput == pytest.approx(load.rate, rel=0.3)
-    if point.sent_s:  # even: 1/rate apart; a Poisson process: as far from even as far apart
+    if point.sent_s:  # even, or as far apart as they vary
         gaps = np.diff(point.sent_s)
-        assert float(gaps.mean()) == pytest.approx(1 / 60, rel=0.3)
+        assert float(gaps.mean()) == pytest.approx(1 / 25, rel=0.3)
         spread = float(gaps.std() / gaps.mean())
-        assert spread > 0.6 if load.arrivals == "poisson" else spread < 0.6
+        assert spread > 0.4 if load.arrivals == "poisson" else spread < 0.4
 
 
 @pytest.mark.triton
