@@ -20,7 +20,7 @@ from build.errors import ServeError, SpecError
 from build.spec import Serving, load
 from models.shapes.scenes import scene
 from perf import tune as tuning
-from perf.analyzer import Load
+from perf.analyzer import Load, PerfError
 from perf.journal import Journal
 from perf.tune import Candidate, candidates, decide, measurements, pareto, search, tune, write_serving
 from tests.build import tiny_model
@@ -307,6 +307,7 @@ class FakeServers:
         self.simulation, self.started = Simulation(noise=0.01), list[Candidate]()
         self.broken: dict[Candidate, BaseException] = {}
         self.wrong: set[Candidate] = set()
+        self.flaky: set[Candidate] = set()  # perf_analyzer gives up once
 
     @contextmanager
     def __call__(self, repository: Path, model: str, images: Any, journal: Journal) -> Iterator[Any]:
@@ -316,6 +317,9 @@ class FakeServers:
             raise self.broken[one]
 
         def point(series: str, traffic: Load, *, seconds: float, check: bool = True, **key: Any) -> dict[str, Any]:
+            if one in self.flaky:
+                self.flaky.remove(one)
+                raise PerfError("perf_analyzer gave no figures")
             throughput, p99_ms = self.simulation(one, 0, 0, seconds)
             latency = {"p50": p99_ms / 2.1, "p90": p99_ms, "p99": p99_ms}
             wrong = ["picture 3: box 0 is off by 0.21"] * (one in self.wrong)
@@ -381,6 +385,15 @@ def test_wrong_answers_never_win(tiny: tuple[Path, Path], capsys: pytest.Capture
     assert [(row["instances"], row["threads"]) for row in failed] == [(4, 1)]
     assert "box 0 is off by 0.21" in failed[0]["failed"]
     assert "4 x 1: under" in capsys.readouterr().out
+
+
+def test_one_failure_of_perf_analyzer_costs_no_candidate(tiny: tuple[Path, Path]) -> None:
+    file, published = tiny
+    servers = FakeServers()
+    servers.flaky = {PRESENT, Candidate(4, 1)}
+    result = tune(load(file), published, [], Journal(), serving=servers, others=OTHERS, bound_ms=20, write=False)
+    assert not servers.flaky
+    assert not any(row["failed"] for row in result["candidates"])
 
 
 def test_a_server_that_goes_away_leaves_the_search(tiny: tuple[Path, Path]) -> None:
