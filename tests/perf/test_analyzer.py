@@ -556,3 +556,10 @@ def test_one_at_a_time_with_shared_memory(program: Program, data: Path) -> None:
     for one in runs:
         one.join()
     assert (program.calls / "log").read_text().split() == ["on", "off", "on", "off"]
+
+
+def test_a_program_that_is_none(program: Program, data: Path) -> None:
+    program.path.write_bytes(b"\x7fELF of another machine")
+    program.path.chmod(0o755)
+    with pytest.raises(PerfError, match=r"(?s)perf_analyzer cannot run: .*Exec format error.*\./invoke"):
+        run("127.0.0.1:1", "shapes", data, Load())
