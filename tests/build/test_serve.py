@@ -493,5 +493,5 @@ def test_the_server_on_path_comes_first(stand_in: Callable[[str], None], tmp_pat
 def test_a_batch_is_one_request_of_many_images(triton_server: TritonServer) -> None:
     requests, images = triton_server.requests("shapes"), triton_server.images("shapes")
     with SSDClient(triton_server.grpc_url, model="shapes") as client:
-        client.detect(list(np.zeros((3, 300, 300, 3), np.uint8)))
+        client.infer(np.zeros((3, 300, 300, 3), np.uint8))
     assert (triton_server.requests("shapes") - requests, triton_server.images("shapes") - images) == (1, 3)
