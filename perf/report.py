@@ -38,6 +38,7 @@ CORES = {"server_cores": "server", "model_cores": "model", "analyzer_cores": "pe
 ANSWERS = ("checked", "wrong", "dropped", "late")
 _AXES = {"concurrency": ("concurrency", "clients"), "batch": ("batch_size", "images per request")}
 _PERCENTILES = ("p50", "p90", "p99")
+BUSY = 0.15  # of the cores taken by other programs: above it figures say little
 
 Summary = Mapping[str, Any]
 
@@ -107,14 +108,16 @@ def _subtitle(summary: Summary) -> str:
 
 
 def verdict(summary: Summary) -> list[Line]:
-    """Five lines: served against in-process, overhead, answers, faults, whether the run is whole."""
-    return [
+    """Five lines: served against in-process, overhead, answers, faults, whether the run is whole; a sixth on a busy
+    machine."""
+    lines = [
         _ratio_line(summary),
         _overhead_line(summary),
         _answers_line(summary),
         _faults_line(summary),
         _complete_line(summary),
     ]
+    return lines + _busy_line(summary)
 
 
 def _ratio_line(summary: Summary) -> Line:
@@ -167,6 +170,20 @@ def _faults_line(summary: Summary) -> Line:
     seen = sum(row.get("histogram") is not None for row in rows)
     looked = f" (every request's time was known at {seen} of {len(rows)} loads)" if seen < len(rows) else ""
     return Line(not faults, f"Faults: {'; '.join(faults[:3]) or 'none seen'}{more}{looked}.")
+
+
+def _busy_line(summary: Summary) -> list[Line]:
+    used = [row["resources"]["other_cores"] for row in all_rows(summary) if row.get("resources")]
+    cores = (summary.get("environment") or {}).get("cores_allowed") or 0
+    if not used or not cores or statistics.median(used) <= BUSY * cores:
+        return []
+    return [
+        Line(
+            None,
+            f"Other programs kept {statistics.median(used):.1f} of {cores} cores busy meanwhile: measure again on an "
+            "idle machine before you believe a figure.",
+        )
+    ]
 
 
 def _complete_line(summary: Summary) -> Line:

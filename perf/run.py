@@ -38,7 +38,6 @@ WAYS = {
     "grpc": Load(concurrency=CLIENTS, protocol="grpc"),
     "http": Load(concurrency=CLIENTS, protocol="http"),
 }
-BUSY = 0.15  # of the cores taken by other programs: above it figures say little
 _MARKS = {True: "ok  ", False: "MISS", None: " -- "}
 BATCH = 8  # images per request of the served ratio of batches
 
@@ -160,7 +159,7 @@ def perf(
     spec = load(sources / settings.model / "spec.toml")
     images = _images(spec, settings, artifacts)
     busy = facts["environment"]["other_load"]
-    if busy > BUSY:
+    if busy > report.BUSY:
         say.print(f"other programs take {busy:.0%} of this machine's cores: the figures will say little")
     found, interrupted = _Found(), False
     with _Bar(say) as bar:
@@ -420,9 +419,10 @@ def single_stream(one: Bench, raw: direct.Direct, *, rounds: int, seconds: float
 def _scenarios(one: Bench, settings: Settings, found: _Found) -> None:
     load = replace(WAYS["shm"], concurrency=None)
     into = found.summary.setdefault("scenarios", {}).setdefault(one.precision, {})
-    into["single_stream"] = scenarios.single_stream(one, load=load)
-    into["offline"] = scenarios.offline(one, load=load)
-    into["server"] = scenarios.server(one, settings.slo_ms or None, load=load)
+    seconds = settings.size.seconds
+    into["single_stream"] = scenarios.single_stream(one, seconds=seconds, load=load)
+    into["offline"] = scenarios.offline(one, seconds=seconds, load=load)
+    into["server"] = scenarios.server(one, settings.slo_ms or None, seconds=seconds, load=load)
     same = {"bound_ms": into["server"]["bound_ms"], "rate": into["server"]["queries_per_second"]}
     found.summary.setdefault("slo", {**same, "probes": into["server"]["probes"]})
 
@@ -521,6 +521,10 @@ def _check(settings: Settings, sources: Path) -> None:
     wrong = [one for one in settings.precisions if one not in known]
     if wrong or not settings.precisions:
         raise OptionError(f"precision is {', '.join(wrong) or 'empty'}", fix=f"choose from {', '.join(known)}")
+    if settings.tune and len(settings.precisions) > 1:
+        raise OptionError(
+            f"one [serving] section cannot be tuned for {' and '.join(settings.precisions)}", fix="name one precision"
+        )
     if settings.slo_ms < 0:
         raise OptionError(f"the bound on the p99 is {settings.slo_ms:g} ms, but must be greater than 0")
     if not (sources / settings.model / "spec.toml").is_file():

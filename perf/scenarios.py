@@ -34,9 +34,7 @@ ATTEMPTS = 3  # measurements of a rate that is neither clearly held nor clearly 
 
 _BEHIND = 0.03  # of the offered rate
 _GROWTH, _STEPS = 1.5, 6  # of the bracket, while its upper end holds
-# Requests: a 99th percentile of fewer is hardly more than the slowest of them. And perf_analyzer's Poisson arrivals,
-# the same in every run, begin slowly: 20 % short of their rate after 100, 12 % after 200, 3 % or less from 300 on.
-_ENOUGH = 300
+_ENOUGH = 200  # requests: a 99th percentile of fewer is hardly more than the slowest of them
 _SERIES = "poisson"  # one name for all searches: those with other bounds share their probes
 _MLPERF_SECONDS = 600
 
@@ -70,7 +68,7 @@ def find_rate(
         low: lowest rate of interest, requests/s; None = a tenth of `high`.
         high: a first guess of a rate that is too high; None = what four clients get that send as fast as they can.
         tolerance: how close to the limit, as a share of the rate; 0.05 takes five probes from bracket to answer.
-        seconds: of each measurement; longer, up to fourfold, where fewer than 300 requests would arrive.
+        seconds: of each measurement; longer, up to fourfold, where fewer than 200 requests would arrive.
         load: gives batch size, protocol and shared memory of the requests.
 
     Returns:
@@ -256,8 +254,8 @@ def _judge(point: Mapping[str, Any], load: Load, bound_ms: float, percentile: st
     """What is wrong with a measured point, if anything, and whether this one measurement leaves no doubt."""
     assert load.rate is not None
     offered, throughput = load.rate * load.batch_size, point["throughput"]
-    # In so short a time Poisson arrivals are themselves off their rate: by three standard deviations of their number.
-    scatter = 3 / math.sqrt(max(1.0, load.rate * point["seconds"])) if load.arrivals == "poisson" else 0.0
+    # In so short a time Poisson arrivals are themselves off their rate: by two standard deviations of their number.
+    scatter = 2 / math.sqrt(max(1.0, load.rate * point["seconds"])) if load.arrivals == "poisson" else 0.0
     tail, median = point["latency_ms"][percentile], point["latency_ms"]["p50"]
     if point["errors"]:
         return f"{point['errors']} of {point['errors'] + point['requests']} requests failed", False
@@ -297,7 +295,7 @@ def _closed(load: Load | None, clients: int, batch_size: int) -> Load:
 
 
 def _length(rate: float, seconds: float) -> float:
-    """Seconds to measure a rate for: what was asked, or as many (up to fourfold) as 300 requests take."""
+    """Seconds to measure a rate for: what was asked, or as many (up to fourfold) as 200 requests take."""
     return round(min(4 * seconds, max(seconds, _ENOUGH / rate)), 3)
 
 

@@ -41,6 +41,14 @@ BARS = (((47, 111, 222), (138, 75, 208)), ((108, 160, 255), (185, 139, 240)))  #
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def test_a_busy_machine_is_said() -> None:
+    summary = example_run.summary()
+    assert len(report.verdict(summary)) == 5
+    for row in report.all_rows(summary):
+        row["resources"]["other_cores"] = 0.9
+    assert report.verdict(summary)[-1].text.startswith("Other programs kept 0.9 of 2 cores busy")
+
+
 class Page(HTMLParser):
     """Tags that are still open, ids, and whatever the page would load."""
 

@@ -178,6 +178,7 @@ def test_a_killed_server_leaves_a_partial_report(
         (Settings(precisions=("fp32", "int3")), r"int3\n.*choose from"),
         (Settings(precisions=()), "empty"),
         (Settings(slo_ms=-1), "-1 ms"),
+        (Settings(tune=True, precisions=("fp32", "int8")), r"for fp32 and int8\n.*name one"),
     ],
 )
 def test_settings_that_make_no_sense(settings: Settings, complaint: str, tmp_path: Path) -> None:
