@@ -194,7 +194,7 @@ def test_a_bound_that_would_do_is_more_than_what_was_seen() -> None:
 
 def test_slow_rates_are_measured_for_longer() -> None:
     assert scenarios._length(1000, 2) == 2
-    assert scenarios._length(75, 2) == 4
+    assert scenarios._length(50, 2) == 4
     assert scenarios._length(1, 2) == 8
 
 
