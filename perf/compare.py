@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from build.errors import SSDError
 from perf import report, report_html
 from perf.report_html import Line, Plot, Section, Table
-from perf.statistics import verdict
+from perf.statistics import LEAST_REPEATS, verdict
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -174,12 +174,17 @@ def table(result: Mapping[str, Any]) -> RichTable:
     """What was compared, for a terminal."""
     from rich.table import Table as RichTable
 
-    made = RichTable(title=f"B = {result['b']} against A = {result['a']}", title_justify="left")
-    for number, head in enumerate(_HEADS):
-        made.add_column(head, justify="left" if number < 2 else "right")
+    title = f"B = {result['b']} against A = {result['a']}"
+    made = RichTable("measured", "verdict of B", title=title, title_justify="left")
+    for head in ("B / A", "95 % interval"):
+        made.add_column(head, justify="right", no_wrap=True)
     colors = {"faster": "green", "slower": "red"}
-    for row in result["rows"]:
-        made.add_row(*_cells(row), style=colors.get(row["verdict"]))
+    judged = [row for row in result["rows"] if row["verdict"] != "too few repeats"]
+    for row in judged:
+        what, verdict_of_b, _, _, ratio, interval, _ = _cells(row)
+        made.add_row(what, verdict_of_b, ratio, interval, style=colors.get(row["verdict"]))
+    few = len(result["rows"]) - len(judged)
+    made.caption = f"{few} more with fewer than {LEAST_REPEATS} repeats a side: no verdict" if few else None
     return made
 
 

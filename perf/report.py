@@ -109,7 +109,10 @@ def _subtitle(summary: Summary) -> str:
 
 def verdict(summary: Summary) -> list[Line]:
     """Five lines: served against in-process, overhead, answers, faults, whether the run is whole; a sixth on a busy
-    machine."""
+    machine. What a search found, and whether it is whole, where that is what the run was for."""
+    tune = summary.get("tune")
+    if tune and not summary.get("precisions"):
+        return [Line(None, f"{tune['why'][:1].upper()}{tune['why'][1:]}."), _complete_line(summary)]
     lines = [
         _ratio_line(summary),
         _overhead_line(summary),

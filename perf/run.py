@@ -134,7 +134,7 @@ def perf(
 
     Args:
         settings: what to measure; those of the resumed run count where there is one.
-        resume: folder of a run that did not come to its end.
+        resume: folder (or its name) of a run that did not come to its end.
         artifacts: gets perf/<run>/ and, in perf/repositories/, what is served.
         sources: where the models are.
         console: where to say what is done; None = standard output.
@@ -155,16 +155,19 @@ def perf(
     started = time.monotonic()
     if resume is None:
         _check(settings, sources)
+    else:
+        resume = _run_folder(resume, artifacts)
     folder, settings, facts = _open(settings, resume, artifacts)
     spec = load(sources / settings.model / "spec.toml")
     images = _images(spec, settings, artifacts)
     busy = facts["environment"]["other_load"]
     if busy > report.BUSY:
         say.print(f"other programs take {busy:.0%} of this machine's cores: the figures will say little")
+    _keep(folder, settings, facts)
     found, interrupted = _Found(), False
     with _Bar(say) as bar:
         journal = Journal(folder / "points.jsonl", bar.measuring)
-        context = _Context(spec, settings, images, journal, found, facts, artifacts, sources, bar, say)
+        context = _Context(folder, spec, settings, images, journal, found, facts, artifacts, sources, bar, say)
         try:
             for precision in settings.precisions:
                 _measure(context, precision)
@@ -208,7 +211,7 @@ def compare_runs(runs: Sequence[str], artifacts: Path = ROOT / "artifacts", cons
     say = console or Console(highlight=False, soft_wrap=True)
     if len(runs) != 2:
         raise OptionError(f"{len(runs)} runs to compare", fix="name two: invoke perf --compare RUN_A,RUN_B")
-    folders = [path if (path := Path(run)).is_dir() else artifacts / "perf" / run for run in runs]
+    folders = [_run_folder(Path(run), artifacts) for run in runs]
     result = compare.compare(*folders)
     say.print(compare.table(result))
     for path in compare.write(folders[1], result):
@@ -220,6 +223,7 @@ def compare_runs(runs: Sequence[str], artifacts: Path = ROOT / "artifacts", cons
 
 @dataclass(frozen=True)
 class _Context:
+    folder: Path
     spec: Spec
     settings: Settings
     images: Sequence[NDArray[np.uint8]]
@@ -244,7 +248,8 @@ def _measure(context: _Context, precision: str) -> None:
             _tune(context, repository)
             return
         with bench(repository, model, context.images, context.journal, late_ms=settings.slo_ms or None) as one:
-            _same_server(context.facts, one.server.version)
+            _same_model(context.facts, one)
+            _keep(context.folder, settings, context.facts)
             with direct.beside(one.server, model, one.images, one.config) as raw:
                 steps = list(_steps(one, raw, settings, found))
                 bar.begin(precision, sum(step.seconds for step in steps))
@@ -532,6 +537,11 @@ def _check(settings: Settings, sources: Path) -> None:
         raise OptionError(f"there is no model {settings.model!r}", fix=f"there are {models}")
 
 
+def _run_folder(run: Path, artifacts: Path) -> Path:
+    """A run by its folder, or by the folder's name."""
+    return run if run.is_dir() else artifacts / "perf" / run
+
+
 def _open(settings: Settings, resume: Path | None, artifacts: Path) -> tuple[Path, Settings, dict[str, Any]]:
     """The run's folder, its settings, and the facts about the machine that it began with.
 
@@ -542,16 +552,13 @@ def _open(settings: Settings, resume: Path | None, artifacts: Path) -> tuple[Pat
 
     facts = {"environment": environment.capture()}
     if resume is None:
-        folder = artifacts / "perf" / time.strftime("%Y-%m-%dT%H-%M-%S")
-        folder.mkdir(parents=True)
-        (folder / "settings.json").write_text(json.dumps({"settings": asdict(settings), **facts}, indent=2) + "\n")
-        return folder, settings, facts
+        return artifacts / "perf" / time.strftime("%Y-%m-%dT%H-%M-%S"), settings, {**facts, "published": {}}
     try:
         kept = json.loads((resume / "settings.json").read_text())
         kept["settings"]["precisions"] = tuple(kept["settings"]["precisions"])
         settings = Settings(**kept["settings"])
         before, now = kept["environment"], facts["environment"]
-        now["versions"] |= _server(before)  # known once it runs: `_same_server`
+        now["versions"] |= _server(before)  # known once it runs: `_same_model`
         changed = [
             f"{name}: {before[name]} then, {now[name]} now"
             for name in ("cpu", "cores_allowed", "gpus", "versions")
@@ -569,7 +576,13 @@ def _open(settings: Settings, resume: Path | None, artifacts: Path) -> tuple[Pat
             why="its figures and new ones would not be of one kind",
             fix="start a new run, and compare the two: invoke perf --compare RUN_A,RUN_B",
         )
-    return resume, settings, {"environment": before}
+    return resume, settings, {"environment": before, "published": kept["published"]}
+
+
+def _keep(folder: Path, settings: Settings, facts: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"settings": asdict(settings), **facts}, indent=2) + "\n"
+    (folder / "settings.json").write_text(text)
 
 
 def _server(environment: Mapping[str, Any]) -> dict[str, str]:
@@ -577,12 +590,18 @@ def _server(environment: Mapping[str, Any]) -> dict[str, str]:
     return {name: version for name, version in environment["versions"].items() if name == "tritonserver"}
 
 
-def _same_server(facts: dict[str, Any], version: str) -> None:
-    """Notes the server's version, or raises where the run began with another one."""
-    before = facts["environment"]["versions"].setdefault("tritonserver", version)
-    if before != version:
+def _same_model(facts: dict[str, Any], one: Bench) -> None:
+    """Notes what is served by what, or raises where the run began with something else."""
+    versions, published = facts["environment"]["versions"], facts["published"]
+    version, manifest = one.server.version, one.config.manifest_sha256
+    changed = []
+    if versions.setdefault("tritonserver", version) != version:
+        changed.append(f"tritonserver {versions['tritonserver']}, but this one is {version}")
+    if published.setdefault(one.precision, manifest) != manifest:
+        changed.append(f"another {one.precision} model than the one that is published now")
+    if changed:
         raise PerfError(
-            f"this run began with tritonserver {before}, but this one is {version}",
+            f"this run began with {' and '.join(changed)}",
             why="its figures and new ones would not be of one kind",
             fix="start a new run",
         )
@@ -599,7 +618,7 @@ def _summary(run: str, settings: Settings, facts: dict[str, Any], found: _Found)
         "quick": settings.quick,
         "complete": not found.problems,
         "problems": found.problems,
-        **facts,
+        "environment": facts["environment"],
         "settings": asdict(settings),
         "served_ratio": first.get("served_ratio", {}),
         "precisions": precisions,

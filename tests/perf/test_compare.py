@@ -124,7 +124,7 @@ def test_it_is_written_for_people(save: Save, tmp_path: Path) -> None:
     screen = io.StringIO()
     Console(file=screen, width=140).print(compare.table(result))
     assert "slower" in screen.getvalue()
-    assert "too few repeats" in screen.getvalue()
+    assert "a side: no verdict" in screen.getvalue()
 
 
 def test_folders_that_hold_no_whole_run_are_explained(save: Save, tmp_path: Path) -> None:

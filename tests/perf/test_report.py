@@ -49,6 +49,14 @@ def test_a_busy_machine_is_said() -> None:
     assert report.verdict(summary)[-1].text.startswith("Other programs kept 0.9 of 2 cores busy")
 
 
+def test_a_search_says_what_it_found() -> None:
+    whole = example_run.summary()
+    summary = {name: whole[name] for name in ("run", "model", "complete", "tune")}
+    first, last = report.verdict(summary)
+    assert first.text.lower().startswith(whole["tune"]["why"].lower())
+    assert last.good
+
+
 class Page(HTMLParser):
     """Tags that are still open, ids, and whatever the page would load."""
 

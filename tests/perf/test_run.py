@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,6 +191,7 @@ def test_settings_that_make_no_sense(settings: Settings, complaint: str, tmp_pat
 def test_a_folder_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no pictures"):
         run.perf(Settings(images=str(tmp_path / "none")), artifacts=tmp_path / "artifacts", console=quiet())
+    assert not (tmp_path / "artifacts").exists()
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
@@ -199,19 +201,26 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 def test_a_run_of_another_machine(tmp_path: Path) -> None:
     folder, _, facts = run._open(QUICK, None, tmp_path)
-    environment = {**facts["environment"], "cpu": "another one"}
-    settings = dataclasses.asdict(QUICK)
-    (folder / "settings.json").write_text(json.dumps({"settings": settings, "environment": environment}))
+    facts["environment"]["cpu"] = "another one"
+    run._keep(folder, QUICK, facts)
     with pytest.raises(PerfError, match=r"(?s)cannot be resumed: cpu: another one then.*start a new run"):
         run.perf(QUICK, resume=folder, artifacts=tmp_path, console=quiet())
 
 
-def test_a_run_of_another_server() -> None:
-    facts: dict[str, Any] = {"environment": {"versions": {}}}
-    run._same_server(facts, "2.51.0")
-    run._same_server(facts, "2.51.0")
+def bench_of(version: str, manifest: str) -> Any:
+    return SimpleNamespace(
+        server=SimpleNamespace(version=version), config=SimpleNamespace(manifest_sha256=manifest), precision="fp32"
+    )
+
+
+def test_a_run_of_another_server_or_model() -> None:
+    facts: dict[str, Any] = {"environment": {"versions": {}}, "published": {}}
+    run._same_model(facts, bench_of("2.51.0", "ab"))
+    run._same_model(facts, bench_of("2.51.0", "ab"))
     with pytest.raises(PerfError, match=r"(?s)began with tritonserver 2\.51\.0, but this one is 2\.60\.0.*new run"):
-        run._same_server(facts, "2.60.0")
+        run._same_model(facts, bench_of("2.60.0", "ab"))
+    with pytest.raises(PerfError, match=r"began with another fp32 model"):
+        run._same_model(facts, bench_of("2.51.0", "cd"))
 
 
 def test_two_runs_are_needed_for_a_comparison(tmp_path: Path) -> None:
