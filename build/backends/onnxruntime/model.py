@@ -170,7 +170,7 @@ def _check_contract(session, config):
 
 
 def _check_threshold(name, values):
-    # Not by NumPy: for the one value of most requests its operators cost ten times as much.
+    # Not by NumPy: for the one value of most requests its operators cost six times as much.
     values = values.ravel().tolist()
     if not all(0 <= value <= 1 for value in values):  # false for NaN as well
         raise _RefusedError(f"{name} must lie in 0..1, got {values}")
