@@ -316,7 +316,7 @@ def _measure(url: str, model: str, data: Path, load: Load, seconds: float, memor
         command += ["-p", str(window), "-s", "1000000", "-r", str(_MOST_WINDOWS)]
         command += _options(load, _WINDOWS * window_s, folder)
         with _region_names(load):
-            output, code = _execute(command, _environment(folder), seconds, memory_gib)
+            output, code = _execute(command, program_environment(folder), seconds, memory_gib)
         if code != 0 or not report.is_file():
             raise _failure(output, code, url, model, load)
         row = _only_row(report)
@@ -434,7 +434,7 @@ def _steady(counts: Sequence[float], seconds: Sequence[float], load: Load) -> bo
     return max(rates) - min(rates) <= _STEADY * sum(rates) / len(rates) + chance / length
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def program_environment(folder: Path) -> dict[str, str]:
     """The wheel's program does not bring its libraries; the server's wheel has them, under other names."""
     environment = dict(os.environ)
     spec = importlib.util.find_spec("pytriton")

@@ -58,7 +58,7 @@ def perf_analyzer() -> str:
         with tempfile.TemporaryDirectory(prefix="ssd-perf-") as folder:
             done = subprocess.run(
                 [analyzer.find_perf_analyzer(), "--version"],
-                env=analyzer._environment(Path(folder)),
+                env=analyzer.program_environment(Path(folder)),
                 capture_output=True,
                 text=True,
                 timeout=20,

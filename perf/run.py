@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build.errors import DataError, OptionError, SSDError
+from build.errors import DataError, OptionError, ServeError, SSDError
 from perf import direct, report, scenarios
 from perf.analyzer import Load, PerfError
 from perf.bench import PICTURES, Bench, bench
@@ -238,7 +238,7 @@ class _Context:
 
 def _measure(context: _Context, precision: str) -> None:
     """Everything that needs a server of one precision; what goes wrong is noted and ends no more than it must."""
-    settings, found, bar = context.settings, context.found, context.bar
+    settings, bar = context.settings, context.bar
     model = context.spec.model.name
     try:
         bar.begin(f"{precision}: publishing", None)
@@ -251,7 +251,7 @@ def _measure(context: _Context, precision: str) -> None:
             _same_model(context.facts, one)
             _keep(context.folder, settings, context.facts)
             with direct.beside(one.server, model, one.images, one.config) as raw:
-                steps = list(_steps(one, raw, settings, found))
+                steps = list(_steps(context, one, raw))
                 bar.begin(precision, sum(step.seconds for step in steps))
                 for step in steps:
                     if not _step(context, step):
@@ -274,13 +274,14 @@ def _step(context: _Context, step: _Step) -> bool:
 
 def _note(context: _Context, what: str, error: SSDError) -> None:
     problem = error.what.splitlines()[0]
-    if any(problem in known for known in context.found.problems):
-        return  # the step has said it
+    if isinstance(error, ServeError) and any(problem in known for known in context.found.problems):
+        return  # the step that found the server gone has said it
     context.say.print(f"{what}: {error}", markup=False)
     context.found.problems.append(f"{what}: {problem}")
 
 
-def _steps(one: Bench, raw: direct.Direct, settings: Settings, found: _Found) -> Iterator[_Step]:
+def _steps(context: _Context, one: Bench, raw: direct.Direct) -> Iterator[_Step]:
+    settings, found = context.settings, context.found
     size = settings.size
     base = WAYS["shm"]
     fixed = 0.4  # of starting perf_analyzer, checking answers and sampling
@@ -289,7 +290,12 @@ def _steps(one: Bench, raw: direct.Direct, settings: Settings, found: _Found) ->
         def work() -> None:
             for repeat in range(size.repeats):
                 for load in loads:
-                    found.add(series, one, load, one.point(series, load, seconds=seconds, repeat=repeat))
+                    try:
+                        record = one.point(series, load, seconds=seconds, repeat=repeat)
+                    except PerfError as error:  # of this load; a server that is gone is a ServeError
+                        _note(context, f"{series}, {load}", error)
+                    else:
+                        found.add(series, one, load, record)
 
         return _Step(series, size.repeats * len(loads) * (seconds + fixed), work)
 

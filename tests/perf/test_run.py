@@ -18,8 +18,8 @@ from rich.console import Console
 
 from build.errors import DataError, OptionError
 from build.serve import TritonServer
-from perf import run
-from perf.analyzer import PerfError
+from perf import bench, run
+from perf.analyzer import Load, PerfError, Point
 from perf.run import Settings, Size
 
 TINY = Size(1, 0.3, 1, 0.3, 1, (1, 4), (4,), (0.5,), protocols=False, searches=False)
@@ -170,6 +170,24 @@ def test_a_killed_server_leaves_a_partial_report(
     whole: dict[str, Any] = run.perf(QUICK, resume=folder, artifacts=tmp_path, console=quiet())
     assert whole["complete"]
     assert whole["precisions"]["fp32"]["ratio_rounds"] == summary["precisions"]["fp32"]["ratio_rounds"]
+
+
+@pytest.mark.triton
+@pytest.mark.slow
+def test_a_load_that_fails_costs_no_other(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = bench.run
+
+    def fail_at_batches(url: str, model: str, data: Path, load: Load, **options: Any) -> Point:
+        if load.batch_size > 1:
+            raise PerfError("perf_analyzer gave no figures", why="a test says so")
+        return measure(url, model, data, load, **options)
+
+    monkeypatch.setattr(bench, "run", fail_at_batches)
+    with pytest.raises(PerfError, match="not everything was measured: batch, 2 clients, batch 4, HTTP"):
+        run.perf(QUICK, artifacts=tmp_path, console=quiet())
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert set(summary["series"]) == {"concurrency", "rate"}
+    assert len(summary["problems"]) == 1
 
 
 @pytest.mark.parametrize(
