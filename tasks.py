@@ -48,12 +48,6 @@ def _path(text: str) -> Path | None:
     return Path(text) if text else None
 
 
-def _map(ground_truth: dict[str, Any], detections: list[dict[str, Any]]) -> float:
-    from build.evaluate import evaluate
-
-    return evaluate(ground_truth, detections).map
-
-
 def _need(c: Context, module: str, group: str) -> None:
     """Installs a group of pyproject.toml from its lock when its tools are not there yet."""
     if importlib.util.find_spec(module) is None:
@@ -95,6 +89,7 @@ def build_engines(
 ) -> None:
     """models/*/ → model_repository/: attach front and SSDNMS, build, pass the gate, publish atomically."""
     from build import pipeline
+    from build.evaluate import mean_average_precision
 
     if rollback:
         pipeline.rollback(model, repository=REPOSITORY)
@@ -106,7 +101,7 @@ def build_engines(
             force,
             REPOSITORY,
             artifacts=ARTIFACTS,
-            judge=_map,
+            judge=mean_average_precision,
             calibration=calibration,
         )
 
@@ -151,10 +146,11 @@ def perf(
 def verify(c: Context, model: str = "", count: int = 0) -> None:
     """What is served, against ONNX Runtime on real pictures: parity, row invariance, repeatability, mAP."""
     from build import pipeline
+    from build.evaluate import mean_average_precision
     from build.verify import PICTURES
 
     for report in pipeline.verify_published(
-        _models(model), REPOSITORY, artifacts=ARTIFACTS, judge=_map, count=count or PICTURES
+        _models(model), REPOSITORY, artifacts=ARTIFACTS, judge=mean_average_precision, count=count or PICTURES
     ):
         report.require()
 

@@ -50,6 +50,11 @@ def evaluate(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]])
     return accuracy(judge(ground_truth, detections))
 
 
+def mean_average_precision(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> float:
+    """COCO's mAP@[.5:.95] alone, as the gate asks for it (build/verify.py: Judge)."""
+    return evaluate(ground_truth, detections).map
+
+
 def judge(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> COCOeval:
     """The arguments of `evaluate` → pycocotools' COCOeval after its work, with every match of every picture in it.
 

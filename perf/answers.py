@@ -26,9 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from build.errors import ServeError
 from build.verify import Tolerance, onnxruntime_runner, tolerance
-from perf.direct import feeds, thresholds
+from perf.direct import feeds, served_file, thresholds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,24 +82,19 @@ def expected_answers(folder: Path, config: ModelConfig, images: Sequence[NDArray
     """
     within = tolerance(config.runtime, config.precision)
     requests = feeds(images, thresholds(config))
-    if (folder / "model.onnx").is_file():
+    path = served_file(folder)
+    if path.suffix == ".onnx":
         import onnx
 
-        run = onnxruntime_runner(onnx.load(folder / "model.onnx"))
+        run = onnxruntime_runner(onnx.load(path))
         answers = [run(request) for request in requests]
-    elif (folder / "model.plan").is_file():
+    else:
         from build.engine import PLUGIN
         from build.plan import Plan
 
         engine = json.loads((folder / "manifest.json").read_bytes())["engine"]
-        with Plan(folder / "model.plan", engine, plugin=PLUGIN) as plan:
+        with Plan(path, engine, plugin=PLUGIN) as plan:
             answers = [plan(request) for request in requests]
-    else:
-        raise ServeError(
-            f"{folder} holds neither model.onnx nor model.plan",
-            why="the server serves another folder, or the version was removed",
-            fix="publish the model again: invoke build-engines",
-        )
     rows = tuple({name: array[0] for name, array in answer.items()} for answer in answers)
     return Expected(rows, within, config.max_batch_size)
 

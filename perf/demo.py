@@ -46,6 +46,7 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     from perf.bench import PICTURES, bench
     from perf.environment import machine, versions
     from perf.journal import Journal
+    from perf.run import short
     from perf.served_accuracy import evaluate_served
 
     console = Console(highlight=False, soft_wrap=True)
@@ -89,8 +90,8 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     console.print(_table(summary))
     console.print(f"done in {time.monotonic() - started:.0f} s; where to look next:")
-    console.print(f"  {_short(out / 'detections.png')}   what it sees: {DRAWN} held-out scenes with boxes")
-    console.print(f"  {_short(out / 'summary.json')}     these figures, for machines")
+    console.print(f"  {short(out / 'detections.png')}   what it sees: {DRAWN} held-out scenes with boxes")
+    console.print(f"  {short(out / 'summary.json')}     these figures, for machines")
     console.print(
         "  ./invoke serve                   keep it running; then: .venv/bin/python -m ssd_client IMAGE --out DIR"
     )
@@ -153,7 +154,3 @@ def _table(summary: dict[str, Any]) -> Table:
     said = f"{ratio['shm']:.2f} shared memory, {ratio['grpc']:.2f} gRPC, {ratio['http']:.2f} HTTP"
     table.add_row(f"served / in process, {CLIENTS} clients", said)
     return table
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

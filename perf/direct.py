@@ -131,9 +131,10 @@ def beside(
     triton = server.model_config(model)
     instances, threads = split(triton)
     with contextlib.ExitStack() as closing:
-        if (folder / "model.onnx").is_file():
-            yield fastest(folder / "model.onnx", requests, instances, threads, clients=clients, options=options)
-        elif (folder / "model.plan").is_file():
+        path = served_file(folder)
+        if path.suffix == ".onnx":
+            yield fastest(path, requests, instances, threads, clients=clients, options=options)
+        else:
             from build import repository
             from build.engine import PLUGIN
             from build.plan import Plan
@@ -141,18 +142,28 @@ def beside(
             _, manifest = repository.served(server.repository, model)
             graphs = bool(triton.get("optimization", {}).get("cuda", {}).get("graphs"))
             plans = [
-                closing.enter_context(
-                    Plan(folder / "model.plan", manifest["engine"], plugin=PLUGIN, cuda_graphs=graphs)
-                )
+                closing.enter_context(Plan(path, manifest["engine"], plugin=PLUGIN, cuda_graphs=graphs))
                 for _ in range(instances)
             ]
             yield Direct(plans, requests, clients=clients)
-        else:
-            raise ServeError(
-                f"{folder} holds neither model.onnx nor model.plan",
-                why="the server serves another folder, or the version was removed",
-                fix="publish the model again: invoke build-engines",
-            )
+
+
+def served_file(folder: Path) -> Path:
+    """The model.onnx or model.plan of a served version.
+
+    Raises:
+        ServeError: its folder holds neither.
+    """
+    from build.repository import MODEL_FILE
+
+    for name in MODEL_FILE.values():
+        if (folder / name).is_file():
+            return folder / name
+    raise ServeError(
+        f"{folder} holds neither model.onnx nor model.plan",
+        why="the server serves another folder, or the version was removed",
+        fix="publish the model again: invoke build-engines",
+    )
 
 
 def fastest(

@@ -181,11 +181,15 @@ def _torch(spec: Spec, images: NDArray[Any], threads: int, *, compiled: bool) ->
         torch.compiler.reset()  # it gives up, silently, after compiling the same code for a few batch sizes
         run = torch.compile(network, dynamic=False, options={"freezing": True})
 
+    return Peer(_clocked(_inferring(torch, run, pixels)), note)
+
+
+def _inferring(torch: Any, network: Callable[[Any], object], pixels: Any) -> Callable[[], None]:
     def once() -> None:
         with torch.inference_mode():
-            run(pixels)
+            network(pixels)
 
-    return Peer(_clocked(once), note)
+    return once
 
 
 def _clocked(run: Callable[[], object]) -> Callable[[], float]:
@@ -322,11 +326,7 @@ def _torch_cuda(spec: Spec, images: NDArray[Any]) -> Peer:
     network, note = network_of(spec)
     network, pixels = network.cuda(), torch.from_numpy(images).cuda()
 
-    def once() -> None:
-        with torch.inference_mode():
-            network(pixels)
-
-    return Peer(_by_events(torch, once), _gpu_note(torch, note))
+    return Peer(_by_events(torch, _inferring(torch, network, pixels)), _gpu_note(torch, note))
 
 
 def _torch_tensorrt(spec: Spec, images: NDArray[Any]) -> Peer:
@@ -339,11 +339,7 @@ def _torch_tensorrt(spec: Spec, images: NDArray[Any]) -> Peer:
     pixels = torch.from_numpy(images).cuda()
     compiled = torch_tensorrt.compile(network.cuda(), ir="dynamo", inputs=[pixels])
 
-    def once() -> None:
-        with torch.inference_mode():
-            compiled(pixels)
-
-    return Peer(_by_events(torch, once), _gpu_note(torch, note))
+    return Peer(_by_events(torch, _inferring(torch, compiled, pixels)), _gpu_note(torch, note))
 
 
 def _onnxruntime_cuda(spec: Spec, images: NDArray[Any]) -> Peer:

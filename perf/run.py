@@ -111,6 +111,11 @@ class _Found:
     def add(self, series: str, one: Bench, load: Load, record: dict[str, Any]) -> None:
         self.records.setdefault(series, {}).setdefault((one.precision, load), []).append(record)
 
+    def of(self, precision: str) -> dict[str, Any]:
+        """What the summary says of a precision."""
+        found: dict[str, Any] = self.summary.setdefault("precisions", {}).setdefault(precision, {})
+        return found
+
     def rows(self, series: str) -> list[dict[str, Any]]:
         return [aggregate(records, precision) for (precision, _), records in self.records.get(series, {}).items()]
 
@@ -184,9 +189,9 @@ def perf(
     for line in report.verdict(summary):
         say.print(f"{_MARKS[line.good]} {line.text}", markup=False)
     reused = f", {journal.reused} measurements from before" if journal.reused else ""
-    say.print(f"{_short(folder)}: report.html, report.md, summary.json ({time.monotonic() - started:.0f} s{reused})")
+    say.print(f"{short(folder)}: report.html, report.md, summary.json ({time.monotonic() - started:.0f} s{reused})")
     if interrupted:
-        say.print(f"go on with: invoke perf --resume {_short(folder)}")
+        say.print(f"go on with: invoke perf --resume {short(folder)}")
         raise KeyboardInterrupt
     _require(summary, folder)
     return summary
@@ -215,7 +220,7 @@ def compare_runs(runs: Sequence[str], artifacts: Path = ROOT / "artifacts", cons
     result = compare.compare(*folders)
     say.print(compare.table(result))
     for path in compare.write(folders[1], result):
-        say.print(_short(path), markup=False)
+        say.print(short(path), markup=False)
 
 
 # -- one precision -----------------------------------------------------------------------------------------------------
@@ -317,7 +322,7 @@ def _steps(context: _Context, one: Bench, raw: direct.Direct) -> Iterator[_Step]
 
     def rates() -> None:
         # What 4 clients got: of the ratio's rounds, as everything else that hangs on it.
-        measured = found.summary.get("precisions", {}).get(one.precision, {}).get("served_ips")
+        measured = found.of(one.precision).get("served_ips")
         if measured is None:
             raise PerfError("no rates without the throughput to take shares of", why="it could not be measured")
         capacity = measured["shm"]
@@ -338,7 +343,7 @@ def _steps(context: _Context, one: Bench, raw: direct.Direct) -> Iterator[_Step]
 
 
 def _ratio(one: Bench, raw: direct.Direct, size: Size, found: _Found) -> None:
-    into = found.summary.setdefault("precisions", {}).setdefault(one.precision, {})
+    into = found.of(one.precision)
     into |= served_ratio(one, raw, rounds=size.rounds, seconds=size.ratio_seconds)
 
 
@@ -392,12 +397,12 @@ def _ratio_of_batches(one: Bench, size: Size, found: _Found) -> None:
     batch = min(BATCH, one.config.max_batch_size)
     with direct.beside(one.server, one.model, one.images, one.config, batch_size=batch) as raw:
         ratio = served_ratio(one, raw, rounds=size.rounds, seconds=size.ratio_seconds)
-    found.summary["precisions"][one.precision]["batches"] = {"batch_size": batch, **ratio}
+    found.of(one.precision)["batches"] = {"batch_size": batch, **ratio}
 
 
 def _single(one: Bench, raw: direct.Direct, size: Size, found: _Found) -> None:
-    into = found.summary.setdefault("precisions", {}).setdefault(one.precision, {})
-    into["single_stream"] = single_stream(one, raw, rounds=size.single_rounds, seconds=size.ratio_seconds)
+    single = single_stream(one, raw, rounds=size.single_rounds, seconds=size.ratio_seconds)
+    found.of(one.precision)["single_stream"] = single
 
 
 def single_stream(one: Bench, raw: direct.Direct, *, rounds: int, seconds: float) -> dict[str, Any]:
@@ -451,7 +456,7 @@ def publish(spec: Spec, precision: str, artifacts: Path, sources: Path = ROOT / 
     from rich.console import Console
 
     from build import pipeline
-    from build.evaluate import evaluate
+    from build.evaluate import mean_average_precision
 
     repository = artifacts / "perf" / "repositories" / precision
     repository.mkdir(parents=True, exist_ok=True)
@@ -461,7 +466,7 @@ def publish(spec: Spec, precision: str, artifacts: Path, sources: Path = ROOT / 
         repository=repository,
         sources=sources,
         artifacts=artifacts,
-        judge=lambda truth, detections: evaluate(truth, detections).map,
+        judge=mean_average_precision,
         console=Console(quiet=True),
     )
     return repository
@@ -644,7 +649,7 @@ def _write(folder: Path, summary: dict[str, Any]) -> None:
 
 def _require(summary: dict[str, Any], folder: Path) -> None:
     """Raises where answers were wrong or missing, or something could not be measured."""
-    where = _short(folder)
+    where = short(folder)
     answers = summary["answers"] or {}
     if answers.get("wrong") or answers.get("dropped"):
         raise PerfError(
@@ -705,5 +710,6 @@ class _Bar:
             self._task = None
 
 
-def _short(path: Path) -> str:
+def short(path: Path) -> str:
+    """A path as somebody in the current folder would type it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

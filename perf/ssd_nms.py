@@ -37,14 +37,10 @@ def measure(runs: int = 200) -> dict[str, Any]:
 
 def _timed(inputs: dict[str, NDArray[np.float32]], threshold: float, runs: int) -> dict[str, Any]:
     import numpy as np
-    import onnxruntime
 
-    from perf.direct import own_options
+    from build import audit
 
-    model = model_of(Nms(score_threshold=threshold, topk_per_class=200))
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), own_options(1), providers=["CPUExecutionProvider"]
-    )
+    session = audit.session(model_of(Nms(score_threshold=threshold, topk_per_class=200)), 1)
     times = []
     for number in range(-5, runs):  # the first ones allocate
         begun = time.perf_counter()

@@ -27,6 +27,7 @@ from models.shapes.scenes import scene
 from perf import answers
 from perf.analyzer import Load, Point, run, write_input
 from perf.answers import AnswerCheck, Expected, difference, expected_answers, faults
+from tests.perf import faulty
 
 WITHIN = tolerance("onnxruntime", "fp32")
 
@@ -109,36 +110,7 @@ def test_another_number_and_leftovers() -> None:
 
 # -- under load --------------------------------------------------------------------------------------------------------
 
-# Appended to a published model.py: what ONNX Runtime answers is spoilt, or comes late.
-SPOILT = """
-
-import time
-
-
-class _Spoilt:
-    def __init__(self, session):
-        self.session = session
-
-    def run(self, names, feeds):
-        arrays = self.session.run(names, feeds)
-        {fault}
-        return arrays
-
-
-class TritonPythonModel(TritonPythonModel):
-    def initialize(self, args):
-        super().initialize(args)
-        self._session = _Spoilt(self._session)
-"""
-FAULTY = {
-    "swaps": "arrays = [array[[1, 0, *range(2, len(array))]] if len(array) > 1 else array for array in arrays]",
-    # All instances count together, by the length of a file.
-    "stalls": """with open(__file__ + ".count", "ab") as file:
-            file.write(b".")
-            count = file.tell()
-        if count % 100 == 0:
-            time.sleep(0.05)""",
-}
+FAULTY = {"swaps": faulty.SWAP, "stalls": faulty.stall(100, 0.05)}
 
 
 def copy_model(repository: Path, target: Path, name: str, fault: str) -> None:
@@ -146,8 +118,7 @@ def copy_model(repository: Path, target: Path, name: str, fault: str) -> None:
     shutil.copytree(repository / "shapes", target / name)
     for path in (target / name).rglob("config.pbtxt"):
         path.write_text(path.read_text().replace('name: "shapes"', f'name: "{name}"', 1))
-    backend = next((target / name).glob("*/model.py"))
-    backend.write_text(backend.read_text() + SPOILT.format(fault=fault))
+    faulty.spoil(target / name, fault)
 
 
 @pytest.fixture(scope="module")

@@ -21,32 +21,13 @@ from build.serve import TritonServer
 from perf import bench, run
 from perf.analyzer import Load, PerfError, Point
 from perf.run import Settings, Size
+from tests.perf import faulty
 
 TINY = Size(1, 0.3, 1, 0.3, 1, (1, 4), (4,), (0.5,), protocols=False, searches=False)
 QUICK = Settings(quick=True)
 
-# Appended to a published model.py: what ONNX Runtime answers is spoilt, or comes late.
-SPOILT = """
-
-class _Spoilt:
-    def __init__(self, session):
-        self.session, self.count = session, 0
-
-    def run(self, names, feeds):
-        arrays = self.session.run(names, feeds)
-        self.count += 1
-        {fault}
-        return arrays
-
-
-class TritonPythonModel(TritonPythonModel):
-    def initialize(self, args):
-        super().initialize(args)
-        self._session = _Spoilt(self._session)
-"""
-SWAP = "arrays = [array[[1, 0, *range(2, len(array))]] if len(array) > 1 else array for array in arrays]"
 # More and longer ones than in test_answers.py, so that a busy machine does not hide them.
-STALL = "self.count % 20 or __import__('time').sleep(0.15)"
+STALL = faulty.stall(20, 0.15)
 
 
 @pytest.fixture
@@ -60,8 +41,7 @@ def published(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def spoil(published: Path, fault: str) -> None:
-    for path in published.glob("shapes/*/model.py"):
-        path.write_text(path.read_text() + SPOILT.format(fault=fault))
+    faulty.spoil(published / "shapes", fault)
     for config in published.rglob("config.pbtxt"):  # one instance: every request counts
         config.write_text(config.read_text().replace("count: 2", "count: 1"))
 
@@ -112,7 +92,7 @@ def test_a_run_and_its_resumption(published: Path, tmp_path: Path) -> None:
 @pytest.mark.triton
 @pytest.mark.slow
 def test_wrong_answers_fail_the_run(published: Path, tmp_path: Path) -> None:
-    spoil(published, SWAP)
+    spoil(published, faulty.SWAP)
     with pytest.raises(PerfError, match=r"(?s)checked answers were wrong.*rows were swapped.*report\.html"):
         run.perf(QUICK, artifacts=tmp_path, console=quiet())
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())

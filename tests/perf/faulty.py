@@ -1,0 +1,44 @@
+"""Published models whose backend is spoilt: what a load run has to notice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# Appended to a published model.py: what ONNX Runtime answers is spoilt, or comes late.
+SPOILT = """
+
+import time
+
+
+class _Spoilt:
+    def __init__(self, session):
+        self.session = session
+
+    def run(self, names, feeds):
+        arrays = self.session.run(names, feeds)
+        {fault}
+        return arrays
+
+
+class TritonPythonModel(TritonPythonModel):
+    def initialize(self, args):
+        super().initialize(args)
+        self._session = _Spoilt(self._session)
+"""
+
+SWAP = "arrays = [array[[1, 0, *range(2, len(array))]] if len(array) > 1 else array for array in arrays]"
+
+
+def spoil(model: Path, fault: str) -> None:
+    """Puts `fault` into the backend of every version in a published model's folder."""
+    for path in model.glob("*/model.py"):
+        path.write_text(path.read_text() + SPOILT.format(fault=fault))
+
+
+def stall(requests: int, seconds: float) -> str:
+    """A fault: so many seconds more, once in so many requests of all instances together, by the length of a file."""
+    return f"""with open(__file__ + ".count", "ab") as file:
+            file.write(b".")
+            count = file.tell()
+        if count % {requests} == 0:
+            time.sleep({seconds})"""
