@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import audit, datasets, engine, graph, implicit, plan, ssd_nms, verify
+from build import audit, backend, datasets, engine, graph, implicit, plan, ssd_nms, verify
 from build import repository as store
 from build.errors import GraphError, OptionError, RuntimeUnavailableError, SpecError, VerifyError
 from build.spec import Spec, load
@@ -404,6 +404,11 @@ def _build(
         f"({precision}, {runtime}, instances x threads: {serving['instances']} x {serving['threads']})",
         markup=False,
     )
+    if not here:
+        chosen = backend.choose(spec.serving.backend)
+        say.print(f"{name}: served by the backend {chosen.name}: {chosen.why}", markup=False)
+        if chosen.name == backend.PYTHON and spec.serving.backend == "auto":
+            say.print(f"{name}: {backend.SLOWER}", markup=False)
     return version
 
 

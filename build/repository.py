@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from build import datasets, implicit, ssd_nms
+from build import backend, datasets, implicit, ssd_nms
 from build.errors import PublishError
 from build.spec import Spec
 
@@ -34,15 +34,9 @@ CONFIG, MANIFEST, LABELS = "config.pbtxt", "manifest.json", "labels.txt"
 MODEL_FILE = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 
 _ROOT = Path(__file__).resolve().parent.parent
-_BACKEND = Path("build/backends/onnxruntime/model.py")
 # A change in one of these can change what is published.
-_BUILDERS = {
-    runtime: tuple(map(Path, ("build/graph.py", "build/ssd_nms.py", "build/repository.py", *own)))
-    for runtime, own in {
-        "onnxruntime": (_BACKEND,),
-        "tensorrt": ("build/engine.py", "build/tensorrt_compat.py"),
-    }.items()
-}
+_BUILDERS = tuple(map(Path, ("build/graph.py", "build/ssd_nms.py", "build/repository.py")))
+_ENGINEERS = tuple(map(Path, ("build/engine.py", "build/tensorrt_compat.py")))
 _TYPERS = tuple(map(Path, ("build/precision.py", "build/quantize.py", "build/datasets.py")))
 _CALIBRATORS = (Path("build/implicit.py"), Path("build/datasets.py"))
 _TOOLS = ("onnx", "onnxscript", "onnxruntime")
@@ -58,19 +52,29 @@ def recipe(spec: Spec, precision: str, runtime: str, calibration: str = "explici
 
     Returns:
         The first part of manifest.json: SHA-256 of every input file by its name, tool versions, precision, runtime, the
-        way and method of the calibration where there is one, and the instances and threads chosen for this machine.
+        way and method of the calibration where there is one, and the instances, threads and backend chosen for this
+        machine.
 
     Raises:
         PublishError: an input cannot be read.
+        RuntimeUnavailableError: the spec asks for a backend that cannot be had here.
     """
     sources = [spec.path, spec.labels_path, spec.anchors_path]
     sources += sorted(spec.onnx_path.parent.glob(f"{spec.onnx_path.name}*"))  # with the files of its external data
     instances, threads = _instances_and_threads(spec, runtime)
     method = implicit.method_of(spec) if calibration == "implicit" else spec.quantization.calibrator
+    serving: dict[str, Any] = {"instances": instances, "threads": threads}
+    builders = _BUILDERS
+    if precision not in ("fp32", "tf32"):
+        builders += _CALIBRATORS if calibration == "implicit" else _TYPERS
+    if runtime == "tensorrt":
+        builders += _ENGINEERS
+    else:
+        chosen = backend.choose(spec.serving.backend)
+        serving["backend"] = chosen.name
+        builders += tuple(path.relative_to(_ROOT) for path in chosen.sources)
     try:
         inputs = {path.name: _sha256(path) for path in sources}
-        typers = _CALIBRATORS if calibration == "implicit" else _TYPERS
-        builders = _BUILDERS[runtime] + (() if precision in ("fp32", "tf32") else typers)
         inputs |= {str(path): _sha256(_ROOT / path) for path in builders}
         if precision in ("int8", "fp8"):
             inputs |= datasets.digest(spec)
@@ -83,7 +87,7 @@ def recipe(spec: Spec, precision: str, runtime: str, calibration: str = "explici
         "runtime": runtime,
         "inputs": inputs,
         "tools": {name: importlib.metadata.version(name) for name in _TOOLS} | {"python": platform.python_version()},
-        "serving": {"instances": instances, "threads": threads},
+        "serving": serving,
         **({"calibration": {"way": calibration, "method": method}} if precision in ("int8", "fp8") else {}),
     }
 
@@ -130,7 +134,7 @@ def config(spec: Spec, version: int, precision: str, runtime: str, manifest_sha2
     if runtime == "tensorrt":
         _serve_with_tensorrt(made, spec, instances)
     else:
-        made.backend = "python"
+        made.backend = backend.choose(spec.serving.backend).name
         made.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances)
         parameters["threads"] = str(threads)
     for name, value in parameters.items():
@@ -253,7 +257,7 @@ def publishing(
         yield version
         files = {MODEL_FILE[runtime]: model.read_bytes(), LABELS: spec.labels_path.read_bytes()}
         if runtime == "onnxruntime":
-            files[_BACKEND.name] = (_ROOT / _BACKEND).read_bytes()
+            files |= {name: path.read_bytes() for name, path in backend.choose(spec.serving.backend).files.items()}
         manifest = {
             **recipe(spec, precision, runtime, calibration),
             **facts,

@@ -175,6 +175,7 @@ class Serving(Table):
     max_batch_size: int = _key(32, low=1, high=4096)
     instances: int = _key(0, low=0, high=1024)
     threads: int = _key(0, low=0, high=1024)
+    backend: str = _key("auto", choices=("auto", "ssd_onnxruntime", "python"))
     dynamic_batching: str = _key("auto", choices=("auto", "on", "off"))
     max_queue_size: int = _key(256, low=0, high=2**31 - 1)
     queue_timeout_ms: int = _key(1000, low=0, high=2**31 - 1)

@@ -190,7 +190,7 @@ def fastest(
     total = instances * threads
     found = {
         sessions: Direct(
-            [_session(path, total // sessions, options or own_options) for _ in range(sessions)],
+            _sessions(path, sessions, total // sessions, options or own_options),
             requests,
             threads=total // sessions,
             clients=clients,
@@ -212,6 +212,13 @@ def own_options(threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return options
+
+
+def _sessions(path: Path, count: int, threads: int, options: Options) -> list[Runner]:
+    """As many as may run at once. Those of one thread run in their callers' threads: one session serves them all."""
+    if threads == 1:
+        return [_session(path, threads, options)] * count
+    return [_session(path, threads, options) for _ in range(count)]
 
 
 def _session(path: Path, threads: int, options: Options) -> Runner:

@@ -34,7 +34,12 @@ PARTS = {
     "server_output": "compute output",
     "client_receive": "client receives",
 }
-CORES = {"server_cores": "server", "model_cores": "model", "analyzer_cores": "perf_analyzer", "other_cores": "others"}
+CORES = {
+    "server_cores": "server",
+    "model_cores": "model's own processes",
+    "analyzer_cores": "perf_analyzer",
+    "other_cores": "others",
+}
 ANSWERS = ("checked", "wrong", "dropped", "late")
 _AXES = {"concurrency": ("concurrency", "clients"), "batch": ("batch_size", "images per request")}
 _PERCENTILES = ("p50", "p90", "p99")
@@ -254,8 +259,13 @@ def _served(summary: Summary) -> Section | None:
         for precision, one in summary["precisions"].items()
         if one.get("direct_threads")
     }
+    backends = {
+        f"{precision}: {one['backend']}" for precision, one in summary["precisions"].items() if one.get("backend")
+    }
     text = (
-        "Bars are medians, dots the rounds, red lines the targets. Both sides were measured in turn, 4 clients each "
+        "Bars are medians, dots the rounds, red lines the targets. "
+        + (f"Served by Triton's backend {', '.join(sorted(backends))}. " if backends else "")
+        + "Both sides were measured in turn, 4 clients each "
         "with one picture on the way; in-process is the same model in one process with as many threads"
         + (f" (sessions x threads, {', '.join(sorted(threads))})" if threads else "")
         + ", no network and no copies."
@@ -496,7 +506,7 @@ def _resources(summary: Summary) -> Section | None:
         return None
     used = [row["resources"] for row in rows]
     heads = ["load", *(f"{name}, cores" for name in CORES.values()), "images per core"]
-    heads += ["server, MiB", "model, MiB", "perf_analyzer, MiB"]
+    heads += ["server, MiB", "model's own processes, MiB", "perf_analyzer, MiB"]
     memory = ("server_rss_mib", "model_rss_mib", "analyzer_rss_mib")
     on_gpu = {"utilisation": "GPU, %", "memory_mib": "GPU, MiB", "watts": "W", "images_per_watt": "images per W"}
     with_gpu = any(one.get("gpu") for one in used)
@@ -512,7 +522,10 @@ def _resources(summary: Summary) -> Section | None:
     ]
     alt = "Cores in use by the server, the model, perf_analyzer and others, for every load"
     bars = [(_name(row), row["resources"]) for row in rows]
-    text = "Cores that were busy on average, by whom; images per core count the server and the model."
+    text = (
+        "Cores that were busy on average, by whom; images per core count the server and the model. A model runs inside "
+        "the server, unless its backend has processes of its own, as the python backend does."
+    )
     return Section(
         "Cores and memory",
         [text],

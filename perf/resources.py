@@ -31,7 +31,8 @@ class Sampler:
     """Watches the processes of a point while it is in a `with` block.
 
     Args:
-        server: process number of tritonserver. Its children (the python backend's stubs) count as the model.
+        server: process number of tritonserver, with the models that run inside. Its children (the python backend's
+            stubs) count as the model.
         interval: seconds between two looks at memory and GPU. A look takes 1.3 ms of CPU where 80 processes run.
         gpu: NVML's number of the GPU that the server uses, if there is one.
     """

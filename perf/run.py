@@ -344,6 +344,7 @@ def _steps(context: _Context, one: Bench, raw: direct.Direct) -> Iterator[_Step]
 
 def _ratio(one: Bench, raw: direct.Direct, size: Size, found: _Found) -> None:
     into = found.of(one.precision)
+    into["backend"] = one.server.model_config(one.model)["backend"]
     into |= served_ratio(one, raw, rounds=size.rounds, seconds=size.ratio_seconds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from build.serve import TritonServer
 
+ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "SSD_TEST_TOKEN"
 
 
@@ -29,11 +31,45 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def python_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with the python backend: what is served where there is no C++ compiler, in processes of its own."""
+    from build.pipeline import build_engines
+
+    folder = tmp_path_factory.mktemp("published-python")
+    shutil.copytree(ROOT / "models" / "shapes", folder / "models" / "shapes")
+    spec = folder / "models" / "shapes" / "spec.toml"
+    spec.write_text(spec.read_text().replace("[serving]\n", '[serving]\nbackend = "python"\n'))
+    target, artifacts = folder / "model_repository", folder / "artifacts"
+    build_engines(["shapes"], "onnxruntime", repository=target, artifacts=artifacts, sources=folder / "models")
+    return target
+
+
+@pytest.fixture(scope="session")
 def triton_server(repository: Path) -> Iterator[TritonServer]:
     """A server on `repository`; after the last test it must still be whole."""
     with TritonServer(repository) as server:
         yield server
         server.check()
+
+
+@pytest.fixture(scope="session")
+def python_server(python_repository: Path) -> Iterator[TritonServer]:
+    """A server on `python_repository`; after the last test it must still be whole."""
+    with TritonServer(python_repository) as server:
+        yield server
+        server.check()
+
+
+@pytest.fixture(scope="session")
+def native() -> None:
+    """Skips where our own backend cannot be compiled."""
+    from build import backend
+    from build.errors import RuntimeUnavailableError
+
+    try:
+        backend.choose(backend.NATIVE)
+    except RuntimeUnavailableError as error:
+        pytest.skip(f"needs a C++ compiler: {error.what}")
 
 
 @dataclass(frozen=True)

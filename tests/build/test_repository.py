@@ -22,14 +22,14 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from build import graph, repository
+from build import backend, graph, repository
 from build.errors import PublishError, ServeError
 from build.spec import Spec, load
 from tests.build import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KIND = ("fp32", "onnxruntime")
-FILES = {"config.pbtxt", "labels.txt", "manifest.json", "model.onnx", "model.py"}
+FILES = {"config.pbtxt", "labels.txt", "manifest.json", "model.onnx", *backend.choose().files}
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def check_loadable(target: Path, served: int) -> None:
 
 def test_config_says_all_that_a_client_needs(spec: Spec) -> None:
     config = repository.config(spec, 7, *KIND, "ab" * 32)
-    assert (config.name, config.backend, config.max_batch_size) == ("tiny", "python", 4)
+    assert (config.name, config.backend, config.max_batch_size) == ("tiny", backend.choose().name, 4)
     assert list(config.version_policy.specific.versions) == [7]
     assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [
         ("images", 2, [8, 8, 3]),
@@ -173,7 +173,7 @@ def test_fresh_until_an_input_changes(spec: Spec, built: Path, target: Path, wha
     assert repository.fresh_manifest(spec, target, *KIND) is None
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "labels.txt"])
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "labels.txt", *backend.choose().files])
 def test_a_damaged_version_is_not_fresh(spec: Spec, built: Path, target: Path, name: str) -> None:
     repository.publish(spec, built, target, *KIND)
     with (target / "tiny" / "1" / name).open("ab") as file:
@@ -233,7 +233,7 @@ def test_killed_after_any_step_the_old_version_is_served(spec: Spec, built: Path
         repository.publish(spec, built, target, *KIND)
     backup = target.with_name("backup")
     whole = 0
-    for steps in range(12):
+    for steps in range(len(FILES) + 7):
         if before:
             shutil.rmtree(backup, ignore_errors=True)
             shutil.copytree(target, backup)
@@ -372,7 +372,7 @@ def test_a_real_server_starts_on_what_a_killed_publish_left(spec: Spec, built: P
     die_after(3, spec, built, target)  # half-written beside the version folders
     with TritonServer(target, extra_args=["--exit-on-error=true"]):
         pass
-    die_after(7, spec, built, target)  # version 2 whole, config.pbtxt still names 1
+    die_after(len(FILES) + 2, spec, built, target)  # version 2 whole, config.pbtxt still names 1
     assert repository._versions(target / "tiny") == [1, 2]
     with TritonServer(target, extra_args=["--exit-on-error=true"]) as server:
         assert server.check() is None

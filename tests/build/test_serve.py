@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -94,24 +95,36 @@ def in_process(repository: Path) -> Callable[[Arrays], Arrays]:
     return lambda arrays: dict(zip(OUTPUTS, session.run(OUTPUTS, arrays), strict=True))
 
 
+@pytest.fixture(params=["ssd_onnxruntime", "python"])
+def server(request: pytest.FixtureRequest) -> TritonServer:
+    """The server of each backend in turn; they must not differ in anything."""
+    if request.param == "python":
+        chosen: TritonServer = request.getfixturevalue("python_server")
+    else:
+        request.getfixturevalue("native")
+        chosen = request.getfixturevalue("triton_server")
+    assert chosen.model_config("shapes")["backend"] == request.param
+    return chosen
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("way", WAYS)
 def test_served_bits_are_those_of_the_same_file_in_process(
-    triton_server: TritonServer, in_process: Callable[[Arrays], Arrays], way: str, batch: int
+    server: TritonServer, in_process: Callable[[Arrays], Arrays], way: str, batch: int
 ) -> None:
     arrays = feeds(batch)
-    served = ask(triton_server, way, arrays)
+    served = ask(server, way, arrays)
     assert served["num_detections"].min() > 0, "nothing was compared"
     assert same_bits(served, in_process(arrays))
 
 
 @pytest.mark.triton
-def test_any_row_of_any_batch_equals_the_same_image_alone(triton_server: TritonServer) -> None:
+def test_any_row_of_any_batch_equals_the_same_image_alone(server: TritonServer) -> None:
     arrays = feeds(8, first=8)
-    together = ask(triton_server, "grpc", arrays)
+    together = ask(server, "grpc", arrays)
     for row in range(8):
-        alone = ask(triton_server, "grpc", {name: array[row : row + 1] for name, array in arrays.items()})
+        alone = ask(server, "grpc", {name: array[row : row + 1] for name, array in arrays.items()})
         assert same_bits(alone, {name: array[row : row + 1] for name, array in together.items()}), f"row {row}"
 
 
@@ -144,13 +157,13 @@ BAD = {
 @pytest.mark.parametrize("way", ["http", "grpc"])
 @pytest.mark.parametrize("what", BAD)
 def test_bad_requests_get_an_error_and_the_server_goes_on(
-    triton_server: TritonServer, in_process: Callable[[Arrays], Arrays], way: str, what: str
+    server: TritonServer, in_process: Callable[[Arrays], Arrays], way: str, what: str
 ) -> None:
     arrays, message = BAD[what]
     with pytest.raises(InferenceServerException, match=message):
-        ask(triton_server, way, arrays)
+        ask(server, way, arrays)
     good = feeds(1)
-    assert same_bits(ask(triton_server, way, good), in_process(good))
+    assert same_bits(ask(server, way, good), in_process(good))
 
 
 @pytest.mark.triton
@@ -189,6 +202,12 @@ def copied(repository: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(repository, tmp_path / "model_repository"))
 
 
+@pytest.fixture
+def copied_python(python_repository: Path, tmp_path: Path) -> Path:
+    """With instances that are processes."""
+    return Path(shutil.copytree(python_repository, tmp_path / "model_repository"))
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize("which", ["http", "grpc", "metrics"])
 def test_a_taken_port_is_reported_before_anything_starts(repository: Path, which: str, traces: Any) -> None:
@@ -214,7 +233,7 @@ def test_a_corrupt_model_is_explained(copied: Path, traces: Any) -> None:
 @pytest.mark.triton
 def test_a_missing_backend_is_explained(copied: Path, traces: Any) -> None:
     config = copied / "shapes" / "config.pbtxt"
-    config.write_text(config.read_text().replace('backend: "python"', 'backend: "nothing"'))
+    config.write_text(re.sub('backend: "[a-z_]+"', 'backend: "nothing"', config.read_text()))
     with pytest.raises(ServeError, match=r"(?s)without the nothing backend.*--runtime onnxruntime"):
         TritonServer(copied).start()
 
@@ -266,8 +285,8 @@ def test_a_new_version_is_taken_up_without_losing_a_request(
 
 
 @pytest.mark.triton
-def test_a_dead_instance_is_found_where_triton_says_that_all_is_well(copied: Path, traces: Any) -> None:
-    with TritonServer(copied) as server:
+def test_a_dead_instance_is_found_where_triton_says_that_all_is_well(copied_python: Path, traces: Any) -> None:
+    with TritonServer(copied_python) as server:
         server.check()
         stubs = [child for child in psutil.Process(server.pid).children() if child.name().startswith("triton_python")]
         stubs[0].kill()
@@ -280,8 +299,8 @@ def test_a_dead_instance_is_found_where_triton_says_that_all_is_well(copied: Pat
 
 
 @pytest.mark.triton
-def test_a_killed_server_is_noticed_and_cleaned_up(copied: Path, traces: Any) -> None:
-    with TritonServer(copied) as server:
+def test_a_killed_server_is_noticed_and_cleaned_up(copied_python: Path, traces: Any) -> None:
+    with TritonServer(copied_python) as server:
         assert traces.regions()
         os.kill(server.pid, signal.SIGKILL)
         deadline = time.monotonic() + 5
@@ -293,11 +312,11 @@ def test_a_killed_server_is_noticed_and_cleaned_up(copied: Path, traces: Any) ->
 
 
 @pytest.fixture
-def served(repository: Path, traces: Any, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """`build.serve.serve` in a process of its own, ready."""
+def served(python_repository: Path, traces: Any, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """`build.serve.serve` in a process of its own, ready, with instances that are processes, too."""
     code = (
         f"from pathlib import Path; import build.serve as s; s.SHM_PREFIX = {traces.token!r}; s.serve("
-        f"{str(repository)!r}, http_port=0, grpc_port=0, metrics_port=0, log=Path({str(tmp_path / 'log')!r}))"
+        f"{str(python_repository)!r}, http_port=0, grpc_port=0, metrics_port=0, log=Path({str(tmp_path / 'log')!r}))"
     )
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -122,10 +122,10 @@ def copy_model(repository: Path, target: Path, name: str, fault: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def faulty_server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def faulty_server(python_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     folder = tmp_path_factory.mktemp("faulty")
     for name, fault in FAULTY.items():
-        copy_model(repository, folder, name, fault)
+        copy_model(python_repository, folder, name, fault)
     with TritonServer(folder) as server:
         yield server
 

@@ -30,14 +30,23 @@ QUICK = Settings(quick=True)
 STALL = faulty.stall(20, 0.15)
 
 
-@pytest.fixture
-def published(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def serve_copy(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the published model that the run serves; nothing is built."""
     copy = tmp_path / "model_repository"
     shutil.copytree(repository, copy)
     monkeypatch.setattr(run, "publish", lambda *_: copy)
     monkeypatch.setattr(run, "QUICK", TINY)
     return copy
+
+
+@pytest.fixture
+def published(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return serve_copy(repository, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def published_python(python_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return serve_copy(python_repository, tmp_path, monkeypatch)
 
 
 def spoil(published: Path, fault: str) -> None:
@@ -91,8 +100,8 @@ def test_a_run_and_its_resumption(published: Path, tmp_path: Path) -> None:
 
 @pytest.mark.triton
 @pytest.mark.slow
-def test_wrong_answers_fail_the_run(published: Path, tmp_path: Path) -> None:
-    spoil(published, faulty.SWAP)
+def test_wrong_answers_fail_the_run(published_python: Path, tmp_path: Path) -> None:
+    spoil(published_python, faulty.SWAP)
     with pytest.raises(PerfError, match=r"(?s)checked answers were wrong.*rows were swapped.*report\.html"):
         run.perf(QUICK, artifacts=tmp_path, console=quiet())
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
@@ -103,8 +112,8 @@ def test_wrong_answers_fail_the_run(published: Path, tmp_path: Path) -> None:
 
 @pytest.mark.triton
 @pytest.mark.slow
-def test_stalls_are_named(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(published, STALL)
+def test_stalls_are_named(published_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(published_python, STALL)
     monkeypatch.setattr(run, "QUICK", dataclasses.replace(TINY, seconds=3.0, concurrency=(1,), batch=(), rates=()))
     summary = run.perf(QUICK, artifacts=tmp_path, console=quiet())
     faults = summary["series"]["concurrency"][0]["faults"]
