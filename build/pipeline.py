@@ -405,9 +405,9 @@ def _build(
         markup=False,
     )
     if not here:
-        chosen = backend.choose(spec.serving.backend)
-        say.print(f"{name}: served by the backend {chosen.name}: {chosen.why}", markup=False)
-        if chosen.name == backend.PYTHON and spec.serving.backend == "auto":
+        server = backend.choose(spec.serving.backend)
+        say.print(f"{name}: served by Triton's backend {server.name}: {server.why}", markup=False)
+        if server.name == backend.PYTHON and spec.serving.backend == "auto":
             say.print(f"{name}: {backend.SLOWER}", markup=False)
     return version
 

@@ -429,7 +429,7 @@ def variant(spec: Spec, published: Path, candidate: Candidate) -> Iterator[Path]
     version, manifest = store.served(published, spec.model.name)
     runtime, digest = manifest["runtime"], hashlib.sha256((version / store.MANIFEST).read_bytes()).hexdigest()
     keys = {**candidate.keys(runtime), "backend": manifest["serving"].get("backend", "auto")}  # what its files are for
-    changed = dataclasses.replace(spec.serving, **keys)  # type: ignore[arg-type]
+    changed = dataclasses.replace(spec.serving, **keys)
     changed_spec = dataclasses.replace(spec, serving=changed)
     config = store.config(changed_spec, manifest["version"], manifest["precision"], runtime, digest)
     with tempfile.TemporaryDirectory(prefix=f".{published.name}-", dir=published.parent) as name:
