@@ -24,7 +24,7 @@ NATIVE, PYTHON = "ssd_onnxruntime", "python"
 LIBRARIES = Path(__file__).resolve().parent.parent / "artifacts" / "backend"
 
 # Measured: docs/perf.md.
-SLOWER = "with a C++ compiler (g++ or clang++) it would be served 5 to 11 % faster: install one and publish again"
+SLOWER = "with a C++ compiler (g++ or clang++) it would be served 4 to 15 % faster: install one and publish again"
 
 _SOURCES = Path(__file__).resolve().parent / "backends"
 _COMPILERS = ("c++", "g++", "clang++")

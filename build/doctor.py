@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import plan, plugins, repository, serve, spec
+from build import backend, plan, plugins, repository, serve, spec
 from build.cuda import Gpu, driver_version
 from build.errors import SSDError
 
@@ -291,12 +291,17 @@ def _triton(machine: Machine) -> Iterator[Finding]:
     version = triton_version(files)
     where = "in the wheel nvidia-pytriton" if files.from_wheel else str(files.binary)
     yield Finding("Triton", "tritonserver", "ok", f"{version or 'unknown version'} {where}")
+    chosen = backend.choose()
+    native = chosen.name == backend.NATIVE
+    state, fix = ("ok", "") if native else ("info", backend.SLOWER)
+    yield Finding("Triton", "backend for the CPU", state, f"{chosen.name}: {chosen.why}", fix)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if files.stub.is_file():
         yield Finding("Triton", "stub of the python backend", "ok", f"for Python {python}")
     else:
         fix = f"use NVIDIA's container, or add a stub for Python {python} (docs of Triton's python_backend)"
-        yield Finding("Triton", "stub of the python backend", "problem", f"{files.stub} is missing", fix)
+        state = "info" if native else "problem"
+        yield Finding("Triton", "stub of the python backend", state, f"{files.stub} is missing", fix)
     if files.from_wheel:
         libc = platform.libc_ver()[1]
         if libc and _numbers(libc) < (2, 35):

@@ -77,6 +77,11 @@ _CAUSES = (
         f"build {PLUGIN.relative_to(ROOT)} (see plugins/) or start tritonserver with LD_PRELOAD naming it",
     ),
     (
+        r"unable to find backend library for backend '(ssd_onnxruntime)'",
+        "the version folder lacks its libtriton_{0}.so",
+        "publish the model again: invoke build-engines --force",
+    ),
+    (
         r"unable to find backend library for backend '(\w+)'",
         "this tritonserver comes without the {0} backend",
         "serve from NVIDIA's container, or publish for the CPU: invoke build-engines --runtime onnxruntime",

@@ -380,7 +380,7 @@ def _latencies(axes: Axes, points: Sequence[Row], axis: str, color: str) -> None
     if max(middle) > 20 * min(middle):
         axes.set_yscale("log")
         _plain(axes.yaxis)
-    else:
+    elif axes.get_yscale() != "log":  # which another precision on these axes may have asked for
         axes.set_ylim(0)
     axes.legend(loc="upper left")
 

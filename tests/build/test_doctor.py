@@ -18,7 +18,7 @@ from google.protobuf import text_format
 from rich.console import Console
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from build import doctor, serve
+from build import backend, doctor, serve
 from build.doctor import Finding, Machine, examine
 from build.errors import ServeError
 
@@ -91,6 +91,22 @@ def test_a_machine_without_anything_is_examined_to_the_end(machine: Machine, mon
     assert only(found, "GPU", "GPU").state == "info"
     assert only(found, "Triton", "tritonserver").state == "problem"
     assert only(found, "Published", "models").state == "info"
+
+
+def test_which_backend_serves_on_the_cpu(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    python = backend.choose("python")
+    files = serve.ServerFiles(tmp_path, tmp_path, tmp_path / "no stub", from_wheel=False)
+    monkeypatch.setattr(serve, "find_tritonserver", lambda: files)
+    for chosen, of_backend, of_stub in (
+        (replace(python, why="no C++ compiler on PATH"), "info", "problem"),
+        (replace(python, name=backend.NATIVE, why="compiled here"), "ok", "info"),
+    ):
+        monkeypatch.setattr(backend, "choose", lambda chosen=chosen: chosen)
+        found = examine(machine)
+        finding = only(found, "Triton", "backend for the CPU")
+        assert (finding.state, finding.text) == (of_backend, f"{chosen.name}: {chosen.why}")
+        assert ("install one" in finding.fix) == (chosen.name == "python")
+        assert only(found, "Triton", "stub of the python backend").state == of_stub
 
 
 def test_every_fault_says_what_to_do(machine: Machine) -> None:

@@ -238,6 +238,20 @@ def test_a_missing_backend_is_explained(copied: Path, traces: Any) -> None:
         TritonServer(copied).start()
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("lost", "reason"),
+    [
+        ("libtriton_ssd_onnxruntime.so", r"the version folder lacks its libtriton_ssd_onnxruntime\.so"),
+        ("libonnxruntime.so.1", r"ONNX Runtime cannot be loaded, publish the model again: .*libonnxruntime\.so\.1"),
+    ],
+)
+def test_a_lost_library_is_named(native: None, copied: Path, lost: str, reason: str, traces: Any) -> None:
+    (copied / "shapes" / "1" / lost).unlink()
+    with pytest.raises(ServeError, match=rf"(?s)model shapes did not load.*{reason}.*build-engines --force"):
+        TritonServer(copied).start()
+
+
 def test_no_model_published(tmp_path: Path) -> None:
     with pytest.raises(ServeError, match=r"no model is published in .*\n.*invoke build-engines"):
         TritonServer(tmp_path).start()

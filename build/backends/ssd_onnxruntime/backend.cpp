@@ -796,7 +796,7 @@ SSD_EXPORT TRITONBACKEND_Initialize(TRITONBACKEND_Backend* backend)
             {
                 throw Refused("this server has version " + std::to_string(major) + "." + std::to_string(minor)
                         + " of the backend interface, needed is " + std::to_string(kTRITON_MAJOR) + "."
-                        + std::to_string(kTRITON_MINOR) + " or later: use Triton 2.25 or later",
+                        + std::to_string(kTRITON_MINOR) + " or later: use Triton 2.37 or later",
                     TRITONSERVER_ERROR_UNSUPPORTED);
             }
             keep(std::make_unique<Runtime>(), backend, TRITONBACKEND_BackendSetState);

@@ -13,7 +13,7 @@
 extern "C"
 {
 constexpr uint32_t kTRITON_MAJOR = 1;
-constexpr uint32_t kTRITON_MINOR = 10; //!< All that is declared below is there from here on (Triton 22.08).
+constexpr uint32_t kTRITON_MINOR = 14; //!< All that is declared below is there from here on (Triton 2.37).
 
 enum TRITONSERVER_DataType
 {
