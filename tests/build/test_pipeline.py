@@ -64,6 +64,7 @@ def test_builds_once_and_again_when_something_changed(place: Place) -> None:
     versions, said = place.build()
     assert versions == {"tiny": 1}
     assert "published version 1" in said
+    assert "tiny: served by Triton's backend " in said
     artifact = place.artifacts / "tiny" / "fp32" / "model.onnx"
     assert artifact.read_bytes() == (place.repository / "tiny" / "1" / "model.onnx").read_bytes()
     assert [path.name for path in artifact.parent.iterdir()] == ["model.onnx"]

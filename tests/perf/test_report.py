@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from perf import report
+from perf import report, report_html
 from tests.perf import example_run
 
 if TYPE_CHECKING:
@@ -362,3 +362,14 @@ def test_the_browser_test_can_fail(tmp_path: Path) -> None:
     assert found["contrast"] < 4.5
     assert len(found["errors"]) == 2
     assert "CONSOLE" in said
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_precision_on_a_logarithmic_axis_takes_the_other_along() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    for medians in ((1.0, 100.0), (5.0, 6.0)):
+        points = [{"load": {"batch_size": i}, "latency_ms": {"p50": ms}} for i, ms in enumerate(medians, 1)]
+        report_html._latencies(axes, points, "batch_size", "black")
+    assert axes.get_yscale() == "log"
