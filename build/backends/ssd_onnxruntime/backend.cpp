@@ -3,9 +3,9 @@
 //! docs/design.md.
 //!
 //! It is published in the model's version folder beside model.onnx and libonnxruntime.so.1, where Triton looks first.
-//! ONNX Runtime reads the request's own memory and writes the response's. Every request runs alone, so that a row's bits
-//! never depend on its neighbours, and one bad request is answered with its own error while the others of the call go on.
-//! build/backends/python/model.py does the same where there is no compiler.
+//! ONNX Runtime reads the request's own memory and writes the response's. Every request runs alone, so that a row's
+//! bits never depend on its neighbours, and one bad request is answered with its own error while the others of the call
+//! go on. build/backends/python/model.py does the same where there is no compiler.
 
 #include "onnxruntime.h"
 #include "triton.h"
@@ -24,11 +24,11 @@
 
 namespace
 {
-constexpr char const* kCONTRACT = "1";
-constexpr char const* kLIBRARY = "libonnxruntime.so.1";
-constexpr size_t kALIGNMENT = 16; //!< Buffers that are not are copied: kernels may load vectors.
+constexpr char const* kContract = "1";
+constexpr char const* kLibrary = "libonnxruntime.so.1";
+constexpr size_t kAlignment = 16; //!< Buffers that are not are copied: kernels may load vectors.
 
-// -- errors ------------------------------------------------------------------------------------------------------------
+// -- errors -------------------------------------------------------------------------------------------------------
 
 //! A finding worded for the person who sent a request or loads a model.
 class Refused : public std::runtime_error
@@ -106,7 +106,7 @@ TRITONSERVER_Error* guarded(Body const& body) noexcept
     }
 }
 
-// -- ONNX Runtime ------------------------------------------------------------------------------------------------------
+// -- ONNX Runtime -------------------------------------------------------------------------------------------------
 
 //! ONNX Runtime's functions and its environment, which all sessions of this backend share.
 class Runtime
@@ -118,7 +118,7 @@ public:
         Dl_info self{};
         dladdr(reinterpret_cast<void const*>(&caught), &self);
         std::string path = self.dli_fname;
-        path = path.substr(0, path.rfind('/') + 1) + kLIBRARY;
+        path = path.substr(0, path.rfind('/') + 1) + kLibrary;
         // Never closed: it has threads and thread-local state of its own.
         void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         if (library == nullptr)
@@ -127,14 +127,14 @@ public:
                 TRITONSERVER_ERROR_NOT_FOUND);
         }
         auto const base = reinterpret_cast<ort::ApiBase const* (*)()>(dlsym(library, "OrtGetApiBase"));
-        api = base != nullptr ? base()->getApi(ort::kVERSION) : nullptr;
+        api = base != nullptr ? base()->getApi(ort::kVersion) : nullptr;
         if (api == nullptr)
         {
             throw Refused(path + " is no ONNX Runtime of version 1.11 or later: publish the model again",
                 TRITONSERVER_ERROR_UNSUPPORTED);
         }
-        check(api->createEnv(ort::kLOG_ERROR, "ssd_onnxruntime", &env));
-        check(api->createCpuMemoryInfo(ort::kDEVICE_ALLOCATOR, ort::kDEFAULT_MEMORY, &memory));
+        check(api->createEnv(ort::kLogError, "ssd_onnxruntime", &env));
+        check(api->createCpuMemoryInfo(ort::kDeviceAllocator, ort::kDefaultMemory, &memory));
         check(api->getAllocatorWithDefaultOptions(&allocator));
     }
 
@@ -173,10 +173,10 @@ struct Type
     size_t bytes;
 };
 
-constexpr Type kTYPES[] = {
-    {ort::kUINT8, TRITONSERVER_TYPE_UINT8, "UINT8", 1},
-    {ort::kINT32, TRITONSERVER_TYPE_INT32, "INT32", 4},
-    {ort::kFLOAT, TRITONSERVER_TYPE_FP32, "FP32", 4},
+constexpr Type kTypes[] = {
+    {ort::kUint8, TRITONSERVER_TYPE_UINT8, "UINT8", 1},
+    {ort::kInt32, TRITONSERVER_TYPE_INT32, "INT32", 4},
+    {ort::kFloat, TRITONSERVER_TYPE_FP32, "FP32", 4},
 };
 
 //! An input or output of the ONNX file. The first dimension is the batch.
@@ -222,7 +222,8 @@ public:
         runtime.check(api.createSessionOptions(&raw));
         std::unique_ptr<ort::SessionOptions, decltype(api.releaseSessionOptions)> const options(
             raw, api.releaseSessionOptions);
-        // An explicit number also keeps ONNX Runtime from pinning its threads: those of all instances to the same cores.
+        // An explicit number also keeps ONNX Runtime from pinning its threads: those of all instances to the same
+        // cores.
         runtime.check(api.setIntraOpNumThreads(raw, threads));
         runtime.check(api.setInterOpNumThreads(raw, 1));
         // Idle threads that spin take their core from the server's own threads and from the other instances.
@@ -289,7 +290,7 @@ private:
             tensor.shape.resize(dimensions);
             mRuntime.check(mRuntime.api->getDimensions(info, tensor.shape.data(), dimensions));
         }
-        for (Type const& known : kTYPES)
+        for (Type const& known : kTypes)
         {
             if (known.onnx == element)
             {
@@ -363,10 +364,10 @@ private:
     std::vector<char const*> mNames;
 };
 
-// -- the model ---------------------------------------------------------------------------------------------------------
+// -- the model ----------------------------------------------------------------------------------------------------
 
-//! config.pbtxt as Triton hands it over: JSON without blanks, members in the order of model_config.proto. A quote inside
-//! a value is escaped there, so that a member's beginning is found by its very text.
+//! config.pbtxt as Triton hands it over: JSON without blanks, members in the order of model_config.proto. A quote
+//! inside a value is escaped there, so that a member's beginning is found by its very text.
 class Config
 {
 public:
@@ -410,8 +411,8 @@ public:
             }
             if (type != tensor.type.name || dims != tensor.dims())
             {
-                throw Refused(tensor.name + " is " + type + " " + dims + " in config.pbtxt and " + tensor.type.name + " "
-                    + tensor.dims() + " in model.onnx: publish the model again");
+                throw Refused(tensor.name + " is " + type + " " + dims + " in config.pbtxt and " + tensor.type.name
+                    + " " + tensor.dims() + " in model.onnx: publish the model again");
             }
         }
         size_t entries{0};
@@ -453,9 +454,9 @@ public:
         mPath = std::string(folder) + "/" + std::to_string(version) + "/model.onnx";
         Config const config(model);
         std::string const contract = config.parameter("contract");
-        if (contract != kCONTRACT)
+        if (contract != kContract)
         {
-            throw Refused("config.pbtxt speaks contract '" + contract + "', this backend speaks '" + kCONTRACT
+            throw Refused("config.pbtxt speaks contract '" + contract + "', this backend speaks '" + kContract
                 + "': publish the model again");
         }
         mThreads = number(config.parameter("threads"));
@@ -499,20 +500,20 @@ private:
     std::atomic<bool> mTaken{false}; //!< Instances are made in parallel.
 };
 
-// -- an instance -------------------------------------------------------------------------------------------------------
+// -- an instance --------------------------------------------------------------------------------------------------
 
-//! Memory that begins at a multiple of kALIGNMENT and is kept for the next time.
+//! Memory that begins at a multiple of kAlignment and is kept for the next time.
 class Scratch
 {
 public:
     void* atLeast(size_t bytes)
     {
-        if (mMemory.size() < bytes + kALIGNMENT)
+        if (mMemory.size() < bytes + kAlignment)
         {
-            mMemory.resize(bytes + kALIGNMENT);
+            mMemory.resize(bytes + kAlignment);
         }
         auto const address = reinterpret_cast<uintptr_t>(mMemory.data());
-        return reinterpret_cast<void*>((address + kALIGNMENT - 1) / kALIGNMENT * kALIGNMENT);
+        return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
     }
 
 private:
@@ -521,7 +522,7 @@ private:
 
 bool aligned(void const* pointer) noexcept
 {
-    return reinterpret_cast<uintptr_t>(pointer) % kALIGNMENT == 0;
+    return reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0;
 }
 
 uint64_t now() noexcept
@@ -574,7 +575,7 @@ public:
         uint64_t const ended = now();
         if (answerable)
         {
-            logged(TRITONBACKEND_ResponseSend(response, kRESPONSE_FINAL, error));
+            logged(TRITONBACKEND_ResponseSend(response, kResponseFinal, error));
             if (!success)
             {
                 TRITONSERVER_ErrorDelete(error); // sending leaves it to the sender
@@ -592,7 +593,7 @@ public:
                 static_cast<uint64_t>(mInputs.front().shape.front()), times.begun, times.computeBegun,
                 times.computeEnded, ended));
         }
-        logged(TRITONBACKEND_RequestRelease(request, kRELEASE_ALL));
+        logged(TRITONBACKEND_RequestRelease(request, kReleaseAll));
     }
 
 private:
@@ -677,7 +678,8 @@ private:
         {
             setBatch(shape[0]);
         }
-        if (bytes != tensor.bytes()) // Triton holds shapes against config.pbtxt, but not one input's batch against another's
+        if (bytes
+            != tensor.bytes()) // Triton holds shapes against config.pbtxt, but not one input's batch against another's
         {
             throw Refused("input " + tensor.name + " has " + std::to_string(bytes) + " bytes, expected "
                 + std::to_string(tensor.bytes()) + " for a batch of " + std::to_string(tensor.shape[0]));
@@ -708,7 +710,8 @@ private:
         return values;
     }
 
-    //! Where an output goes: the response's own memory where that is aligned, else memory that is noted as to be copied.
+    //! Where an output goes: the response's own memory where that is aligned, else memory that is noted as to be
+    //! copied.
     void* output(TRITONBACKEND_Response* response, size_t index, std::vector<Copy>& copies)
     {
         Tensor const& tensor = mOutputs[index];
@@ -760,7 +763,7 @@ private:
     TRITONBACKEND_ModelInstance* mInstance;
     Runtime const& mRuntime;
     std::shared_ptr<Session> mSession;
-    std::vector<Tensor> mInputs;  //!< with the batch of the present request
+    std::vector<Tensor> mInputs; //!< with the batch of the present request
     std::vector<Tensor> mOutputs; //!< likewise
     std::vector<Scratch> mScratch; //!< of every input, then of every output
 };
@@ -792,11 +795,11 @@ SSD_EXPORT TRITONBACKEND_Initialize(TRITONBACKEND_Backend* backend)
             uint32_t major{0};
             uint32_t minor{0};
             check(TRITONBACKEND_ApiVersion(&major, &minor));
-            if (major != kTRITON_MAJOR || minor < kTRITON_MINOR)
+            if (major != kTritonMajor || minor < kTritonMinor)
             {
                 throw Refused("this server has version " + std::to_string(major) + "." + std::to_string(minor)
-                        + " of the backend interface, needed is " + std::to_string(kTRITON_MAJOR) + "."
-                        + std::to_string(kTRITON_MINOR) + " or later: use Triton 2.37 or later",
+                        + " of the backend interface, needed is " + std::to_string(kTritonMajor) + "."
+                        + std::to_string(kTritonMinor) + " or later: use Triton 2.37 or later",
                     TRITONSERVER_ERROR_UNSUPPORTED);
             }
             keep(std::make_unique<Runtime>(), backend, TRITONBACKEND_BackendSetState);

@@ -23,17 +23,17 @@ struct TensorInfo;
 struct MemoryInfo;
 struct Allocator;
 
-constexpr uint32_t kVERSION = 11; //!< Of the interface: that of ONNX Runtime 1.11, kept by every later one.
-constexpr int32_t kLOG_ERROR = 3; //!< OrtLoggingLevel
-constexpr int32_t kDEVICE_ALLOCATOR = 0;
-constexpr int32_t kDEFAULT_MEMORY = 0;
+constexpr uint32_t kVersion = 11; //!< Of the interface: that of ONNX Runtime 1.11, kept by every later one.
+constexpr int32_t kLogError = 3; //!< OrtLoggingLevel
+constexpr int32_t kDeviceAllocator = 0;
+constexpr int32_t kDefaultMemory = 0;
 
 //! ONNXTensorElementDataType
 enum ElementType : int32_t
 {
-    kFLOAT = 1,
-    kUINT8 = 2,
-    kINT32 = 6,
+    kFloat = 1,
+    kUint8 = 2,
+    kInt32 = 6,
 };
 
 //! A function that this project does not call.

@@ -12,112 +12,114 @@
 
 extern "C"
 {
-constexpr uint32_t kTRITON_MAJOR = 1;
-constexpr uint32_t kTRITON_MINOR = 14; //!< All that is declared below is there from here on (Triton 2.37).
+    constexpr uint32_t kTritonMajor = 1;
+    constexpr uint32_t kTritonMinor = 14; //!< All that is declared below is there from here on (Triton 2.37).
 
-enum TRITONSERVER_DataType
-{
-    TRITONSERVER_TYPE_INVALID = 0,
-    TRITONSERVER_TYPE_UINT8 = 2,
-    TRITONSERVER_TYPE_INT32 = 8,
-    TRITONSERVER_TYPE_FP32 = 11,
-};
+    enum TRITONSERVER_DataType
+    {
+        TRITONSERVER_TYPE_INVALID = 0,
+        TRITONSERVER_TYPE_UINT8 = 2,
+        TRITONSERVER_TYPE_INT32 = 8,
+        TRITONSERVER_TYPE_FP32 = 11,
+    };
 
-enum TRITONSERVER_MemoryType
-{
-    TRITONSERVER_MEMORY_CPU,
-    TRITONSERVER_MEMORY_CPU_PINNED,
-    TRITONSERVER_MEMORY_GPU,
-};
+    enum TRITONSERVER_MemoryType
+    {
+        TRITONSERVER_MEMORY_CPU,
+        TRITONSERVER_MEMORY_CPU_PINNED,
+        TRITONSERVER_MEMORY_GPU,
+    };
 
-enum TRITONSERVER_Error_Code
-{
-    TRITONSERVER_ERROR_UNKNOWN,
-    TRITONSERVER_ERROR_INTERNAL,
-    TRITONSERVER_ERROR_NOT_FOUND,
-    TRITONSERVER_ERROR_INVALID_ARG,
-    TRITONSERVER_ERROR_UNAVAILABLE,
-    TRITONSERVER_ERROR_UNSUPPORTED,
-};
+    enum TRITONSERVER_Error_Code
+    {
+        TRITONSERVER_ERROR_UNKNOWN,
+        TRITONSERVER_ERROR_INTERNAL,
+        TRITONSERVER_ERROR_NOT_FOUND,
+        TRITONSERVER_ERROR_INVALID_ARG,
+        TRITONSERVER_ERROR_UNAVAILABLE,
+        TRITONSERVER_ERROR_UNSUPPORTED,
+    };
 
-enum TRITONSERVER_LogLevel
-{
-    TRITONSERVER_LOG_INFO,
-    TRITONSERVER_LOG_WARN,
-    TRITONSERVER_LOG_ERROR,
-};
+    enum TRITONSERVER_LogLevel
+    {
+        TRITONSERVER_LOG_INFO,
+        TRITONSERVER_LOG_WARN,
+        TRITONSERVER_LOG_ERROR,
+    };
 
-enum TRITONBACKEND_ArtifactType
-{
-    TRITONBACKEND_ARTIFACT_FILESYSTEM,
-};
+    enum TRITONBACKEND_ArtifactType
+    {
+        TRITONBACKEND_ARTIFACT_FILESYSTEM,
+    };
 
-constexpr uint32_t kRELEASE_ALL = 1;    //!< TRITONSERVER_REQUEST_RELEASE_ALL
-constexpr uint32_t kRESPONSE_FINAL = 1; //!< TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    constexpr uint32_t kReleaseAll = 1; //!< TRITONSERVER_REQUEST_RELEASE_ALL
+    constexpr uint32_t kResponseFinal = 1; //!< TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
-struct TRITONSERVER_Error;
-struct TRITONSERVER_Message;
-struct TRITONBACKEND_Backend;
-struct TRITONBACKEND_BackendAttribute;
-struct TRITONBACKEND_Model;
-struct TRITONBACKEND_ModelInstance;
-struct TRITONBACKEND_Request;
-struct TRITONBACKEND_Response;
-struct TRITONBACKEND_Input;
-struct TRITONBACKEND_Output;
+    struct TRITONSERVER_Error;
+    struct TRITONSERVER_Message;
+    struct TRITONBACKEND_Backend;
+    struct TRITONBACKEND_BackendAttribute;
+    struct TRITONBACKEND_Model;
+    struct TRITONBACKEND_ModelInstance;
+    struct TRITONBACKEND_Request;
+    struct TRITONBACKEND_Response;
+    struct TRITONBACKEND_Input;
+    struct TRITONBACKEND_Output;
 
-TRITONSERVER_Error* TRITONSERVER_ErrorNew(TRITONSERVER_Error_Code code, char const* message);
-void TRITONSERVER_ErrorDelete(TRITONSERVER_Error* error);
-char const* TRITONSERVER_ErrorMessage(TRITONSERVER_Error* error);
-TRITONSERVER_Error* TRITONSERVER_LogMessage(
-    TRITONSERVER_LogLevel level, char const* file, int line, char const* message);
-TRITONSERVER_Error* TRITONSERVER_MessageSerializeToJson(
-    TRITONSERVER_Message* message, char const** base, size_t* byteSize);
-TRITONSERVER_Error* TRITONSERVER_MessageDelete(TRITONSERVER_Message* message);
+    TRITONSERVER_Error* TRITONSERVER_ErrorNew(TRITONSERVER_Error_Code code, char const* message);
+    void TRITONSERVER_ErrorDelete(TRITONSERVER_Error* error);
+    char const* TRITONSERVER_ErrorMessage(TRITONSERVER_Error* error);
+    TRITONSERVER_Error* TRITONSERVER_LogMessage(
+        TRITONSERVER_LogLevel level, char const* file, int line, char const* message);
+    TRITONSERVER_Error* TRITONSERVER_MessageSerializeToJson(
+        TRITONSERVER_Message* message, char const** base, size_t* byteSize);
+    TRITONSERVER_Error* TRITONSERVER_MessageDelete(TRITONSERVER_Message* message);
 
-TRITONSERVER_Error* TRITONBACKEND_ApiVersion(uint32_t* major, uint32_t* minor);
-TRITONSERVER_Error* TRITONBACKEND_BackendState(TRITONBACKEND_Backend* backend, void** state);
-TRITONSERVER_Error* TRITONBACKEND_BackendSetState(TRITONBACKEND_Backend* backend, void* state);
-TRITONSERVER_Error* TRITONBACKEND_BackendAttributeSetParallelModelInstanceLoading(
-    TRITONBACKEND_BackendAttribute* attributes, bool enabled);
+    TRITONSERVER_Error* TRITONBACKEND_ApiVersion(uint32_t* major, uint32_t* minor);
+    TRITONSERVER_Error* TRITONBACKEND_BackendState(TRITONBACKEND_Backend* backend, void** state);
+    TRITONSERVER_Error* TRITONBACKEND_BackendSetState(TRITONBACKEND_Backend* backend, void* state);
+    TRITONSERVER_Error* TRITONBACKEND_BackendAttributeSetParallelModelInstanceLoading(
+        TRITONBACKEND_BackendAttribute* attributes, bool enabled);
 
-TRITONSERVER_Error* TRITONBACKEND_ModelVersion(TRITONBACKEND_Model* model, uint64_t* version);
-TRITONSERVER_Error* TRITONBACKEND_ModelRepository(
-    TRITONBACKEND_Model* model, TRITONBACKEND_ArtifactType* type, char const** location);
-TRITONSERVER_Error* TRITONBACKEND_ModelConfig(
-    TRITONBACKEND_Model* model, uint32_t configVersion, TRITONSERVER_Message** config);
-TRITONSERVER_Error* TRITONBACKEND_ModelBackend(TRITONBACKEND_Model* model, TRITONBACKEND_Backend** backend);
-TRITONSERVER_Error* TRITONBACKEND_ModelState(TRITONBACKEND_Model* model, void** state);
-TRITONSERVER_Error* TRITONBACKEND_ModelSetState(TRITONBACKEND_Model* model, void* state);
+    TRITONSERVER_Error* TRITONBACKEND_ModelVersion(TRITONBACKEND_Model* model, uint64_t* version);
+    TRITONSERVER_Error* TRITONBACKEND_ModelRepository(
+        TRITONBACKEND_Model* model, TRITONBACKEND_ArtifactType* type, char const** location);
+    TRITONSERVER_Error* TRITONBACKEND_ModelConfig(
+        TRITONBACKEND_Model* model, uint32_t configVersion, TRITONSERVER_Message** config);
+    TRITONSERVER_Error* TRITONBACKEND_ModelBackend(TRITONBACKEND_Model* model, TRITONBACKEND_Backend** backend);
+    TRITONSERVER_Error* TRITONBACKEND_ModelState(TRITONBACKEND_Model* model, void** state);
+    TRITONSERVER_Error* TRITONBACKEND_ModelSetState(TRITONBACKEND_Model* model, void* state);
 
-TRITONSERVER_Error* TRITONBACKEND_ModelInstanceModel(
-    TRITONBACKEND_ModelInstance* instance, TRITONBACKEND_Model** model);
-TRITONSERVER_Error* TRITONBACKEND_ModelInstanceState(TRITONBACKEND_ModelInstance* instance, void** state);
-TRITONSERVER_Error* TRITONBACKEND_ModelInstanceSetState(TRITONBACKEND_ModelInstance* instance, void* state);
-TRITONSERVER_Error* TRITONBACKEND_ModelInstanceReportStatistics(TRITONBACKEND_ModelInstance* instance,
-    TRITONBACKEND_Request* request, bool success, uint64_t executionBegun, uint64_t computeBegun, uint64_t computeEnded,
-    uint64_t executionEnded);
-TRITONSERVER_Error* TRITONBACKEND_ModelInstanceReportBatchStatistics(TRITONBACKEND_ModelInstance* instance,
-    uint64_t batchSize, uint64_t executionBegun, uint64_t computeBegun, uint64_t computeEnded, uint64_t executionEnded);
+    TRITONSERVER_Error* TRITONBACKEND_ModelInstanceModel(
+        TRITONBACKEND_ModelInstance* instance, TRITONBACKEND_Model** model);
+    TRITONSERVER_Error* TRITONBACKEND_ModelInstanceState(TRITONBACKEND_ModelInstance* instance, void** state);
+    TRITONSERVER_Error* TRITONBACKEND_ModelInstanceSetState(TRITONBACKEND_ModelInstance* instance, void* state);
+    TRITONSERVER_Error* TRITONBACKEND_ModelInstanceReportStatistics(TRITONBACKEND_ModelInstance* instance,
+        TRITONBACKEND_Request* request, bool success, uint64_t executionBegun, uint64_t computeBegun,
+        uint64_t computeEnded, uint64_t executionEnded);
+    TRITONSERVER_Error* TRITONBACKEND_ModelInstanceReportBatchStatistics(TRITONBACKEND_ModelInstance* instance,
+        uint64_t batchSize, uint64_t executionBegun, uint64_t computeBegun, uint64_t computeEnded,
+        uint64_t executionEnded);
 
-TRITONSERVER_Error* TRITONBACKEND_RequestInput(
-    TRITONBACKEND_Request* request, char const* name, TRITONBACKEND_Input** input);
-TRITONSERVER_Error* TRITONBACKEND_RequestOutputCount(TRITONBACKEND_Request* request, uint32_t* count);
-TRITONSERVER_Error* TRITONBACKEND_RequestOutputName(TRITONBACKEND_Request* request, uint32_t index, char const** name);
-TRITONSERVER_Error* TRITONBACKEND_RequestRelease(TRITONBACKEND_Request* request, uint32_t flags);
-TRITONSERVER_Error* TRITONBACKEND_InputProperties(TRITONBACKEND_Input* input, char const** name,
-    TRITONSERVER_DataType* type, int64_t const** shape, uint32_t* dimensions, uint64_t* byteSize,
-    uint32_t* bufferCount);
-TRITONSERVER_Error* TRITONBACKEND_InputBuffer(TRITONBACKEND_Input* input, uint32_t index, void const** buffer,
-    uint64_t* byteSize, TRITONSERVER_MemoryType* memory, int64_t* memoryId);
+    TRITONSERVER_Error* TRITONBACKEND_RequestInput(
+        TRITONBACKEND_Request* request, char const* name, TRITONBACKEND_Input** input);
+    TRITONSERVER_Error* TRITONBACKEND_RequestOutputCount(TRITONBACKEND_Request* request, uint32_t* count);
+    TRITONSERVER_Error* TRITONBACKEND_RequestOutputName(
+        TRITONBACKEND_Request* request, uint32_t index, char const** name);
+    TRITONSERVER_Error* TRITONBACKEND_RequestRelease(TRITONBACKEND_Request* request, uint32_t flags);
+    TRITONSERVER_Error* TRITONBACKEND_InputProperties(TRITONBACKEND_Input* input, char const** name,
+        TRITONSERVER_DataType* type, int64_t const** shape, uint32_t* dimensions, uint64_t* byteSize,
+        uint32_t* bufferCount);
+    TRITONSERVER_Error* TRITONBACKEND_InputBuffer(TRITONBACKEND_Input* input, uint32_t index, void const** buffer,
+        uint64_t* byteSize, TRITONSERVER_MemoryType* memory, int64_t* memoryId);
 
-TRITONSERVER_Error* TRITONBACKEND_ResponseNew(TRITONBACKEND_Response** response, TRITONBACKEND_Request* request);
-TRITONSERVER_Error* TRITONBACKEND_ResponseOutput(TRITONBACKEND_Response* response, TRITONBACKEND_Output** output,
-    char const* name, TRITONSERVER_DataType type, int64_t const* shape, uint32_t dimensions);
-TRITONSERVER_Error* TRITONBACKEND_OutputBuffer(TRITONBACKEND_Output* output, void** buffer, uint64_t byteSize,
-    TRITONSERVER_MemoryType* memory, int64_t* memoryId);
-TRITONSERVER_Error* TRITONBACKEND_ResponseSend(
-    TRITONBACKEND_Response* response, uint32_t flags, TRITONSERVER_Error* error);
+    TRITONSERVER_Error* TRITONBACKEND_ResponseNew(TRITONBACKEND_Response** response, TRITONBACKEND_Request* request);
+    TRITONSERVER_Error* TRITONBACKEND_ResponseOutput(TRITONBACKEND_Response* response, TRITONBACKEND_Output** output,
+        char const* name, TRITONSERVER_DataType type, int64_t const* shape, uint32_t dimensions);
+    TRITONSERVER_Error* TRITONBACKEND_OutputBuffer(TRITONBACKEND_Output* output, void** buffer, uint64_t byteSize,
+        TRITONSERVER_MemoryType* memory, int64_t* memoryId);
+    TRITONSERVER_Error* TRITONBACKEND_ResponseSend(
+        TRITONBACKEND_Response* response, uint32_t flags, TRITONSERVER_Error* error);
 }
 
 #endif // SSD_TRITON_H
