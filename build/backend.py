@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def _compiled(libraries: Path) -> Path:
     """Our backend's library.
 
     Raises:
-        RuntimeUnavailableError: there is no compiler, or it fails.
+        RuntimeUnavailableError: there is no compiler, it fails, or its result cannot be kept.
     """
     digest = hashlib.sha256(" ".join(_FLAGS).encode())
     for source in _native_sources():
@@ -110,20 +110,29 @@ def _compiled(libraries: Path) -> Path:
         raise RuntimeUnavailableError(
             f"no C++ compiler on PATH ({', '.join(_COMPILERS)})", fix="install g++, or set CXX"
         )
-    libraries.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=libraries) as folder:
-        made = Path(folder) / library.name
-        command = [*compiler, *_FLAGS, "-o", str(made), str(_SOURCES / NATIVE / "backend.cpp"), "-ldl"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
-            failed = done.returncode and (done.stderr.strip() or f"exit status {done.returncode}")
-        except (OSError, subprocess.TimeoutExpired) as error:
-            failed = str(error)
-        if failed:
-            raise RuntimeUnavailableError(
-                f"{compiler[0]} cannot compile {NATIVE}: {failed.splitlines()[0]}",
-                why="it is older than C++17, or its standard library's headers are not installed",
-                fix="install g++ 8 or newer, or set CXX to another compiler",
-            )
-        made.replace(library)
+    try:
+        libraries.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".compiling-", dir=libraries) as folder:
+            made = Path(folder) / library.name
+            _compile(compiler, made)
+            made.replace(library)
+    except OSError as error:
+        raise RuntimeUnavailableError(
+            f"{libraries} cannot be written: {error.strerror}", fix="free some space, or let this user write there"
+        ) from None
     return library
+
+
+def _compile(compiler: Sequence[str], made: Path) -> None:
+    command = [*compiler, *_FLAGS, "-o", str(made), str(_SOURCES / NATIVE / "backend.cpp"), "-ldl"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
+        failed = done.returncode and (done.stderr.strip() or f"exit status {done.returncode}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        failed = str(error)
+    if failed:
+        raise RuntimeUnavailableError(
+            f"{compiler[0]} cannot compile {NATIVE}: {failed.splitlines()[0]}",
+            why="it is older than C++17, or its standard library's headers are not installed",
+            fix="install g++ 8 or newer, or set CXX to another compiler",
+        )

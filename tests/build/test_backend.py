@@ -85,6 +85,12 @@ def test_a_compiler_that_hangs_is_given_up(alone: Path, monkeypatch: pytest.Monk
     assert "timed out" in backend.choose(libraries=alone).why
 
 
+def test_a_folder_that_cannot_be_written(alone: Path) -> None:
+    compiler(alone, "c++", WORKS)
+    alone.write_text("a file where the folder should be")
+    assert f"{alone} cannot be written" in backend.choose(libraries=alone).why
+
+
 def test_cxx_names_the_compiler_with_its_options(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(alone, "c++", "sys.exit(1)")
     other = compiler(alone, "other", f'assert sys.argv[1] == "-fancy"; {WORKS}')
