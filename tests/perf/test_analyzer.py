@@ -401,10 +401,15 @@ def test_memory_guard_leaves_nothing(program: Program, data: Path) -> None:
 
 def test_ctrl_c_leaves_nothing(program: Program, data: Path) -> None:
     program.says(HOLDING + "time.sleep(60)")
+    # Also where SIGINT came down ignored, as a shell hands it to what it starts in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.6, os.kill, [os.getpid(), signal.SIGINT])
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        run("127.0.0.1:1", "shapes", data, SHM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run("127.0.0.1:1", "shapes", data, SHM)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not Path(f"/dev/shm/{REGION}").exists()
     assert not psutil.pid_exists(int((program.calls / "pid").read_text()))
 
