@@ -76,7 +76,7 @@ def _python(why: str) -> Backend:
 
 
 def _native_sources() -> tuple[Path, ...]:
-    return tuple(sorted((_SOURCES / NATIVE).iterdir()))
+    return tuple(sorted(path for path in (_SOURCES / NATIVE).iterdir() if path.suffix in (".cpp", ".h")))
 
 
 def _onnxruntime() -> Path:
