@@ -89,7 +89,7 @@ def build_engines(
 ) -> None:
     """models/*/ → model_repository/: attach front and SSDNMS, build, pass the gate, publish atomically."""
     from build import pipeline
-    from build.evaluate import mean_average_precision
+    from build.gate.accuracy import mean_average_precision
 
     if rollback:
         pipeline.rollback(model, repository=REPOSITORY)
@@ -146,8 +146,8 @@ def perf(
 def verify(c: Context, model: str = "", count: int = 0) -> None:
     """What is served, against ONNX Runtime on real pictures: parity, row invariance, repeatability, mAP."""
     from build import pipeline
-    from build.evaluate import mean_average_precision
-    from build.verify import PICTURES
+    from build.gate.accuracy import mean_average_precision
+    from build.gate.verify import PICTURES
 
     for report in pipeline.verify_published(
         _models(model), REPOSITORY, artifacts=ARTIFACTS, judge=mean_average_precision, count=count or PICTURES
@@ -208,9 +208,9 @@ def audit(
     served: bool = False,
 ) -> None:
     """What every precision and calibrator costs in mAP on held-out pictures; writes artifacts/audit/."""
-    from build import audit as judged
-    from build import sensitivity as layers
-    from build import speed as timed
+    from build.quantization import audit as judged
+    from build.quantization import sensitivity as layers
+    from build.reports import speed as timed
     from build.spec import load
 
     spec = load(ROOT / "models" / model)
@@ -258,7 +258,7 @@ def fusion_report(
     ceilings: str = "",
 ) -> None:
     """Which source nodes became which kernel, what each costs, and what bounds it: Markdown, JSON, HTML."""
-    from build.fusion import fusion_report as run
+    from build.reports.fusion import fusion_report as run
 
     run(
         runtime,
@@ -301,7 +301,7 @@ def import_model(
     force: bool = False,
 ) -> None:
     """Make models/<name>/ out of a torchvision SSD or any ONNX with raw heads."""
-    from build.import_model import import_model as run
+    from build.sources.import_model import import_model as run
 
     run(
         source,
@@ -330,7 +330,7 @@ def build_plugins(
     c: Context, tensorrt_source: str = "", tensorrt_ref: str = "", architectures: str = "", stage: str = ""
 ) -> None:
     """Build the NMS plugin as far as nvcc and TensorRT's headers are at hand; says what is missing."""
-    from build.plugins import build_plugins as run
+    from build.tensorrt.plugins import build_plugins as run
 
     built = run(tensorrt_source=tensorrt_source, tensorrt_ref=tensorrt_ref, architectures=architectures, stage=stage)
     print(built)

@@ -23,14 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import backend, plan, plugins, repository, serve, spec
-from build.cuda import Gpu, driver_version
+from build import serve, spec
+from build.contract import Target
 from build.errors import SSDError
+from build.files import MODELS, REPOSITORY, ROOT, relative, sha256
+from build.publish import backend, repository
+from build.tensorrt import plan, plugins
+from build.tensorrt.cuda import Gpu, driver_version
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-ROOT = Path(__file__).resolve().parent.parent
 PORTS = (8000, 8001, 8002)
 SHM = Path("/dev/shm")
 STATES = ("ok", "info", "warning", "problem")
@@ -99,9 +102,9 @@ class Machine:
         run: runs a command and gives its status and its output; status -1 where it cannot be run.
     """
 
-    models: Path = ROOT / "models"
-    repository: Path = ROOT / "model_repository"
-    libraries: Path = ROOT / "plugins" / "lib"
+    models: Path = MODELS
+    repository: Path = REPOSITORY
+    libraries: Path = plugins.LIB
     shm: Path = SHM
     ports: Sequence[int] = PORTS
     run: Callable[[Sequence[str]], tuple[int, str]] = lambda command: _run(command)
@@ -291,7 +294,7 @@ def _triton(machine: Machine) -> Iterator[Finding]:
     version = triton_version(files)
     where = "in the wheel nvidia-pytriton" if files.from_wheel else str(files.binary)
     yield Finding("Triton", "tritonserver", "ok", f"{version or 'unknown version'} {where}")
-    chosen = backend.choose()
+    chosen = backend.look()
     native = chosen.name == backend.NATIVE
     state, fix = ("ok", "") if native else ("info", backend.SLOWER)
     yield Finding("Triton", "backend for the CPU", state, f"{chosen.name}: {chosen.why}", fix)
@@ -340,7 +343,7 @@ _RESOLVE = """
 import ctypes, sys
 sys.path.insert(0, sys.argv[4])
 import tensorrt
-from build import tensorrt_compat as compat
+from build.tensorrt import compat
 compat.load_plugins(tensorrt, tensorrt.Logger(tensorrt.Logger.ERROR), None)
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 raise SystemExit(compat.plugin_creator(tensorrt, sys.argv[2], sys.argv[3]) is None)
@@ -383,7 +386,7 @@ def _plugins(machine: Machine) -> Iterator[Finding]:
         else:
             yield Finding("Plugins", path.name, "ok", what)
     if not libraries:
-        text = f"no plugin library in {_relative(machine.libraries)}: plans with SSDNMS cannot be built or served"
+        text = f"no plugin library in {relative(machine.libraries)}: plans with SSDNMS cannot be built or served"
         yield Finding("Plugins", "libssd_nms.so", "info", text, "only for TensorRT: ./invoke build-plugins")
 
 
@@ -407,7 +410,7 @@ def _resolvable(machine: Machine, library: Path, name: str, version: str) -> str
 def _published(machine: Machine, gpu: Gpu | None, tensorrt: str) -> Iterator[Finding]:
     folders = sorted(path.parent for path in machine.repository.glob(f"*/{repository.CONFIG}"))
     if not folders:
-        text = f"nothing in {_relative(machine.repository)}"
+        text = f"nothing in {relative(machine.repository)}"
         yield Finding("Published", "models", "info", text, "publish: ./invoke build-engines")
     for folder in folders:
         name = folder.name
@@ -427,7 +430,7 @@ def _version(
 ) -> Iterator[Finding]:
     name = folder.parent.name
     again = f"./invoke build-engines --model {name} --force"
-    damage = repository._damage(folder)
+    damage = repository.damage(folder)
     if damage:
         fix = again if served else f"it cannot be rolled back to: {again}"
         yield Finding("Published", where, "problem" if served else "warning", damage, fix)
@@ -447,20 +450,18 @@ def _version(
 def _stale(machine: Machine, name: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether a build today would make something else."""
     if not (machine.models / name / "spec.toml").is_file():
-        text = f"has no source in {_relative(machine.models)}: it cannot be built again here"
+        text = f"has no source in {relative(machine.models)}: it cannot be built again here"
         yield Finding("Published", f"{name}: source", "info", text, "keep its sources under models/")
         return
-    way = manifest.get("calibration", {}).get("way", "explicit")
-    wanted = repository.recipe(spec.load(machine.models / name), manifest["precision"], manifest["runtime"], way)
-    changed = []
-    for key, value in wanted.items():
-        old = manifest.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            changed += [k for k in {**value, **old} if value.get(k) != old.get(k)]
-        elif old != value:
-            changed.append(key)
+    source = spec.load(machine.models / name)
+    target = Target.of(manifest)
+    served_by = backend.of(manifest)
+    if served_by:
+        today = backend.look(source.serving.backend)
+        served_by = today if today.files else served_by  # without files, only a build can tell which it will be
+    changed = repository.changed(manifest, repository.recipe(source, target, served_by))
     if changed:
-        text = f"changed since: {', '.join(sorted(changed))}"
+        text = f"changed since: {', '.join(changed)}"
         yield Finding("Published", f"{name}: source", "warning", text, f"./invoke build-engines --model {name}")
     else:
         yield Finding("Published", f"{name}: source", "ok", "as it was when this version was built")
@@ -493,9 +494,9 @@ def _plan(
     label = f"{where}: plugin"
     named = f"{needed['plugin']} version {needed['plugin_version']} from {needed['file']}"
     if not library.is_file():
-        text = f"needs {named}, which is not in {_relative(machine.libraries)}"
+        text = f"needs {named}, which is not in {relative(machine.libraries)}"
         yield Finding("Published", label, "problem", text, "./invoke build-plugins, then build the plan again")
-    elif repository._sha256(library) != needed["sha256"]:
+    elif sha256(library) != needed["sha256"]:
         text = f"needs {named}, and the file there is another build of it"
         yield Finding("Published", label, "warning", text, f"put the old file back, or {again}")
     elif not tensorrt:
@@ -519,7 +520,7 @@ def _resources(machine: Machine) -> Iterator[Finding]:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
-                text = serve._holder(port) or "another program listens there"
+                text = serve.holder(port) or "another program listens there"
                 fix = "stop it, or choose others: ./invoke serve --http-port 0 --grpc-port 0 --metrics-port 0"
                 yield Finding("Resources", f"port {port}", "warning", text, fix)
             else:
@@ -576,10 +577,6 @@ def _mapped() -> set[str]:
                     if target.startswith("/dev/shm/"):
                         found.add(target)
     return found
-
-
-def _relative(path: Path) -> str:
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 # -- showing it --------------------------------------------------------------------------------------------------------

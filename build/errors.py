@@ -58,5 +58,9 @@ class PublishError(SSDError):
     """The model repository could not be written; what was published before is untouched."""
 
 
+class WriteError(SSDError):
+    """A file could not be written; it is as it was."""
+
+
 class ServeError(SSDError):
     """tritonserver is missing, did not come up, or went away."""

@@ -1,45 +1,48 @@
 """`invoke build-engines`: spec → graph → self-check → engine → gate → model repository.
 
-Nothing at all where nothing changed, and nothing published of what fails its gate.
+A model whose inputs are unchanged is skipped. What fails its gate is not published.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
+import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import audit, backend, datasets, engine, graph, implicit, plan, ssd_nms, verify
-from build import repository as store
-from build.errors import GraphError, OptionError, RuntimeUnavailableError, SpecError, VerifyError
+from build import contract, files
+from build.contract import Target
+from build.errors import OptionError, RuntimeUnavailableError, SpecError, VerifyError
+from build.files import ARTIFACTS, MODELS, REPOSITORY, relative
+from build.gate import datasets, verify
+from build.gate.self_check import self_check
+from build.graph.attach import attach
+from build.graph.precision import runnable
+from build.publish import backend
+from build.publish import repository as store
+from build.publish.config import instances_and_threads
+from build.quantization import audit, implicit
+from build.session import runner
 from build.spec import Spec, load
+from build.tensorrt import engine, plan
+from build.tensorrt.plugins import PLUGIN
 
 if TYPE_CHECKING:
     import onnx
     from rich.console import Console
 
-RUNTIMES = ("onnxruntime", "tensorrt")
-PRECISIONS = {
-    "onnxruntime": ("fp32", "fp16", "int8"),  # on a CPU it has no kernels for the others
-    "tensorrt": ("fp32", "tf32", "fp16", "bf16", "int8", "fp8"),
-}
-CALIBRATIONS = ("explicit", "implicit")
-
-_ROOT = Path(__file__).resolve().parent.parent
-
 
 def build_engines(
     models: Sequence[str] | None = None,
     runtime: str = "auto",
-    precision: str = "fp32",
+    precision: str = contract.BASELINE,
     force: bool = False,
-    repository: Path = _ROOT / "model_repository",
+    repository: Path = REPOSITORY,
     *,
-    sources: Path = _ROOT / "models",
-    artifacts: Path = _ROOT / "artifacts",
+    sources: Path = MODELS,
+    artifacts: Path = ARTIFACTS,
     judge: verify.Judge | None = None,
     calibration: str = "explicit",
     console: Console | None = None,
@@ -48,8 +51,8 @@ def build_engines(
 
     Args:
         models: folders of `sources`; None = all that have a spec.toml.
-        runtime: auto, onnxruntime or tensorrt.
-        precision: fp32, fp16 or int8; for tensorrt also tf32, bf16 and fp8.
+        runtime: auto, or of contract.RUNTIMES.
+        precision: of contract.PRECISIONS, as far as the runtime has it.
         force: build and publish even where nothing changed.
         repository: where to publish.
         sources: where the models are.
@@ -57,7 +60,7 @@ def build_engines(
             onnxruntime.onnx, where the same numbers are typed otherwise to be fast on a CPU.
         judge: mAP of COCO detections for the gate; None = the gate does not look at mAP.
         calibration: explicit (the graph says what is INT8) or, for int8 and TensorRT up to 10, implicit (it does).
-        console: where to say what is done; None = standard output.
+        console: where to print what is done; None = standard output.
 
     Returns:
         The served version of each model.
@@ -65,29 +68,15 @@ def build_engines(
     Raises:
         SSDError: nothing of the model in question was published; models before it were.
     """
-    from rich.console import Console
-
-    say = console or Console(highlight=False, soft_wrap=True)
+    show = _console(console)
     runtime, why = choose_runtime(runtime)
-    if precision not in PRECISIONS[runtime]:
-        known = ", ".join(PRECISIONS[runtime])
-        raise OptionError(f"precision is {precision!r}, but this version builds {known} only for {runtime}")
-    if calibration not in CALIBRATIONS:
-        raise OptionError(f"calibration is {calibration!r}, but must be one of {', '.join(CALIBRATIONS)}")
-    if calibration == "implicit" and (runtime, precision) != ("tensorrt", "int8"):
-        raise OptionError(
-            f"calibration is 'implicit', but this would build {precision} for {runtime}",
-            why="only TensorRT calibrates by itself, and only INT8",
-            fix="add --runtime tensorrt --precision int8, or leave --calibration implicit out",
-        )
-    say.print(f"runtime {runtime}: {why}", markup=False)
-    return {
-        spec.model.name: _build(spec, runtime, precision, calibration, force, repository, artifacts, judge, say)
-        for spec in [load(sources / name) for name in _names(models, sources)]
-    }
+    target = Target(runtime, precision, calibration)
+    show.print(f"runtime {runtime}: {why}", markup=False)
+    specs = [load(sources / name) for name in _names(models, sources)]
+    return {spec.model.name: _build(spec, target, force, repository, artifacts, judge, show) for spec in specs}
 
 
-def rollback(model: str, repository: Path = _ROOT / "model_repository") -> int:
+def rollback(model: str, repository: Path = REPOSITORY) -> int:
     """Serves the version before the current one again.
 
     Returns:
@@ -97,21 +86,19 @@ def rollback(model: str, repository: Path = _ROOT / "model_repository") -> int:
         OptionError: no model was named.
         PublishError: there is no such version, or it is damaged.
     """
-    from rich.console import Console
-
     if not model:
         raise OptionError("--rollback needs to know which model", fix="name it: --model shapes")
     version = store.rollback(repository, model)
-    Console(highlight=False, soft_wrap=True).print(f"{model}: version {version} is served again", markup=False)
+    _console().print(f"{model}: version {version} is served again", markup=False)
     return version
 
 
 def verify_published(
     models: Sequence[str] | None = None,
-    repository: Path = _ROOT / "model_repository",
+    repository: Path = REPOSITORY,
     *,
-    sources: Path = _ROOT / "models",
-    artifacts: Path = _ROOT / "artifacts",
+    sources: Path = MODELS,
+    artifacts: Path = ARTIFACTS,
     judge: verify.Judge | None = None,
     count: int = verify.PICTURES,
     console: Console | None = None,
@@ -130,32 +117,29 @@ def verify_published(
     Raises:
         SSDError: a model is not published, damaged, or cannot run here.
     """
-    from rich.console import Console
-
-    say = console or Console(highlight=False, soft_wrap=True)
+    show = _console(console)
     reports = []
     for spec in [load(sources / name) for name in _names(models, sources)]:
         folder, manifest = store.served(repository, spec.model.name)
-        runtime, precision = manifest["runtime"], manifest["precision"]
-        calibration = manifest.get("calibration", {}).get("way", "explicit")
-        reference = _typed(spec, runtime, precision, calibration, artifacts)
-        built, facts = folder / store.MODEL_FILE[runtime], manifest.get("engine")
-        report = _gate(spec, runtime, precision, reference, built, facts, artifacts, judge, count)
-        say.print(str(report), markup=False)
+        target = Target.of(manifest)
+        graph = _published_graph(spec, target, artifacts)
+        built = folder / store.MODEL_FILE[target.runtime]
+        report = _gate(spec, target, graph, built, manifest.get("engine"), artifacts, judge, count)
+        show.print(str(report), markup=False)
         reports.append(report)
     return reports
 
 
 def benchmark_published(
     model: str,
-    repository: Path = _ROOT / "model_repository",
+    repository: Path = REPOSITORY,
     *,
     batch: int = 1,
     seconds: float = 3.0,
     cuda_graphs: bool = False,
     dump_profile: bool = False,
-    sources: Path = _ROOT / "models",
-    artifacts: Path = _ROOT / "artifacts",
+    sources: Path = MODELS,
+    artifacts: Path = ARTIFACTS,
     console: Console | None = None,
 ) -> Path:
     """Times the published plan on held-out pictures as trtexec would: throughput, latency, compute, copies, enqueue.
@@ -174,12 +158,9 @@ def benchmark_published(
         OptionError: the published model is no plan.
         SSDError: it cannot run here.
     """
-    import json
-
     import numpy as np
-    from rich.console import Console
 
-    say = console or Console(highlight=False, soft_wrap=True)
+    show = _console(console)
     spec = load(sources / _names([model], sources)[0])
     folder, manifest = store.served(repository, spec.model.name)
     if manifest["runtime"] != "tensorrt":
@@ -190,85 +171,80 @@ def benchmark_published(
     if not 1 <= batch <= spec.serving.max_batch_size:
         raise OptionError(f"batch is {batch}, but {spec.model.name} takes 1 to {spec.serving.max_batch_size}")
     images, _ = verify.images_for(spec, artifacts / "datasets", batch)
-    inputs = verify.feeds(spec, np.resize(images, (batch, *images.shape[1:])))
+    inputs = spec.nms.feeds(np.resize(images, (batch, *images.shape[1:])))
     written: dict[str, Any] = {}
     plan_file = folder / store.MODEL_FILE["tensorrt"]
-    with plan.Plan(plan_file, manifest["engine"], plugin=engine.PLUGIN, cuda_graphs=cuda_graphs) as running:
+    with plan.Plan(plan_file, manifest["engine"], plugin=PLUGIN, cuda_graphs=cuda_graphs) as running:
         timing = running.benchmark(inputs, seconds=seconds)
-        say.print(str(timing), markup=False)
+        show.print(str(timing), markup=False)
         written["benchmark.json"] = {**timing.as_dict(), "engine": manifest["engine"]}
         if dump_profile:
             rows = running.layer_times(inputs)
             for row in rows[1:]:
-                say.print(f"{row['medianMs']:9.4f} ms {row['percentage']:5.1f} %  {row['name']}", markup=False)
+                show.print(f"{row['medianMs']:9.4f} ms {row['percentage']:5.1f} %  {row['name']}", markup=False)
             written |= {"profile.json": rows, "layers.json": running.layers()}
-    target: Path = artifacts / spec.model.name / manifest["precision"]
-    with store.explained(target):
-        target.mkdir(parents=True, exist_ok=True)
-        for name, value in written.items():
-            (target / name).write_text(json.dumps(value, indent=2) + "\n")
-    say.print(f"written: {', '.join(str(_relative(target / name)) for name in written)}", markup=False)
+    target = artifacts / spec.model.name / str(manifest["precision"])
+    for name, value in written.items():
+        files.write_json(target / name, value)
+    show.print(f"written: {', '.join(str(relative(target / name)) for name in written)}", markup=False)
     return target / "benchmark.json"
 
 
-def _typed(spec: Spec, runtime: str, precision: str, calibration: str, artifacts: Path) -> onnx.ModelProto:
-    """The graph that a runtime gets in a precision: FP32 from its source, any other as it was built.
+def _published_graph(spec: Spec, target: Target, artifacts: Path) -> onnx.ModelProto:
+    """The graph that a target's runtime gets: from the source where it is the source's own, else as it was built.
 
     Raises:
         OptionError: it was not built here.
     """
     import onnx
 
-    if precision in audit.UNTYPED or calibration == "implicit":
-        return graph.attach(spec)
-    path = _artifact(spec, runtime, precision, calibration, artifacts)
+    if not target.typed:
+        return attach(spec)
+    path = _artifact(spec, target, artifacts)
     if not path.is_file():
         raise OptionError(f"{path}: the graph to compare with is not there", fix="build it: ./invoke build-engines")
     return onnx.load(path)
 
 
-def _artifact(spec: Spec, runtime: str, precision: str, calibration: str, artifacts: Path) -> Path:
+def _artifact(spec: Spec, target: Target, artifacts: Path) -> Path:
     """The ONNX file that a runtime gets; an FP32 graph to be calibrated by TensorRT has a folder of its own."""
-    special = (runtime, precision) == ("onnxruntime", "int8")
-    folder = f"{precision}-implicit" if calibration == "implicit" else precision
-    return artifacts / spec.model.name / folder / ("onnxruntime.onnx" if special else "model.onnx")
+    on_cpu = (target.runtime, target.precision) == ("onnxruntime", "int8")
+    folder = f"{target.precision}-implicit" if target.implicit else target.precision
+    return artifacts / spec.model.name / folder / ("onnxruntime.onnx" if on_cpu else "model.onnx")
 
 
 def _gate(
     spec: Spec,
-    runtime: str,
-    precision: str,
-    model: onnx.ModelProto,
+    target: Target,
+    graph: onnx.ModelProto,
     built: Path,
-    facts: Mapping[str, Any] | None,
+    engine_facts: Mapping[str, Any] | None,
     artifacts: Path,
     judge: verify.Judge | None,
     count: int,
 ) -> verify.Report:
-    """The report on a built file: a plan on this machine's GPU, or an ONNX file in ONNX Runtime."""
+    """The report on a built file: a plan on this machine's GPU, or an ONNX file in ONNX Runtime.
+
+    The reference is the graph that the file was built from, in ONNX Runtime as it is written; a graph in types that
+    ONNX Runtime has no kernels for is widened first (contract.PRECISIONS).
+    """
     import onnx
 
-    what = f"{spec.model.name} ({precision}, {runtime})"
-    within, cache = verify.tolerance(runtime, precision), artifacts / "datasets"
-    baseline = None if precision in audit.UNTYPED else graph.attach(spec)
-    if facts is None:
-        candidate = verify.onnxruntime_runner(onnx.load(built))
-        return verify.gate(
-            spec, what, candidate, model, within, baseline=baseline, judge=judge, cache=cache, count=count
-        )
-    with plan.Plan(built, facts, plugin=engine.PLUGIN) as running:
-        return verify.gate(
-            spec,
-            what,
-            running,
-            model,
-            within,
-            baseline=baseline,
-            judge=judge,
-            cache=cache,
-            count=max(count, running.max_batch),
-            max_batch=running.max_batch,
-        )
+    reference = runner(runnable(graph, target.precision), optimised=False)
+    check = functools.partial(
+        verify.gate,
+        spec,
+        f"{spec.model.name} ({target})",
+        reference=reference,
+        within=verify.tolerance(target),
+        baseline=runner(attach(spec)) if target.kind.typed else None,
+        judge=judge,
+        cache=artifacts / "datasets",
+    )
+    if engine_facts is None:
+        return check(runner(onnx.load(built)), count=count)
+    with plan.Plan(built, engine_facts, plugin=PLUGIN) as running:
+        return check(running, count=max(count, running.max_batch), max_batch=running.max_batch)
 
 
 def choose_runtime(runtime: str) -> tuple[str, str]:
@@ -278,8 +254,8 @@ def choose_runtime(runtime: str) -> tuple[str, str]:
         OptionError: no runtime has this name.
         RuntimeUnavailableError: tensorrt was asked for and cannot be used; says all that is missing.
     """
-    if runtime not in ("auto", *RUNTIMES):
-        raise OptionError(f"runtime is {runtime!r}, but must be one of auto, {', '.join(RUNTIMES)}")
+    if runtime not in ("auto", *contract.RUNTIMES):
+        raise OptionError(f"runtime is {runtime!r}, but must be one of auto, {', '.join(contract.RUNTIMES)}")
     if runtime == "onnxruntime":
         return runtime, "asked for"
     missing = []
@@ -289,8 +265,8 @@ def choose_runtime(runtime: str) -> tuple[str, str]:
         missing.append("the Python package tensorrt")
     if importlib.util.find_spec("cuda") is None:
         missing.append("the Python package cuda-python")
-    if not engine.PLUGIN.is_file():
-        missing.append(f"{_relative(engine.PLUGIN)} (./invoke build-plugins)")
+    if not PLUGIN.is_file():
+        missing.append(f"{relative(PLUGIN)} (./invoke build-plugins)")
     if not missing:
         return "tensorrt", "a GPU, TensorRT and the plugin are here"
     if runtime == "auto":
@@ -301,114 +277,70 @@ def choose_runtime(runtime: str) -> tuple[str, str]:
     )
 
 
-def self_check(model: onnx.ModelProto, spec: Spec) -> None:
-    """Runs the graph in ONNX Runtime: heads and outputs have the contract's shapes, types and values in range.
-
-    Raises:
-        GraphError: it does not run, or answers something else.
-    """
-    import numpy as np
-    import onnxruntime
-
-    rows, most = 2, spec.nms.max_detections
-    size = (rows, spec.input.height, spec.input.width, 3)
-    feeds = {graph.IMAGES: np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)}
-
-    def run(part: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            session = onnxruntime.InferenceSession(
-                part.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-            names = [output.name for output in session.get_outputs()]
-            return dict(zip(names, session.run(names, inputs), strict=True))
-        except Exception as error:  # ONNX Runtime's own exceptions have no common type
-            raise GraphError(f"{spec.onnx_path}: ONNX Runtime cannot run it: {error}") from error
-
-    anchors = len(spec.load_anchors())
-    heads = run(graph.before_nms(model), feeds)
-    for name, last in zip(graph.HEADS, (4, spec.classes), strict=True):
-        found, wanted_shape = heads[name].shape, (rows, anchors, last)
-        if found != wanted_shape:
-            raise GraphError(
-                f"{spec.onnx_path}: {name} has the shape {list(found)}, but must have {list(wanted_shape)}",
-                why="anchors.npy or labels.txt belong to another model",
-            )
-    if spec.nms.runtime_thresholds:
-        feeds |= {name: np.full((rows, 1), getattr(spec.nms, name), np.float32) for name in ssd_nms.THRESHOLDS}
-    number, boxes, scores, classes = run(model, feeds).values()
-    wanted = [((rows, 1), "int32"), ((rows, most, 4), "float32"), ((rows, most), "float32"), ((rows, most), "int32")]
-    for name, array, (shape, kind) in zip(ssd_nms.OUTPUTS, (number, boxes, scores, classes), wanted, strict=True):
-        if array.shape != shape or array.dtype != kind:
-            raise GraphError(f"{spec.onnx_path}: {name} is {array.dtype}{list(array.shape)}, not {kind}{list(shape)}")
-    if number.max() > most or classes.max() >= len(spec.labels) or (np.diff(scores, axis=1) > 0).any():
-        raise GraphError(f"{spec.onnx_path}: its detections are not in order, or more or other ones than there can be")
-
-
 def _build(
     spec: Spec,
-    runtime: str,
-    precision: str,
-    calibration: str,
+    target: Target,
     force: bool,
-    target: Path,
+    repository: Path,
     artifacts: Path,
     judge: verify.Judge | None,
-    say: Console,
+    show: Console,
 ) -> int:
+    """Builds, checks and publishes one model.
+
+    Returns:
+        Its served version.
+    """
     name = spec.model.name
-    artifact = _artifact(spec, runtime, precision, calibration, artifacts)
-    implicitly = calibration == "implicit"
-    if implicitly:
+    artifact = _artifact(spec, target, artifacts)
+    if target.implicit:
         _require_implicit(spec, artifacts, judge)
-    here = engine.target() if runtime == "tensorrt" else None
-    manifest = None if force else store.fresh_manifest(spec, target, precision, runtime, here, calibration)
+    plans = target.runtime == "tensorrt"
+    machine = engine.built_for() if plans else None
+    served_by = None if plans else backend.prepare(spec.serving.backend)
+    manifest = None if force else store.fresh_manifest(spec, repository, target, machine, served_by)
     if manifest and artifact.is_file():
-        digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
-        if (manifest["engine"]["onnx_sha256"] if here else manifest["files"]["model.onnx"]) == digest:
+        digest = manifest["engine"]["onnx_sha256"] if plans else manifest["files"][store.MODEL_FILE[target.runtime]]
+        if digest == files.sha256(artifact):
             version: int = manifest["version"]
-            say.print(f"{name}: nothing changed, version {version} stays ({precision}, {runtime})", markup=False)
+            show.print(f"{name}: nothing changed, version {version} stays ({target})", markup=False)
             return version
-    chosen = audit.approved(spec, "fp32" if implicitly else precision, artifacts, say)  # the gate judges the plan
-    model = chosen.runs if artifact.name == "onnxruntime.onnx" else chosen.graph
+    # Where TensorRT calibrates, no graph is quantised: the gate judges the plan.
+    chosen = audit.approved(spec, contract.BASELINE if target.implicit else target.precision, artifacts, show)
+    graph = chosen.runs if artifact.name == "onnxruntime.onnx" else chosen.graph
     self_check(chosen.runs, spec)
-    with store.explained(artifact):
-        artifact.parent.mkdir(parents=True, exist_ok=True)
-        for path, written in {artifact.with_name("model.onnx"): chosen.graph, artifact: model}.items():
-            unfinished = path.with_suffix(".new")
-            unfinished.write_bytes(written.SerializeToString(deterministic=True))
-            unfinished.replace(path)
-    say.print(
-        f"{name}: built {_relative(artifact)} ({artifact.stat().st_size / 1e6:.1f} MB), runs as its spec says",
+    for path, written in {artifact.with_name("model.onnx"): chosen.graph, artifact: graph}.items():
+        files.write(path, written.SerializeToString(deterministic=True))
+    show.print(
+        f"{name}: built {relative(artifact)} ({artifact.stat().st_size / 1e6:.1f} MB), runs as its spec says",
         markup=False,
     )
     built, facts = artifact, dict[str, Any]()
-    if here:
+    if machine:
         built = artifact.with_name("model.plan")
-        made = engine.build(spec, model, precision, built, calibration=artifacts if implicitly else None, console=say)
-        facts = {"target": here, "engine": made}
-        say.print(
-            f"{name}: built {_relative(built)} ({built.stat().st_size / 1e6:.1f} MB) for {here['gpu']} "
-            f"with TensorRT {here['tensorrt']} in {facts['engine']['build_seconds']:.0f} s",
+        calibrator = functools.partial(implicit.calibrator, spec, artifacts) if target.implicit else None
+        facts = {"target": machine}
+        facts["engine"] = engine.build(spec, graph, target, built, calibrator=calibrator, console=show)
+        show.print(
+            f"{name}: built {relative(built)} ({built.stat().st_size / 1e6:.1f} MB) for {machine['gpu']} "
+            f"with TensorRT {machine['tensorrt']} in {facts['engine']['build_seconds']:.0f} s",
             markup=False,
         )
-    count = spec.data.held_out_count if implicitly else verify.PICTURES  # no graph was audited before on all of them
-    report = _gate(spec, runtime, precision, model, built, facts.get("engine"), artifacts, judge, count)
-    say.print(str(report.require()), markup=False)
+    count = spec.data.held_out_count if target.implicit else verify.PICTURES  # the audit saw all of them, if it ran
+    report = _gate(spec, target, graph, built, facts.get("engine"), artifacts, judge, count)
+    show.print(str(report.require()), markup=False)
     facts["verified"] = report.as_dict()
-    version = store.publish(spec, built, target, precision, runtime, facts, calibration)
-    serving = store.recipe(spec, precision, runtime)["serving"]
-    say.print(
-        f"{name}: published version {version} to {_relative(target / name)} "
-        f"({precision}, {runtime}, instances x threads: {serving['instances']} x {serving['threads']})",
+    version = store.publish(spec, built, repository, target, facts, served_by)
+    instances, threads = instances_and_threads(spec, target.runtime)
+    show.print(
+        f"{name}: published version {version} to {relative(repository / name)} "
+        f"({target}, instances x threads: {instances} x {threads})",
         markup=False,
     )
-    if not here:
-        server = backend.choose(spec.serving.backend)
-        say.print(f"{name}: served by Triton's backend {server.name}: {server.why}", markup=False)
-        if server.name == backend.PYTHON and spec.serving.backend == "auto":
-            say.print(f"{name}: {backend.SLOWER}", markup=False)
+    if served_by:
+        show.print(f"{name}: served by Triton's backend {served_by.name}: {served_by.why}", markup=False)
+        if served_by.name == backend.PYTHON and spec.serving.backend == "auto":
+            show.print(f"{name}: {backend.SLOWER}", markup=False)
     return version
 
 
@@ -420,13 +352,19 @@ def _require_implicit(spec: Spec, artifacts: Path, judge: verify.Judge | None) -
         DataError: there are no labelled held-out pictures.
         VerifyError: nobody measures mAP.
     """
-    implicit.base_class(implicit.method_of(spec))
+    implicit.base_class(spec.quantization.implicit_calibrator)
     datasets.held_out(spec, artifacts / "datasets")
     if judge is None:
         raise VerifyError(
             f"{spec.model.name}: implicit calibration is judged by mAP, and nothing measures it here",
             fix="give build_engines a judge, as invoke build-engines does",
         )
+
+
+def _console(console: Console | None = None) -> Console:
+    from rich.console import Console
+
+    return console or Console(highlight=False, soft_wrap=True)
 
 
 def _names(models: Sequence[str] | None, sources: Path) -> list[str]:
@@ -439,7 +377,3 @@ def _names(models: Sequence[str] | None, sources: Path) -> list[str]:
             hint = f"did you mean {near[0]}? " if near else ""
             raise SpecError(f"{sources}: has no model {name!r}", fix=f"{hint}there are {', '.join(known)}")
     return list(models or known)
-
-
-def _relative(path: Path) -> Path:
-    return path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path

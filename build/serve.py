@@ -33,13 +33,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from build.errors import ServeError
+from build.files import ARTIFACTS, REPOSITORY, relative
+from build.tensorrt.plugins import PLUGIN
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-PLUGIN = ROOT / "plugins" / "lib" / "libssd_nms.so"
-LOG = ROOT / "artifacts" / "logs" / "tritonserver.log"
+LOG = ARTIFACTS / "logs" / "tritonserver.log"
 SHM_PREFIX = "ssd-triton"  # of every name that the server and its stubs use in /dev/shm
 
 # What tritonserver logs as warning or error on every machine without an NVIDIA GPU.
@@ -74,7 +74,7 @@ _CAUSES = (
     (
         r"(?:find|No importer registered for|creator for) [^\n]*\b(SSDNMS)\b",
         "the plugin library that holds {0} was not loaded into the server",
-        f"build {PLUGIN.relative_to(ROOT)} (see plugins/) or start tritonserver with LD_PRELOAD naming it",
+        f"build {relative(PLUGIN)} (see plugins/) or start tritonserver with LD_PRELOAD naming it",
     ),
     (
         r"unable to find backend library for backend '(ssd_onnxruntime)'",
@@ -378,7 +378,7 @@ class TritonServer:
                 except OSError as error:
                     raise ServeError(
                         f"port {port} for {which} on {self.host} cannot be used: {os.strerror(error.errno or 0)}",
-                        why=_holder(port),
+                        why=holder(port),
                         fix=f"stop that program, or choose another port: --{which}-port N (0 takes a free one)",
                     ) from None
                 self._ports[which] = probe.getsockname()[1]
@@ -511,7 +511,7 @@ class TritonServer:
 
 
 def serve(
-    repository: Path | str = ROOT / "model_repository",
+    repository: Path | str = REPOSITORY,
     *,
     host: str = "127.0.0.1",
     http_port: int = 8000,
@@ -629,7 +629,7 @@ def _preload() -> str:
     return ":".join(filter(None, [given, str(PLUGIN) if PLUGIN.is_file() else ""]))
 
 
-def _holder(port: int) -> str:
+def holder(port: int) -> str:
     """Who listens on `port`, as far as this user may know."""
     import psutil
 

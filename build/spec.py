@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import re
+import json
+import shutil
 import sys
-from dataclasses import MISSING, dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from ssd_client.preprocess import RESAMPLES, RESIZES, Preprocessing
+
+from build import contract
+from build.contract import Nms
 from build.errors import SpecError
+from build.files import replacing
+from build.tables import INT32_MAX, Floats3, Names, Table, WrongValueError, key, register
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,143 +33,34 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Floats3 = tuple[float, float, float]
-Floats4 = tuple[float, float, float, float]
-Names = tuple[str, ...]
-
-_TYPE_NAMES: dict[Any, str] = {
-    str: "a text",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    Floats3: "a list of 3 numbers",
-    Floats4: "a list of 4 numbers",
-    Names: "a list of texts",
-}
-
-
-def _key(
-    default: Any = MISSING,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-    choices: tuple[str, ...] = (),
-    pattern: str = "",
-) -> Any:
-    """A field with what it allows: low ≤ value ≤ high, value > above, one of choices, a full match of pattern."""
-    rule = {"low": low, "high": high, "above": above, "choices": choices, "pattern": pattern}
-    return field(default=default, metadata=rule)
-
-
-class _WrongValueError(ValueError):
-    """A key and what is wrong with its value; `load` adds file and table."""
-
-    def __init__(self, key: str, problem: str) -> None:
-        self.key, self.problem = key, problem
-        super().__init__(f"{key} {problem}")
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table of spec.toml. Checks its own values, so that one made in Python is as right as one that was read.
-
-    Raises:
-        ValueError: a value is of the wrong type or out of its range.
-    """
-
-    def __post_init__(self) -> None:
-        types = get_type_hints(type(self))
-        for item in dataclasses.fields(self):
-            value = _converted(getattr(self, item.name), types[item.name])
-            if value is None:
-                raise _WrongValueError(
-                    item.name, f"is {getattr(self, item.name)!r}, but must be {_TYPE_NAMES[types[item.name]]}"
-                )
-            rule = item.metadata
-            for one in value if isinstance(value, tuple) else (value,):
-                if isinstance(one, (int, float)) and not (
-                    rule["low"] <= one <= rule["high"] and one > rule["above"] and math.isfinite(one)
-                ):
-                    raise _WrongValueError(item.name, f"is {getattr(self, item.name)!r}, but must be {_range(rule)}")
-                if rule["choices"] and one not in rule["choices"]:
-                    near = difflib.get_close_matches(str(one), rule["choices"], 1)
-                    hint = f" (did you mean {near[0]!r}?)" if near else ""
-                    raise _WrongValueError(
-                        item.name, f"is {one!r}, but must be one of {', '.join(rule['choices'])}{hint}"
-                    )
-            if rule["pattern"] and not re.fullmatch(rule["pattern"], value):
-                raise _WrongValueError(item.name, f"is {value!r}, but must match {rule['pattern']}")
-            object.__setattr__(self, item.name, value)
-
-
-def _converted(value: Any, to: Any) -> Any:
-    """The value as the field's type, or None where it is of another type; whole numbers count as numbers."""
-    if to in (Floats3, Floats4):
-        size = 3 if to == Floats3 else 4
-        if not isinstance(value, (list, tuple)) or len(value) != size:
-            return None
-        numbers = tuple(_converted(number, float) for number in value)
-        return None if None in numbers else numbers
-    if to == Profiles:
-        good = isinstance(value, (list, tuple)) and all(isinstance(item, (dict, Profile)) for item in value)
-        return tuple(_profile(number, item) for number, item in enumerate(value)) if good else None
-    if to == Names:
-        good = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
-        return tuple(value) if good else None
-    if to is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value if type(value) is to else None
-
-
-def _range(rule: Any) -> str:
-    """The allowed range in words."""
-    if rule["above"] != -math.inf:
-        return f"greater than {rule['above']:g}"
-    if rule["high"] == math.inf:
-        return f"at least {rule['low']:g}" if rule["low"] != -math.inf else "a finite number"
-    return f"in {rule['low']:g}..{rule['high']:g}"
-
 
 @dataclass(frozen=True)
 class Model(Table):
     """[model]: the files of the source model, relative to spec.toml."""
 
-    name: str = _key(pattern="[A-Za-z0-9][A-Za-z0-9_-]*")
-    onnx: str = _key("model.onnx", pattern=".+")
-    labels: str = _key("labels.txt", pattern=".+")
-    anchors: str = _key("anchors.npy", pattern=".+")
+    name: str = key(pattern="[A-Za-z0-9][A-Za-z0-9_-]*")
+    onnx: str = key("model.onnx", pattern=".+")
+    labels: str = key("labels.txt", pattern=".+")
+    anchors: str = key("anchors.npy", pattern=".+")
 
 
 @dataclass(frozen=True)
 class Input(Table):
     """[input]: the picture that the model takes; mean and std are in pixel values, in the order of `color_order`."""
 
-    width: int = _key(low=1, high=8192)
-    height: int = _key(low=1, high=8192)
-    color_order: str = _key("RGB", choices=("RGB", "BGR"))
-    resize: str = _key("stretch", choices=("stretch", "letterbox"))
-    resample: str = _key("bilinear", choices=("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"))
-    pad_value: int = _key(114, low=0, high=255)
-    mean: Floats3 = _key((0.0, 0.0, 0.0))  # noqa: RUF009
-    std: Floats3 = _key((255.0, 255.0, 255.0), above=0)  # noqa: RUF009
+    width: int = key(low=1, high=8192)
+    height: int = key(low=1, high=8192)
+    color_order: str = key("RGB", choices=("RGB", "BGR"))
+    resize: str = key("stretch", choices=RESIZES)
+    resample: str = key("bilinear", choices=RESAMPLES)
+    pad_value: int = key(114, low=0, high=255)
+    mean: Floats3 = key((0.0, 0.0, 0.0))  # noqa: RUF009
+    std: Floats3 = key((255.0, 255.0, 255.0), above=0)  # noqa: RUF009
 
-
-@dataclass(frozen=True)
-class Nms(Table):
-    """[nms]: the attributes of the SSDNMS node (docs/design.md), and whether the thresholds are inputs, too."""
-
-    score_threshold: float = _key(0.05, low=0, high=1)
-    iou_threshold: float = _key(0.45, low=0, high=1)
-    max_detections: int = _key(100, low=1, high=2**31 - 1)
-    topk_per_class: int = _key(0, low=0, high=2**31 - 1)
-    background_class: int = _key(0, low=-1, high=2**31 - 1)
-    score_activation: str = _key("softmax", choices=("softmax", "sigmoid", "none"))
-    box_coding: str = _key("center_size", choices=("center_size", "corner"))
-    box_scales: Floats4 = _key((10.0, 10.0, 5.0, 5.0), above=0)  # noqa: RUF009
-    clip_boxes: bool = _key(True)
-    class_agnostic: bool = _key(False)
-    runtime_thresholds: bool = _key(False)
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a picture becomes the served input: always RGB, since the graph reorders for a model that wants BGR."""
+        return Preprocessing(self.width, self.height, self.resize, self.resample, self.pad_value, "RGB")
 
 
 @dataclass(frozen=True)
@@ -172,48 +70,55 @@ class Serving(Table):
     Queue and delay are for requests that are batched together; CUDA graphs and warm-up for the runtime tensorrt.
     """
 
-    max_batch_size: int = _key(32, low=1, high=4096)
-    instances: int = _key(0, low=0, high=1024)
-    threads: int = _key(0, low=0, high=1024)
-    backend: str = _key("auto", choices=("auto", "ssd_onnxruntime", "python"))
-    dynamic_batching: str = _key("auto", choices=("auto", "on", "off"))
-    max_queue_size: int = _key(256, low=0, high=2**31 - 1)
-    queue_timeout_ms: int = _key(1000, low=0, high=2**31 - 1)
-    queue_delay_us: int = _key(0, low=0, high=10**6)
-    cuda_graphs: bool = _key(False)
-    warmup: bool = _key(True)
+    max_batch_size: int = key(32, low=1, high=4096)
+    instances: int = key(0, low=0, high=1024)
+    threads: int = key(0, low=0, high=1024)
+    backend: str = key("auto", choices=("auto", "ssd_onnxruntime", "python"))
+    dynamic_batching: str = key("auto", choices=("auto", "on", "off"))
+    max_queue_size: int = key(256, low=0, high=INT32_MAX)
+    queue_timeout_ms: int = key(1000, low=0, high=INT32_MAX)
+    queue_delay_us: int = key(0, low=0, high=10**6)
+    cuda_graphs: bool = key(False)
+    warmup: bool = key(True)
 
 
 @dataclass(frozen=True)
 class Profile(Table):
     """[[tensorrt.profiles]]: the batch sizes of one optimisation profile; TensorRT tunes for `opt`."""
 
-    min: int = _key(low=1, high=4096)
-    opt: int = _key(low=1, high=4096)
-    max: int = _key(low=1, high=4096)
+    min: int = key(low=1, high=4096)
+    opt: int = key(low=1, high=4096)
+    max: int = key(low=1, high=4096)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.min <= self.opt <= self.max:
-            raise _WrongValueError("opt", f"is {self.opt}, but must be between min {self.min} and max {self.max}")
+            raise WrongValueError("opt", f"is {self.opt}, but must be between min {self.min} and max {self.max}")
 
 
 Profiles = tuple[Profile, ...]
 _TACTIC_SOURCES = ("cublas", "cublas_lt", "cudnn", "edge_mask_convolutions", "jit_convolutions")
-_TYPE_NAMES[Profiles] = "a list of tables: [[tensorrt.profiles]], each with min, opt and max"
+
+
+def _profiles(value: Any) -> Profiles | None:
+    good = isinstance(value, (list, tuple)) and all(isinstance(item, (dict, Profile)) for item in value)
+    return tuple(_profile(number, item) for number, item in enumerate(value)) if good else None
+
+
+register(Profiles, "a list of tables: [[tensorrt.profiles]], each with min, opt and max", _profiles)
 
 
 @dataclass(frozen=True)
 class TensorRT(Table):
     """[tensorrt]: how the engine is built; 0 or an empty list leaves the choice to TensorRT."""
 
-    profiles: Profiles = _key(())  # noqa: RUF009
-    workspace_mib: int = _key(0, low=0, high=2**31 - 1)
-    optimization_level: int = _key(3, low=0, high=5)
-    tf32: bool = _key(False)
-    version_compatible: bool = _key(False)
-    hardware_compatible: str = _key("none", choices=("none", "ampere_plus", "same_compute_capability"))
-    tactic_sources: Names = _key((), choices=_TACTIC_SOURCES)  # noqa: RUF009
+    profiles: Profiles = key(())  # noqa: RUF009
+    workspace_mib: int = key(0, low=0, high=INT32_MAX)
+    optimization_level: int = key(3, low=0, high=5)
+    tf32: bool = key(False)
+    version_compatible: bool = key(False)
+    hardware_compatible: str = key("none", choices=("none", "ampere_plus", "same_compute_capability"))
+    tactic_sources: Names = key((), choices=_TACTIC_SOURCES)  # noqa: RUF009
 
 
 @dataclass(frozen=True)
@@ -223,22 +128,27 @@ class Data(Table):
     Each is a folder with an `instances.json`, or a split of `generator`; an empty text is none (build/datasets.py).
     """
 
-    generator: str = _key("")
-    calibration: str = _key("")
-    calibration_count: int = _key(500, low=1, high=10**6)
-    held_out: str = _key("")
-    held_out_count: int = _key(500, low=1, high=10**6)
+    generator: str = key("")
+    calibration: str = key("")
+    calibration_count: int = key(500, low=1, high=10**6)
+    held_out: str = key("")
+    held_out_count: int = key(500, low=1, high=10**6)
 
 
 @dataclass(frozen=True)
 class Quantization(Table):
     """[quantization]: how INT8 and FP8 graphs are made, and how much accuracy any precision may lose."""
 
-    calibrator: str = _key("auto", choices=("auto", "minmax", "entropy", "percentile"))
-    percentile: float = _key(99.99, low=50, high=100)
-    exclude_nodes: Names = _key(())  # noqa: RUF009
-    rest: str = _key("fp32", choices=("fp32", "fp16"))
-    gate: float = _key(0.99, low=0, high=1)
+    calibrator: str = key("auto", choices=("auto", *contract.CALIBRATORS))
+    percentile: float = key(99.99, low=50, high=100)
+    exclude_nodes: Names = key(())  # noqa: RUF009
+    rest: str = key("fp32", choices=("fp32", "fp16"))
+    gate: float = key(0.99, low=0, high=1)
+
+    @property
+    def implicit_calibrator(self) -> str:
+        """The calibrator where TensorRT calibrates by itself; entropy, its own default, where the spec is open."""
+        return "entropy" if self.calibrator == "auto" else self.calibrator
 
 
 @dataclass(frozen=True)
@@ -285,6 +195,24 @@ class Spec:
         """The optimisation profiles: those of [tensorrt], else one for every batch size that is served."""
         most = self.serving.max_batch_size
         return self.tensorrt.profiles or (Profile(1, min(8, most), most),)
+
+    @property
+    def inputs(self) -> tuple[contract.Tensor, ...]:
+        """The served model's inputs."""
+        return contract.inputs(self.input.height, self.input.width, self.nms.runtime_thresholds)
+
+    @property
+    def outputs(self) -> tuple[contract.Tensor, ...]:
+        """The served model's outputs."""
+        return contract.outputs(self.nms.max_detections)
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting as `table.key`, defaults resolved, as JSON has it: equal settings build the same model."""
+        return {
+            f"{name}.{key}": json.loads(json.dumps(value))
+            for name in _TABLES
+            for key, value in dataclasses.asdict(getattr(self, name)).items()
+        }
 
     def load_anchors(self) -> NDArray[np.float32]:
         """The anchors: FP32 [N,4], cx,cy,w,h in units of the image's width and height.
@@ -352,11 +280,11 @@ def load(path: str | Path) -> Spec:
     tables = {name: _table(path, name, table, content.get(name, {})) for name, table in _TABLES.items()}
     spec = Spec(path, labels=(), **tables)  # type: ignore[arg-type]
     spec = dataclasses.replace(spec, labels=_labels(spec))
-    for key in ("onnx", "anchors"):
-        file = path.parent / getattr(spec.model, key)
+    for name in ("onnx", "anchors"):
+        file = path.parent / getattr(spec.model, name)
         if not file.is_file():
             raise SpecError(
-                f"{path}: [model] {key} names {file}, which is not there", fix="put the file there or correct the name"
+                f"{path}: [model] {name} names {file}, which is not there", fix="put the file there or correct the name"
             )
     labels, background = len(spec.labels), spec.nms.background_class
     if background > labels:
@@ -393,15 +321,15 @@ def _check_profiles(spec: Spec) -> None:
 
 def _table(path: Path, name: str, kind: type[_T], values: dict[str, Any]) -> _T:
     keys = {item.name: item for item in dataclasses.fields(kind)}
-    for key in values:
-        if key not in keys:
-            raise SpecError(f"{path}: [{name}] {key} is an unknown key", fix=_nearest(key, list(keys), "{}"))
-    missing = [key for key, item in keys.items() if item.default is MISSING and key not in values]
+    for given in values:
+        if given not in keys:
+            raise SpecError(f"{path}: [{name}] {given} is an unknown key", fix=_nearest(given, list(keys), "{}"))
+    missing = [known for known, item in keys.items() if item.default is MISSING and known not in values]
     if missing:
         raise SpecError(f"{path}: [{name}] {missing[0]} is missing", fix=f"add it under [{name}] (docs/spec.md)")
     try:
         return kind(**values)
-    except _WrongValueError as wrong:
+    except WrongValueError as wrong:
         raise SpecError(f"{path}: [{name}] {wrong.key} {wrong.problem}", fix="see docs/spec.md") from None
 
 
@@ -412,11 +340,11 @@ def _profile(number: int, values: Profile | dict[str, Any]) -> Profile:
     known = [item.name for item in dataclasses.fields(Profile)]
     if set(values) != set(known):
         problem = f"{number} has the keys {', '.join(values)}, but must have {', '.join(known)}"
-        raise _WrongValueError("profiles", problem)
+        raise WrongValueError("profiles", problem)
     try:
         return Profile(**values)
-    except _WrongValueError as wrong:
-        raise _WrongValueError("profiles", f"{number}: {wrong}") from None
+    except WrongValueError as wrong:
+        raise WrongValueError("profiles", f"{number}: {wrong}") from None
 
 
 def _nearest(wrong: str, known: list[str], form: str) -> str:
@@ -441,3 +369,41 @@ def _labels(spec: Spec) -> tuple[str, ...]:
         if label in labels[: number - 1]:
             raise SpecError(f"{spec.labels_path}: line {number} repeats the label {label!r}")
     return tuple(labels)
+
+
+def edit(path: Path, settings: Mapping[str, Any]) -> None:
+    """Sets keys of a spec.toml and leaves everything else, comments included, as it is; whole or not at all.
+
+    Args:
+        path: the spec.toml.
+        settings: `table.key` → value.
+
+    Raises:
+        SpecError: the file cannot be read or is no longer a right spec.toml with these values; it is then as it was.
+        WriteError: the operating system refuses.
+    """
+    import tomlkit
+    from tomlkit.exceptions import TOMLKitError
+
+    try:
+        text = path.read_bytes().decode()
+        document = tomlkit.parse(text)
+    except (OSError, UnicodeDecodeError, TOMLKitError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from None
+    for setting, value in settings.items():
+        table, key = setting.split(".")
+        if table not in document:
+            if document.body and not text.endswith(("\n\n", "\n\r\n")):
+                document.add(tomlkit.nl())
+            document.add(table, tomlkit.table())
+        item = tomlkit.item(list(value) if isinstance(value, tuple) else value)
+        if isinstance(item, tomlkit.items.Array):
+            item.multiline(True)
+        document[table][key] = item
+    content = tomlkit.dumps(document)
+    if "\r\n" in text:
+        content = content.replace("\r\n", "\n").replace("\n", "\r\n")
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.encode())
+        shutil.copymode(path, unfinished)
+        load(unfinished)

@@ -26,7 +26,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from build.verify import Tolerance, onnxruntime_runner, tolerance
+from build.contract import Target
+from build.gate.verify import Tolerance, tolerance
+from build.session import runner
 from perf.direct import feeds, served_file, thresholds
 
 if TYPE_CHECKING:
@@ -80,17 +82,17 @@ def expected_answers(folder: Path, config: ModelConfig, images: Sequence[NDArray
         EngineError: the plan cannot run here.
         VerifyError: there is no tolerance for this runtime and precision.
     """
-    within = tolerance(config.runtime, config.precision)
+    within = tolerance(Target(config.runtime, config.precision))
     requests = feeds(images, thresholds(config))
     path = served_file(folder)
     if path.suffix == ".onnx":
         import onnx
 
-        run = onnxruntime_runner(onnx.load(path))
+        run = runner(onnx.load(path))
         answers = [run(request) for request in requests]
     else:
-        from build.engine import PLUGIN
-        from build.plan import Plan
+        from build.tensorrt.plan import Plan
+        from build.tensorrt.plugins import PLUGIN
 
         engine = json.loads((folder / "manifest.json").read_bytes())["engine"]
         with Plan(path, engine, plugin=PLUGIN) as plan:

@@ -41,7 +41,8 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     from rich.console import Console
     from ssd_client import SSDClient
 
-    from build import pipeline, spec, verify
+    from build import pipeline, spec
+    from build.gate import verify
     from models.shapes.scenes import write_split
     from perf.bench import PICTURES, bench
     from perf.environment import machine, versions

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from build import contract
 from build.errors import ServeError
 
 if TYPE_CHECKING:
@@ -138,9 +139,9 @@ def beside(
         if path.suffix == ".onnx":
             yield fastest(path, requests, instances, threads, clients=clients, options=options)
         else:
-            from build import repository
-            from build.engine import PLUGIN
-            from build.plan import Plan
+            from build.publish import repository
+            from build.tensorrt.plan import Plan
+            from build.tensorrt.plugins import PLUGIN
 
             _, manifest = repository.served(server.repository, model)
             graphs = bool(triton.get("optimization", {}).get("cuda", {}).get("graphs"))
@@ -157,7 +158,7 @@ def served_file(folder: Path) -> Path:
     Raises:
         ServeError: its folder holds neither.
     """
-    from build.repository import MODEL_FILE
+    from build.publish.repository import MODEL_FILE
 
     for name in MODEL_FILE.values():
         if (folder / name).is_file():
@@ -246,7 +247,7 @@ def thresholds(config: ModelConfig) -> dict[str, float]:
     """The thresholds that a request must bring; {} where the model takes none."""
     if not config.runtime_thresholds:
         return {}
-    return {"score_threshold": config.score_threshold, "iou_threshold": config.iou_threshold}
+    return {name: getattr(config, name) for name in contract.THRESHOLDS}
 
 
 def feeds(
@@ -263,7 +264,7 @@ def feeds(
 
     extra = {name: np.full((batch_size, 1), value, np.float32) for name, value in (values or {}).items()}
     return [
-        {"images": np.stack([images[(first + i) % len(images)] for i in range(batch_size)]), **extra}
+        {contract.IMAGES: np.stack([images[(first + i) % len(images)] for i in range(batch_size)]), **extra}
         for first in range(0, len(images), batch_size)
     ]
 

@@ -73,7 +73,7 @@ def machine() -> dict[str, Any]:
     """CPU, its cores, those that this process may use, memory and operating system."""
     import psutil
 
-    from build.repository import cores
+    from build.publish.config import cores
 
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {

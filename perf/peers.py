@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from build import contract
 from build.errors import RuntimeUnavailableError, SSDError
 from build.spec import Spec
 
@@ -76,7 +77,7 @@ def measure(
     Raises:
         SSDError: not even the FP32 graph can be made or run.
     """
-    from build.repository import cores
+    from build.publish.config import cores
 
     rows: list[dict[str, Any]] = []
     for batch_size in batch_sizes:
@@ -89,11 +90,11 @@ def measure(
 def _side_by_side(
     spec: Spec, artifacts: Path, *, batch_size: int, threads: int, seconds: float, rounds: int
 ) -> dict[str, Any]:
-    from build.verify import images_for
+    from build.gate.verify import images_for
     from perf.direct import feeds
 
     pictures, _ = images_for(spec, artifacts / "datasets", batch_size)
-    images = feeds(list(pictures), batch_size=batch_size)[0]["images"]
+    images = feeds(list(pictures), batch_size=batch_size)[0][contract.IMAGES]
     ready: dict[str, Peer] = {}
     skipped: dict[str, str] = {}
     makers = _on_cpu(spec, artifacts, images, threads) | _on_gpu(spec, images)
@@ -164,11 +165,13 @@ def _on_cpu(spec: Spec, artifacts: Path, images: NDArray[Any], threads: int) -> 
 
 
 def _onnxruntime(spec: Spec, artifacts: Path, images: NDArray[Any], threads: int, kind: str) -> Peer:
-    from build import audit, graph
+    from build.graph.attach import before_nms
+    from build.quantization.candidates import all_calibrators, candidates
+    from build.session import session
 
-    chosen = audit.candidates(spec, kind, artifacts, calibrators=audit.all_calibrators(kind)[:1])[0]
-    session = audit.session(graph.before_nms(chosen.runs), threads)
-    return Peer(_clocked(lambda: session.run(None, {graph.IMAGES: images})))
+    chosen = candidates(spec, kind, artifacts, calibrators=all_calibrators(kind)[:1])[0]
+    runs = session(before_nms(chosen.runs), threads=threads)
+    return Peer(_clocked(lambda: runs.run(None, {contract.IMAGES: images})))
 
 
 def _torch(spec: Spec, images: NDArray[Any], threads: int, *, compiled: bool) -> Peer:
@@ -229,7 +232,7 @@ def network_of(spec: Spec) -> tuple[Any, str]:
     torch = _import_torch()
     from onnx import numpy_helper
 
-    from build.graph import load_source
+    from build.graph.attach import load_source
 
     name, path = f"{spec.model.name}_network", _network_path(spec)
     found = importlib.util.spec_from_file_location(name, path)
@@ -293,7 +296,7 @@ def _cuda() -> Any:
     Raises:
         RuntimeUnavailableError: it is not to be had.
     """
-    from build.cuda import driver_version
+    from build.tensorrt.cuda import driver_version
 
     if not driver_version():
         raise RuntimeUnavailableError("no NVIDIA GPU here")
@@ -346,7 +349,7 @@ def _onnxruntime_cuda(spec: Spec, images: NDArray[Any]) -> Peer:
     torch = _cuda()
     import onnxruntime
 
-    from build import graph
+    from build.graph.attach import attach, before_nms
 
     provider = "CUDAExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
@@ -357,15 +360,15 @@ def _onnxruntime_cuda(spec: Spec, images: NDArray[Any]) -> Peer:
     torch.cuda.synchronize()
     settings = {"user_compute_stream": str(stream.cuda_stream)}
     session = onnxruntime.InferenceSession(
-        graph.before_nms(graph.attach(spec)).SerializeToString(), providers=[(provider, settings)]
+        before_nms(attach(spec)).SerializeToString(), providers=[(provider, settings)]
     )
     if provider not in session.get_providers():
         raise RuntimeUnavailableError(
             "ONNX Runtime's CUDA provider does not load", fix="see onnxruntime's own messages"
         )
     binding = session.io_binding()
-    binding.bind_input(graph.IMAGES, "cuda", 0, images.dtype, images.shape, pixels.data_ptr())
-    for name in graph.HEADS:
+    binding.bind_input(contract.IMAGES, "cuda", 0, images.dtype, images.shape, pixels.data_ptr())
+    for name in contract.HEADS:
         binding.bind_output(name, "cuda", 0)
     run = _by_events(torch, lambda: session.run_with_iobinding(binding), stream)
     return Peer(run, _gpu_note(torch), keeps=pixels)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from build.fusion_html import markdown_table, number
+from build.reports.fusion_html import markdown_table, number
 from perf import report_html as plots
 from perf.report_html import Line, Plot, Row, Section, Table
 from perf.statistics import curves, saturation

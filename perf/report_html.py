@@ -14,7 +14,7 @@ from html import escape
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from build.fusion_html import LOOK, table_html, tag
+from build.reports.fusion_html import LOOK, table_html, tag
 from perf.statistics import amount, curves, saturation
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from build import contract
 from build.errors import DataError, OptionError, ServeError, SSDError
 from perf import direct, report, scenarios
 from perf.analyzer import Load, PerfError
@@ -457,7 +458,7 @@ def publish(spec: Spec, precision: str, artifacts: Path, sources: Path = ROOT / 
     from rich.console import Console
 
     from build import pipeline
-    from build.evaluate import mean_average_precision
+    from build.gate.accuracy import mean_average_precision
 
     repository = artifacts / "perf" / "repositories" / precision
     repository.mkdir(parents=True, exist_ok=True)
@@ -507,17 +508,19 @@ def _images(spec: Spec, settings: Settings, artifacts: Path) -> Sequence[NDArray
     Raises:
         DataError: there are none.
     """
-    from build import datasets, verify
+    from ssd_client.preprocess import SUFFIXES
+
+    from build.gate import datasets, verify
 
     if settings.images:
-        paths = sorted(path for path in Path(settings.images).glob("*") if path.suffix.lower() in datasets.SUFFIXES)
+        paths = sorted(path for path in Path(settings.images).glob("*") if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise DataError(
                 f"{settings.images} holds no pictures",
-                why="there is no such folder, or nothing in it ends in " + ", ".join(datasets.SUFFIXES),
+                why="there is no such folder, or nothing in it ends in " + ", ".join(SUFFIXES),
                 fix="name a folder with some: invoke perf --images FOLDER",
             )
-        return [datasets.to_input(datasets.open_picture(path), spec.input)[0] for path in paths[:PICTURES]]
+        return [datasets.load(path, spec.input)[0] for path in paths[:PICTURES]]
     images, pictures = verify.images_for(spec, artifacts / "datasets", PICTURES)
     if pictures is None:
         raise DataError(
@@ -532,9 +535,7 @@ def _images(spec: Spec, settings: Settings, artifacts: Path) -> Sequence[NDArray
 
 def _check(settings: Settings, sources: Path) -> None:
     """Raises OptionError where settings make no sense."""
-    from build.pipeline import PRECISIONS
-
-    known = sorted({one for kinds in PRECISIONS.values() for one in kinds})
+    known = sorted(contract.PRECISIONS)
     wrong = [one for one in settings.precisions if one not in known]
     if wrong or not settings.precisions:
         raise OptionError(f"precision is {', '.join(wrong) or 'empty'}", fix=f"choose from {', '.join(known)}")

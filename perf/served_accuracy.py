@@ -1,4 +1,4 @@
-"""COCO accuracy of what a server answers: the client's detections, judged by build/evaluate.py."""
+"""COCO accuracy of what a server answers: the client's detections, judged by build/gate/."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from build.gate.scoring import CURVE_THRESHOLD, Detected
+
 if TYPE_CHECKING:
     from ssd_client import SSDClient
 
-    from build.audit import Detector, Found
-    from build.evaluate import Accuracy
-
-SCORE_THRESHOLD = 0.01  # COCO's mAP wants the whole precision-recall curve
+    from build.gate.accuracy import Accuracy
+    from build.gate.scoring import Detector
 
 
 def evaluate_served(client: SSDClient, pictures: Sequence[Path], truth: dict[str, Any]) -> Accuracy:
@@ -23,10 +23,10 @@ def evaluate_served(client: SSDClient, pictures: Sequence[Path], truth: dict[str
         SSDClientError: the server does not answer.
         SSDError: the ground truth does not fit.
     """
-    from build.evaluate import evaluate
+    from build.gate.accuracy import evaluate
 
-    found = client.detect(list(pictures), score_threshold=SCORE_THRESHOLD)
-    return evaluate(truth, [row for i, detections in enumerate(found, start=1) for row in detections.to_coco(i)])
+    answers = client.detect(list(pictures), score_threshold=CURVE_THRESHOLD)
+    return evaluate(truth, [row for i, detections in enumerate(answers, start=1) for row in detections.to_coco(i)])
 
 
 @contextlib.contextmanager
@@ -34,13 +34,12 @@ def serving(repository: Path, model: str) -> Iterator[tuple[str, Detector]]:
     """A server on `repository`, as the audit takes it: the served precision, and pictures → what is in each."""
     from ssd_client import SSDClient
 
-    from build.audit import Found
     from build.serve import TritonServer
 
     with TritonServer(repository) as server, SSDClient(server.grpc_url, model=model, shared_memory="system") as client:
 
-        def detector(pictures: Sequence[Path]) -> list[Found]:
-            answers = client.detect(list(pictures), score_threshold=SCORE_THRESHOLD)
-            return [Found(one.boxes, one.scores, one.class_ids) for one in answers]
+        def detect(pictures: Sequence[Path]) -> list[Detected]:
+            answers = client.detect(list(pictures), score_threshold=CURVE_THRESHOLD)
+            return [Detected(answer.boxes, answer.scores, answer.class_ids) for answer in answers]
 
-        yield client.model_config().precision, detector
+        yield client.model_config().precision, detect

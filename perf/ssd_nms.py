@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from build import ssd_nms
-from build.spec import Nms
+from build import contract
+from build.contract import Nms
+from build.graph import ssd_nms
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,13 +39,13 @@ def measure(runs: int = 200) -> dict[str, Any]:
 def _timed(inputs: dict[str, NDArray[np.float32]], threshold: float, runs: int) -> dict[str, Any]:
     import numpy as np
 
-    from build import audit
+    from build.session import session
 
-    session = audit.session(model_of(Nms(score_threshold=threshold, topk_per_class=200)), 1)
+    runs_here = session(model_of(Nms(score_threshold=threshold, topk_per_class=200)), threads=1)
     times = []
     for number in range(-5, runs):  # the first ones allocate
         begun = time.perf_counter()
-        detections = session.run(None, inputs)[0]
+        detections = runs_here.run(None, inputs)[0]
         if number >= 0:
             times.append((time.perf_counter() - begun) * 1000)
     low, median, high = (float(value) for value in np.percentile(times, (5, 50, 95)))
@@ -70,14 +71,17 @@ def model_of(nms: Nms) -> onnx.ModelProto:
     graph = helper.make_graph(
         [],
         "nms",
-        [helper.make_tensor_value_info(name, real, shape) for name, shape in zip(ssd_nms.INPUTS, inputs, strict=True)],
+        [
+            helper.make_tensor_value_info(name, real, shape)
+            for name, shape in zip(contract.NMS_INPUTS, inputs, strict=True)
+        ],
         [
             helper.make_tensor_value_info(name, kind, shape)
-            for name, kind, shape in zip(ssd_nms.OUTPUTS, (whole, real, real, whole), outputs, strict=True)
+            for name, kind, shape in zip(contract.OUTPUTS, (whole, real, real, whole), outputs, strict=True)
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    ssd_nms.attach(model, ssd_nms.node(nms, ssd_nms.INPUTS))
+    ssd_nms.attach(model, ssd_nms.node(nms, contract.NMS_INPUTS))
     return model
 
 

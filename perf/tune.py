@@ -13,15 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import math
 import os
-import re
 import shutil
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -29,20 +25,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import repository as store
-from build.errors import OptionError, SpecError, SSDError
-from build.spec import Spec, load
+from build.contract import Target
+from build.errors import OptionError, SSDError
+from build.files import sha256
+from build.publish import backend
+from build.publish import config as publish
+from build.publish import repository as store
+from build.spec import Spec, edit
 from perf.analyzer import Load, PerfError
 from perf.bench import Bench
 from perf.bench import bench as start_bench
 from perf.journal import Journal
 from perf.scenarios import default_bound, single_stream
 from perf.statistics import verdict
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -320,9 +315,10 @@ def tune(
     traffic = traffic or Load(concurrency=4)
     name = spec.model.name
     manifest = store.served(published, name)[1]
-    runtime, precision = manifest["runtime"], manifest["precision"]
-    present = Candidate.of_config(store.config(spec, 0, precision, runtime, ""))
-    others = [one for one in others or candidates(store.cores(), runtime) if one != present]
+    target = Target.of(manifest)
+    runtime, precision = target.runtime, target.precision
+    present = Candidate.of_config(publish.config(spec, 0, target, "", backend.of(manifest)))
+    others = [one for one in others or candidates(publish.cores(), runtime) if one != present]
 
     def on_server(candidate: Candidate, function: Callable[[Bench], dict[str, Any]], **what: Any) -> dict[str, Any]:
         def run() -> dict[str, Any]:
@@ -387,7 +383,10 @@ def tune(
     say.print(table(result))
     say.print(f"{name}: {why}", markup=False)
     if result["written"]:
-        write_serving(spec.path, _changes(spec, present, winner.candidate, runtime))
+        edit(
+            spec.path,
+            {f"serving.{key}": value for key, value in _changes(spec, present, winner.candidate, runtime).items()},
+        )
         say.print(f"{name}: written to [serving] of {spec.path}; publish it: invoke build-engines", markup=False)
     else:
         say.print(f"{name}: {spec.path.name} stays as it is", markup=False)
@@ -427,11 +426,12 @@ def variant(spec: Spec, published: Path, candidate: Candidate) -> Iterator[Path]
     from google.protobuf import text_format
 
     version, manifest = store.served(published, spec.model.name)
-    runtime, digest = manifest["runtime"], hashlib.sha256((version / store.MANIFEST).read_bytes()).hexdigest()
-    keys = {**candidate.keys(runtime), "backend": manifest["serving"].get("backend", "auto")}  # what its files are for
+    target = Target.of(manifest)
+    keys: dict[str, Any] = candidate.keys(target.runtime)
     changed = dataclasses.replace(spec.serving, **keys)
     changed_spec = dataclasses.replace(spec, serving=changed)
-    config = store.config(changed_spec, manifest["version"], manifest["precision"], runtime, digest)
+    digest = sha256(version / store.MANIFEST)
+    config = publish.config(changed_spec, manifest["version"], target, digest, backend.of(manifest))
     with tempfile.TemporaryDirectory(prefix=f".{published.name}-", dir=published.parent) as name:
         folder = Path(name) / spec.model.name
         shutil.copytree(version, folder / version.name, copy_function=_link)
@@ -468,64 +468,3 @@ def _figures(record: Mapping[str, Any], traffic: Load) -> tuple[float, float]:
             f"under {traffic} its answers were not all right: {found}", why="; ".join(answers.get("examples", ()))
         )
     return point["throughput"], point["latency_ms"]["p99"]
-
-
-# -- spec.toml ---------------------------------------------------------------------------------------------------------
-
-
-def write_serving(path: Path, values: Mapping[str, int | bool | str]) -> None:
-    """Sets keys of [serving] in a spec.toml; every other byte, comments included, stays as it is.
-
-    Raises:
-        SpecError: the file is not one that this can change so; it is then as it was.
-    """
-    try:
-        text = path.read_bytes().decode()
-        before = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from None
-    wanted = {**before, "serving": {**before.get("serving", {}), **values}}
-    changed = _with_serving(text, {key: json.dumps(value) for key, value in values.items()})
-    try:
-        right = tomllib.loads(changed) == wanted
-    except tomllib.TOMLDecodeError:
-        right = False
-    if not right:
-        lines = "; ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
-        raise SpecError(f"{path}: [serving] is written in a way that cannot be changed", fix=f"write by hand: {lines}")
-    unfinished = path.with_suffix(".new.toml")
-    with store.explained(path):
-        try:
-            with unfinished.open("wb") as file:
-                file.write(changed.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.copymode(path, unfinished)
-            load(unfinished)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-
-def _with_serving(text: str, values: Mapping[str, str]) -> str:
-    """The text with these values in [serving]: changed where the key is there, added at the table's end where not."""
-    newline = "\r\n" if "\r\n" in text else "\n"
-    header = re.search(r"^[ \t]*\[[ \t]*serving[ \t]*\][^\n]*(?:\n|\Z)", text, re.M)
-    if header is None:
-        text += "" if text.endswith("\n") else newline
-        added = "".join(f"{key} = {value}{newline}" for key, value in values.items())
-        return f"{text}{newline}[serving]{newline}{added}"
-    following = re.search(r"^[ \t]*\[", text[header.end() :], re.M)
-    end = header.end() + following.start() if following else len(text)
-    body = text[header.end() : end]
-    for key, value in values.items():
-        line = rf"^([ \t]*[\"']?{key}[\"']?[ \t]*=[ \t]*)[^\s#]+"
-        body, times = re.subn(line, rf"\g<1>{value}", body, count=1, flags=re.M)
-        if not times:
-            # After the last key, before blank lines and comments, which may belong to the next table.
-            keys = list(re.finditer(r"^[ \t]*[^\s#][^\n]*(?:\n|\Z)", body, re.M))
-            place = keys[-1].end() if keys else 0
-            gap = "" if place == 0 or body[:place].endswith("\n") else newline
-            body = f"{body[:place]}{gap}{key} = {value}{newline}{body[place:]}"
-    head = text[: header.end()]
-    return head + ("" if head.endswith("\n") or not body else newline) + body + text[end:]

@@ -63,8 +63,8 @@ def python_server(python_repository: Path) -> Iterator[TritonServer]:
 @pytest.fixture(scope="session")
 def native() -> None:
     """Skips where our own backend cannot be compiled."""
-    from build import backend
     from build.errors import RuntimeUnavailableError
+    from build.publish import backend
 
     try:
         backend.choose(backend.NATIVE)

@@ -95,8 +95,8 @@ def creator(trt: Any, logger: Any, case: Mapping[str, Any]) -> Any:
     Raises:
         EngineError: this TensorRT does not have it.
     """
-    from build import tensorrt_compat as compat
     from build.errors import EngineError
+    from build.tensorrt import compat
 
     compat.load_plugins(trt, logger, None)
     found = compat.plugin_creator(trt, NAME, VERSION)
@@ -114,9 +114,8 @@ def build(trt: Any, case: Mapping[str, Any]) -> tuple[Any, float]:
     Raises:
         EngineError: TensorRT refuses; says why.
     """
-    from build import plan
-    from build import tensorrt_compat as compat
     from build.errors import EngineError
+    from build.tensorrt import compat, plan
 
     log = plan.Log()
     logger = compat.logger(trt, log)
@@ -151,10 +150,9 @@ def run(cuda: Any, engine: Any, case: Mapping[str, Any]) -> dict[str, Any]:
     """
     import numpy as np
 
-    from build import plan
-    from build import tensorrt_compat as compat
-    from build.cuda import Buffer
     from build.errors import EngineError
+    from build.tensorrt import compat, plan
+    from build.tensorrt.cuda import Buffer
 
     table = compat.io_table(engine)
     sets = case["sets"]
@@ -236,8 +234,8 @@ def serve() -> None:
         import numpy
         import onnx
 
-        from build import tensorrt_compat as compat
-        from build.cuda import Cuda
+        from build.tensorrt import compat
+        from build.tensorrt.cuda import Cuda
 
         trt, cuda = compat.load(), Cuda()
         gpu = cuda.gpu()  # without one, TensorRT ends the process

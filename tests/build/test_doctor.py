@@ -18,9 +18,10 @@ from google.protobuf import text_format
 from rich.console import Console
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from build import backend, doctor, serve
+from build import doctor, serve
 from build.doctor import Finding, Machine, examine
 from build.errors import ServeError
+from build.publish import backend
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = {
@@ -58,7 +59,7 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def published(machine: Machine, name: str = "shapes", version: int = 1, **manifest: Any) -> Path:
-    """A version folder as `build.repository` publishes it."""
+    """A version folder as `build.publish.repository` publishes it."""
     folder = machine.repository / name / str(version)
     folder.mkdir(parents=True)
     (folder / "model.plan").write_bytes(b"plan")

@@ -17,8 +17,9 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 from rich.console import Console
+from tests.build.fake_tensorrt import VERSIONS, FakeTensorRT
 
-from build import graph, pipeline, plan, repository, tensorrt_compat, verify
+from build import pipeline
 from build.errors import (
     DataError,
     GraphError,
@@ -28,9 +29,13 @@ from build.errors import (
     SpecError,
     VerifyError,
 )
+from build.gate import verify
+from build.graph.attach import attach
+from build.publish import repository
 from build.spec import Spec, load
+from build.tensorrt import compat as tensorrt_compat
+from build.tensorrt import plan
 from tests.build import pictures, tiny_model
-from tests.build.fake_tensorrt import VERSIONS, FakeTensorRT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -165,7 +170,7 @@ def test_a_source_that_does_not_run_is_not_published(place: Place) -> None:
 def test_self_check_finds_another_number_of_anchors(tmp_path: Path) -> None:
     """Where shape inference cannot tell how many rows the heads have, the run does."""
     spec = load(tiny_model.write(tmp_path))
-    model = graph.attach(spec)
+    model = attach(spec)
     pipeline.self_check(model, spec)
     np.save(spec.anchors_path, np.full((9, 4), 0.5, np.float32))
     with pytest.raises(GraphError, match=r"box_deltas has the shape \[2, 8, 4\], but must have \[2, 9, 4\]"):
@@ -173,7 +178,8 @@ def test_self_check_finds_another_number_of_anchors(tmp_path: Path) -> None:
 
 
 def test_nothing_heavy_is_imported_with_the_modules() -> None:
-    code = "import sys, build.pipeline, build.repository, build.graph, build.ssd_nms, build.spec; print(*sys.modules)"
+    modules = "build.pipeline, build.publish.repository, build.graph.attach, build.graph.ssd_nms, build.spec"
+    code = f"import sys, {modules}; print(*sys.modules)"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()

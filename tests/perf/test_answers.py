@@ -21,8 +21,8 @@ from ssd_client import ModelConfig, SSDClient
 from ssd_client.preprocess import input_array
 
 from build.errors import ServeError
+from build.gate.verify import tolerance
 from build.serve import TritonServer
-from build.verify import tolerance
 from models.shapes.scenes import scene
 from perf import answers
 from perf.analyzer import Load, Point, run, write_input
@@ -362,7 +362,7 @@ def test_expected_answers_of_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             assert inputs["score_threshold"].tolist() == [[0.25]]
             return {name: array[None] for name, array in answer(int(inputs["images"][0, 0, 0, 0])).items()}
 
-    monkeypatch.setattr("build.plan.Plan", FakePlan)
+    monkeypatch.setattr("build.tensorrt.plan.Plan", FakePlan)
     (tmp_path / "model.plan").touch()
     (tmp_path / "manifest.json").write_text('{"engine": {"tensorrt": "10.9"}}')
     expected = expected_answers(tmp_path, CONFIG, fake_known()[0])

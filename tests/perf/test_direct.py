@@ -13,14 +13,14 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from tests.build.test_plan import NEW, FakeCudart, fake, manifest
 
-from build import plan
-from build.cuda import Cuda
 from build.errors import ServeError
 from build.serve import TritonServer
+from build.tensorrt import plan
+from build.tensorrt.cuda import Cuda
 from perf import direct
 from perf.direct import Direct
-from tests.build.test_plan import NEW, FakeCudart, fake, manifest
 
 FEEDS = direct.feeds([np.full((2, 2, 3), value, np.uint8) for value in range(6)], batch_size=3)
 

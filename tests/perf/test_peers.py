@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from build import graph
+from build import contract
 from build.errors import RuntimeUnavailableError
+from build.graph.attach import attach, before_nms, load_source
 from build.spec import Spec, load
 from perf import peers
 from perf.journal import Journal
@@ -119,7 +120,7 @@ def test_torch_only_where_there_is_a_network(spec: Spec, tmp_path: Path) -> None
 
 
 def test_no_gpu_is_said(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("build.cuda.driver_version", lambda: "")
+    monkeypatch.setattr("build.tensorrt.cuda.driver_version", lambda: "")
     for make in peers._on_gpu(spec, np.zeros((1, 300, 300, 3), np.uint8)).values():
         with pytest.raises(RuntimeUnavailableError, match="no NVIDIA GPU"):
             make()
@@ -128,22 +129,22 @@ def test_no_gpu_is_said(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchs_network_answers_as_the_onnx_does(spec: Spec) -> None:
     torch = pytest.importorskip("torch", reason="needs torch: the group train (./invoke train installs it)")
     images = np.random.default_rng(0).integers(0, 256, (2, 300, 300, 3), dtype=np.uint8)
-    from build import audit
+    from build.quantization import audit
 
     network, note = peers.network_of(spec)
     assert note == ""
     with torch.no_grad():
         found = network(torch.from_numpy(images))
-    wanted = audit.session(graph.before_nms(graph.attach(spec)), 1).run(None, {graph.IMAGES: images})
+    wanted = audit.session(before_nms(attach(spec)), 1).run(None, {contract.IMAGES: images})
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one.numpy(), other, rtol=1e-3, atol=1e-3)
 
 
 def test_other_names_give_random_weights_and_say_so(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="needs torch: the group train (./invoke train installs it)")
-    source = graph.load_source(spec)
+    source = load_source(spec)
     source.graph.initializer[0].name = "another"
-    monkeypatch.setattr(graph, "load_source", lambda spec: source)
+    monkeypatch.setattr("build.graph.attach.load_source", lambda spec: source)
     assert peers.network_of(spec)[1].startswith("random weights")
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from build import repository as store
-from build.datasets import to_input
 from build.errors import ServeError, SpecError
+from build.gate.datasets import to_input
+from build.publish import repository as store
 from build.spec import Serving, load
 from models.shapes.scenes import scene
 from perf import tune as tuning

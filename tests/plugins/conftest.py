@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from build.plugins import PLUGINS, build_plugins, find_nvcc
+from build.tensorrt.plugins import PLUGINS, build_plugins, find_nvcc
 from tests.plugins.library import Library
 
 EMULATOR = Path(__file__).parent / "emulator"

@@ -17,12 +17,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-
-from build.cuda import Cuda
-from build.errors import EngineError
-from plugins.bench import efficient_nms as peer
 from tests.build.fake_tensorrt import VERSIONS, FakeTensorRT
 from tests.build.test_plan import FakeCudart
+
+from build.errors import EngineError
+from build.tensorrt.cuda import Cuda
+from plugins.bench import efficient_nms as peer
 from tests.plugins.test_tensorrt import python_with_tensorrt
 
 SETTINGS = SimpleNamespace(
@@ -272,7 +272,7 @@ import json, sys
 from types import SimpleNamespace
 sys.path.insert(0, sys.argv[1])
 import numpy as np, tensorrt as trt
-from build import tensorrt_compat as compat
+from build.tensorrt import compat
 from plugins.bench import efficient_nms as peer
 case = json.loads(sys.argv[2])
 said = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from build.plugins import PLUGINS, find_nvcc
+from build.tensorrt.plugins import PLUGINS, find_nvcc
 
 BENCH = PLUGINS / "bench" / "bench.py"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from build.plugins import PLUGINS, PluginBuild, build_plugins, find_nvcc, find_tensorrt, plugin_info
+from build.tensorrt.plugins import PLUGINS, PluginBuild, build_plugins, find_nvcc, find_tensorrt, plugin_info
 from tests.plugins.conftest import EMULATOR, compile_host, need_cmake
 
 # Runs in the Python that has TensorRT; prints one line of JSON.

@@ -1,0 +1,97 @@
+"""Where things are, what is in them, and writing them whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from build.errors import SSDError, WriteError
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "models"
+REPOSITORY = ROOT / "model_repository"
+ARTIFACTS = ROOT / "artifacts"
+
+_CAUSES = {
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("your disk quota is used up", "free some space"),
+    errno.EROFS: ("it is mounted read-only", "write on the machine that owns it, or mount it for writing"),
+    errno.EACCES: ("it belongs to another user", "change its owner, or work as that user"),
+    errno.EPERM: ("it belongs to another user", "change its owner, or work as that user"),
+    errno.EXDEV: ("it is a mount point of its own", "make the folder first, or choose one inside it"),
+}
+
+
+def relative(path: Path) -> Path:
+    """A path below the project's root as people know it; any other path as it is."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def explained(
+    path: Path, what: str = "cannot be written, and is as it was", error: type[SSDError] = WriteError
+) -> Iterator[None]:
+    """Turns what the operating system refuses inside the block into an error that says why and what to do.
+
+    Args:
+        path: the file or folder that the block writes.
+        what: what that means for it.
+        error: the type of the error.
+    """
+    try:
+        yield
+    except OSError as refused:
+        why, fix = _CAUSES.get(refused.errno or 0, ("", "check the folder and try again"))
+        named = f": {refused.filename}" if refused.filename and str(refused.filename) != str(path) else ""
+        raise error(f"{path}: {what}: {refused.strerror or refused}{named}", why=why, fix=fix) from refused
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to; it replaces `path` when the block ends, and goes if the block raises.
+
+    Raises:
+        WriteError: the operating system refuses.
+    """
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield unfinished
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Writes a file, whole or not at all; a text as UTF-8.
+
+    Raises:
+        WriteError: the operating system refuses.
+    """
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file for people and machines, whole or not at all.
+
+    Raises:
+        WriteError: the operating system refuses.
+    """
+    write(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""What decides whether a model is published: pictures, parity, rows, repeatability, accuracy."""

@@ -1,0 +1,254 @@
+"""Labelled pictures for calibration and audit: a folder with COCO labels, or a generator that the spec names.
+
+The client's own code (ssd_client.preprocess) opens pictures and makes the model's input, so calibration, gate and audit
+see the pixels that clients send.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from build import files
+from build.errors import DataError
+from build.spec import Input, Spec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+    from ssd_client.preprocess import Placement
+
+LABELS_FILE = "instances.json"
+MOST_UNREADABLE = 0.05
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures in the order of their names.
+
+    Attributes:
+        name: where they come from, for messages.
+        paths: the files.
+        truth: COCO `instances` of exactly these pictures; None where they have no labels.
+        image_ids: the id of each picture in `truth`; empty without it.
+        category_ids: the id in `truth` of each of the model's labels; empty without it.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    truth: dict[str, Any] | None = None
+    image_ids: tuple[int, ...] = ()
+    category_ids: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def digest(self) -> str:
+        """SHA-256 over the files' contents, in order."""
+        whole = hashlib.sha256()
+        for path in self.paths:
+            whole.update(hashlib.sha256(path.read_bytes()).digest())
+        return whole.hexdigest()
+
+
+def calibration(spec: Spec, cache: Path) -> Pictures:
+    """The pictures that activations are measured on; their labels play no part.
+
+    Args:
+        spec: names them in [data].
+        cache: where a generator writes its pictures.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not spec.data.calibration:
+        raise DataError(
+            f"{spec.path}: [data] names no calibration pictures",
+            why="without real pictures the clipping of activations would be a guess",
+            fix="name a folder of about 500 typical pictures: [data] calibration (docs/spec.md)",
+        )
+    return _pictures(spec, spec.data.calibration, spec.data.calibration_count, cache, labelled=False)
+
+
+def held_out(spec: Spec, cache: Path) -> Pictures:
+    """The labelled pictures that a precision is judged on.
+
+    Raises:
+        DataError: there are none, or their labels are missing or do not fit the model's.
+    """
+    if not spec.data.held_out:
+        raise DataError(
+            f"{spec.path}: [data] names no held-out pictures",
+            why="without labelled pictures nothing can tell how much accuracy a precision keeps",
+            fix="name a folder with pictures and instances.json: [data] held_out (docs/spec.md)",
+        )
+    return _pictures(spec, spec.data.held_out, spec.data.held_out_count, cache, labelled=True)
+
+
+def digest(spec: Spec) -> dict[str, str]:
+    """SHA-256 of what a calibration depends on, by name: the generator, or the pictures themselves; {} without either.
+
+    Raises:
+        OSError: it cannot be read.
+        DataError: the folder holds no pictures.
+    """
+    if not spec.data.calibration:
+        return {}
+    if spec.data.generator:
+        path = spec.path.parent / spec.data.generator
+        return {path.name: files.sha256(path)}
+    return {"calibration": calibration(spec, spec.path.parent).digest()}
+
+
+def arrays(pictures: Pictures, into: Input, batch: int) -> Iterator[NDArray[np.uint8]]:
+    """The readable pictures as UINT8 [b,H,W,3], b ≤ batch.
+
+    Raises:
+        DataError: more than one in twenty cannot be read; said after the last.
+    """
+    import numpy as np
+
+    unreadable: list[str] = []
+    rows: list[NDArray[np.uint8]] = []
+    for path in pictures.paths:
+        try:
+            rows.append(load(path, into)[0])
+        except DataError as error:
+            unreadable.append(error.what)
+        if len(rows) == batch:
+            yield np.stack(rows)
+            rows = []
+    if rows:
+        yield np.stack(rows)
+    if len(unreadable) > MOST_UNREADABLE * len(pictures):
+        raise DataError(
+            f"{pictures.name}: {len(unreadable)} of {len(pictures)} pictures cannot be read, like {unreadable[0]}",
+            why="they were damaged on their way, or are no pictures",
+            fix=f"mend or remove them; up to {MOST_UNREADABLE:.0%} are left out silently",
+        )
+    if unreadable:
+        from rich.console import Console
+
+        Console(stderr=True, soft_wrap=True).print(
+            f"{pictures.name}: {len(unreadable)} of {len(pictures)} pictures cannot be read and were left out, like "
+            f"{unreadable[0]}",
+            markup=False,
+        )
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture in 8-bit RGB, upright, as the client opens it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    from ssd_client.exceptions import ImageError
+    from ssd_client.preprocess import load_image
+
+    try:
+        return load_image(path)
+    except ImageError as error:
+        raise DataError(str(error)) from None
+
+
+def load(path: Path, into: Input) -> tuple[NDArray[np.uint8], Placement]:
+    """A picture as the client would send it.
+
+    Returns:
+        UINT8 [H,W,3], and where the picture lies in it, which brings boxes back to the picture's pixels.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    import numpy as np
+    from ssd_client.preprocess import preprocess
+
+    pixels = np.empty((into.height, into.width, 3), np.uint8)
+    return pixels, preprocess(open_picture(path), into.preprocessing, pixels)
+
+
+def _pictures(spec: Spec, name: str, count: int, cache: Path, *, labelled: bool) -> Pictures:
+    from ssd_client.preprocess import SUFFIXES
+
+    truth: dict[str, Any] | None
+    if spec.data.generator:
+        paths, truth = _generated(spec.path.parent / spec.data.generator, name, count, cache / spec.model.name)
+        pictures = Pictures(f"{spec.data.generator}: {name}", tuple(paths[:count]))
+    else:
+        folder = spec.path.parent / name
+        if not folder.is_dir():
+            raise DataError(f"{folder}: there is no such folder", why=f"{spec.path} names it in [data]")
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        pictures = Pictures(str(folder), tuple(paths[:count]))
+        truth = _labels(folder / LABELS_FILE) if labelled else None
+    if not pictures.paths:
+        raise DataError(f"{pictures.name}: holds no pictures", fix=f"put some there: {', '.join(SUFFIXES)}")
+    return _labelled(pictures, truth, spec.labels) if labelled and truth is not None else pictures
+
+
+def _generated(path: Path, split: str, count: int, cache: Path) -> tuple[list[Path], dict[str, Any]]:
+    """What a generator's `write_split` returns: the pictures and their COCO `instances`."""
+    name = f"ssd_generator_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
+    try:
+        if name not in sys.modules:
+            module_spec = importlib.util.spec_from_file_location(name, path)
+            if module_spec is None or module_spec.loader is None or not path.is_file():
+                raise DataError(f"{path}: no Python file")
+            module = importlib.util.module_from_spec(module_spec)
+            sys.modules[name] = module
+            module_spec.loader.exec_module(module)
+        paths, truth = sys.modules[name].write_split(cache, split, count)
+    except DataError:
+        raise
+    except Exception as error:  # the generator is the user's own program
+        sys.modules.pop(name, None)
+        raise DataError(
+            f"{path}: write_split({split!r}, {count}) failed: {type(error).__name__}: {error}",
+            fix="mend it, or correct [data] in spec.toml (docs/spec.md)",
+        ) from error
+    return list(paths), truth
+
+
+def _labels(path: Path) -> dict[str, Any]:
+    try:
+        truth = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(truth[key], list) for key in ("images", "annotations", "categories")):
+            raise ValueError("images, annotations or categories is no list")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}", fix="put the COCO labels there") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: no COCO instances file: {error}") from None
+    return dict(truth)
+
+
+def _labelled(pictures: Pictures, truth: dict[str, Any], labels: Sequence[str]) -> Pictures:
+    """Pictures with the part of the labels that is about them, checked against the model's labels."""
+    try:
+        categories = {category["name"]: category["id"] for category in truth["categories"]}
+        if set(categories) != set(labels):
+            only_model, only_data = sorted(set(labels) - set(categories)), sorted(set(categories) - set(labels))
+            raise DataError(
+                f"{pictures.name}: the labels differ: the model alone has {only_model}, the pictures alone {only_data}",
+                fix="name the COCO categories like the lines of labels.txt",
+            )
+        ids = {image["file_name"]: image["id"] for image in truth["images"]}
+        missing = [path.name for path in pictures.paths if path.name not in ids]
+        if missing:
+            raise DataError(f"{pictures.name}: {len(missing)} pictures have no labels, like {missing[0]}")
+        image_ids = tuple(ids[path.name] for path in pictures.paths)
+        kept = set(image_ids)
+        part = {
+            **truth,
+            "images": [image for image in truth["images"] if image["id"] in kept],
+            "annotations": [annotation for annotation in truth["annotations"] if annotation["image_id"] in kept],
+        }
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{pictures.name}: its labels are no COCO instances: {error!r}") from None
+    return Pictures(pictures.name, pictures.paths, part, image_ids, tuple(categories[label] for label in labels))

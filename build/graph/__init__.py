@@ -1,0 +1,1 @@
+"""Putting pixel front and SSDNMS around a source model, and typing it in a precision."""

@@ -1,0 +1,1 @@
+"""The model repository: config.pbtxt, manifest, atomic publish, and the CPU backend."""

@@ -1,0 +1,362 @@
+"""The model repository: config.pbtxt, manifest, atomic publish and rollback (docs/design.md, "Publishing").
+
+A version folder is whole before it appears and never changes; replacing the one config.pbtxt above the version folders
+by rename decides which is served. A model's first publish renames the whole model folder into the repository, because a
+tritonserver refuses to start on a repository with a folder that has no config.pbtxt.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from build import contract, files
+from build.contract import Target
+from build.errors import PublishError
+from build.gate import datasets
+from build.publish.backend import Backend
+from build.publish.config import check_engine, config, instances_and_threads, text
+from build.spec import Spec
+
+CONFIG, MANIFEST, LABELS = "config.pbtxt", "manifest.json", "labels.txt"
+MODEL_FILE = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
+
+# What decides what is published, beside the model's own files: a change in one of these files makes a version stale.
+_BUILDERS = ("build/contract.py", "build/graph/attach.py", "build/graph/ssd_nms.py", "build/publish")
+_OF_PLANS = ("build/tensorrt/engine.py", "build/tensorrt/compat.py")
+_OF_TYPED = ("build/graph/precision.py", "build/quantization/calibration.py", "build/quantization/qdq.py")
+_OF_IMPLICIT = ("build/quantization/implicit.py",)
+_OF_PICTURES = ("build/gate/datasets.py", "client/ssd_client/preprocess.py")
+_TOOLS = ("onnx", "onnxscript", "onnxruntime")
+_STAGING = ".publishing"
+_UNTOUCHED = "not published, what was served before is untouched"
+
+
+def recipe(spec: Spec, target: Target, served_by: Backend | None = None) -> dict[str, Any]:
+    """All that decides what is published: equal recipes make the same model, so a published one is still fresh.
+
+    Args:
+        spec: the model.
+        target: what it is built for.
+        served_by: the backend that runs an ONNX file; None for a plan.
+
+    Returns:
+        The first part of manifest.json: every setting of the spec with its defaults resolved, SHA-256 of every input
+        file by its name, tool versions, precision, runtime, the way and method of the calibration where there is one,
+        and the instances, threads and backend chosen for this machine.
+
+    Raises:
+        PublishError: an input cannot be read.
+    """
+    sources = [spec.labels_path, spec.anchors_path]
+    sources += sorted(spec.onnx_path.parent.glob(f"{spec.onnx_path.name}*"))  # with the files of its external data
+    instances, threads = instances_and_threads(spec, target.runtime)
+    serving: dict[str, Any] = {"instances": instances, "threads": threads}
+    builders: tuple[str, ...] = _BUILDERS
+    if target.kind.typed:
+        builders += _OF_IMPLICIT if target.implicit else _OF_TYPED
+    if target.kind.quantised:
+        builders += _OF_PICTURES
+    if target.runtime == "tensorrt":
+        builders += _OF_PLANS
+    settings = spec.quantization
+    calibrator = settings.implicit_calibrator if target.implicit else settings.calibrator
+    try:
+        inputs = {path.name: files.sha256(path) for path in sources}
+        for name in builders:
+            path = files.ROOT / name
+            for source in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+                inputs[str(files.relative(source))] = files.sha256(source)
+        if served_by is not None:
+            serving["backend"] = served_by.name
+            inputs |= {str(files.relative(source)): files.sha256(source) for source in served_by.sources}
+        if target.kind.quantised:
+            inputs |= datasets.digest(spec)
+    except OSError as error:
+        raise PublishError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return {
+        "contract": contract.VERSION,
+        "model": spec.model.name,
+        "precision": target.precision,
+        "runtime": target.runtime,
+        "spec": spec.settings(),
+        "inputs": inputs,
+        "tools": {name: importlib.metadata.version(name) for name in _TOOLS} | {"python": platform.python_version()},
+        "serving": serving,
+        **({"calibration": {"way": target.calibration, "method": calibrator}} if target.kind.quantised else {}),
+    }
+
+
+def changed(manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between a published version's manifest and a recipe: names of keys, settings and files, sorted."""
+    names = []
+    for key, value in wanted.items():
+        old = manifest.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            names += [name for name in {**value, **old} if value.get(name) != old.get(name)]
+        elif old != value:
+            names.append(key)
+    return sorted(names)
+
+
+def publish(
+    spec: Spec,
+    model: Path,
+    repository: Path,
+    target: Target,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+    served_by: Backend | None = None,
+) -> int:
+    """Publishes a built model as the next version, which is served from then on; the version before stays for rollback.
+
+    Args:
+        spec: its spec.
+        model: the built file, model.onnx or model.plan.
+        repository: the model repository; made where it is not there.
+        target: what it was built for.
+        facts: more for the manifest: `target` and `engine` of a plan, `verified` of the gate.
+        served_by: as for `recipe`.
+
+    Returns:
+        The new version.
+
+    Raises:
+        PublishError: config.pbtxt does not fit the plan, the repository cannot be written or another publish is under
+            way; what was served is still served.
+    """
+    version = 0
+    with _locked(repository, spec.model.name) as folder, files.explained(folder, _UNTOUCHED, PublishError):
+        for step in publishing(spec, model, folder, target, facts, served_by):
+            version = step
+    return version
+
+
+def publishing(
+    spec: Spec,
+    model: Path,
+    folder: Path,
+    target: Target,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+    served_by: Backend | None = None,
+) -> Iterator[int]:
+    """The steps of `publish`, one by one: the process may die after any of them, and what was served is still served.
+
+    Yields:
+        The new version, after each step.
+    """
+    if target.runtime == "tensorrt":
+        check_engine(spec, config(spec, 0, target, ""), facts["engine"])
+    _clear(folder)
+    served = served_version(folder.parent, folder.name)
+    version = max(_versions(folder), default=0) + 1  # never a number that a server may have seen with other content
+    staging = folder / _STAGING if folder.exists() else _first_staging(folder)
+    try:
+        content = staging / str(version)
+        content.mkdir(parents=True)
+        yield version
+        contents = {MODEL_FILE[target.runtime]: model.read_bytes(), LABELS: spec.labels_path.read_bytes()}
+        contents |= {name: path.read_bytes() for name, path in served_by.files.items()} if served_by else {}
+        manifest = {
+            **recipe(spec, target, served_by),
+            **facts,
+            "version": version,
+            "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+            "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        contents[MANIFEST] = (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
+        digest = hashlib.sha256(contents[MANIFEST]).hexdigest()
+        contents[CONFIG] = text(config(spec, version, target, digest, served_by)).encode()
+        for name, data in contents.items():
+            _write(content / name, data)
+            yield version
+        if staging.parent == folder:
+            _sync(content)
+            content.rename(folder / str(version))
+            _sync(folder)
+            yield version
+            _serve_config(folder, contents[CONFIG])
+        else:
+            _write(staging / CONFIG, contents[CONFIG])
+            for written in (content, staging):
+                _sync(written)
+            yield version
+            staging.rename(folder)
+            _sync(folder.parent)
+        yield version
+    except OSError:
+        if served_version(folder.parent, folder.name) == served:
+            shutil.rmtree(folder / str(version), ignore_errors=True)
+        raise
+    finally:
+        _clear(folder)
+    for old in _versions(folder):
+        if old not in (served, version):
+            shutil.rmtree(folder / str(old), ignore_errors=True)
+            yield version
+
+
+def rollback(repository: Path, name: str) -> int:
+    """Serves the version before the current one again.
+
+    Returns:
+        That version.
+
+    Raises:
+        PublishError: there is none, or it is damaged.
+    """
+    if not (repository / name / CONFIG).is_file():
+        known = sorted(path.parent.name for path in repository.glob(f"*/{CONFIG}"))
+        raise PublishError(
+            f"no model {name!r} is published in {repository}",
+            fix=f"published are {', '.join(known)}" if known else "publish one: invoke build-engines",
+        )
+    with _locked(repository, name) as folder, files.explained(folder, _UNTOUCHED, PublishError):
+        served = served_version(repository, name) or 0
+        earlier = [version for version in _versions(folder) if version < served]
+        if not earlier:
+            raise PublishError(f"{name}: there is no version before version {served}, which is served")
+        version = max(earlier)
+        fault = damage(folder / str(version))
+        if fault:
+            raise PublishError(
+                f"{name}: version {version} cannot be served again: {fault}", fix="publish anew: invoke build-engines"
+            )
+        _serve_config(folder, (folder / str(version) / CONFIG).read_bytes())
+    return version
+
+
+def served_version(repository: Path, name: str) -> int | None:
+    """The version that the repository's config.pbtxt names; None where nothing readable is published."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    try:
+        config_of = text_format.Parse((repository / name / CONFIG).read_text(), ModelConfig())
+    except (OSError, UnicodeDecodeError, text_format.ParseError):
+        return None
+    versions = config_of.version_policy.specific.versions
+    return int(versions[0]) if len(versions) == 1 else None
+
+
+def served(repository: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of the served version, and its manifest.
+
+    Raises:
+        PublishError: nothing is published, or it is damaged.
+    """
+    version = served_version(repository, name)
+    if version is None:
+        raise PublishError(f"no model {name!r} is published in {repository}", fix="publish one: invoke build-engines")
+    folder = repository / name / str(version)
+    fault = damage(folder)
+    if fault:
+        raise PublishError(f"{name}: version {version} is damaged: {fault}", fix="invoke build-engines --force")
+    return folder, json.loads((folder / MANIFEST).read_bytes())
+
+
+def fresh_manifest(
+    spec: Spec,
+    repository: Path,
+    target: Target,
+    machine: Mapping[str, str] | None = None,
+    served_by: Backend | None = None,
+) -> dict[str, Any] | None:
+    """The served version's manifest if that version is whole and what a publish would make again, else None.
+
+    Args:
+        spec, repository, target, served_by: as for `publish`.
+        machine: for a plan, what this machine would build it for.
+    """
+    version = served_version(repository, spec.model.name)
+    folder = repository / spec.model.name / str(version)
+    if version is None or damage(folder):
+        return None
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+    wanted = recipe(spec, target, served_by) | ({"target": dict(machine)} if machine else {})
+    return None if changed(manifest, wanted) else manifest
+
+
+def damage(folder: Path) -> str:
+    """What a version folder lacks, in words; empty when it is as it was published."""
+    try:
+        data = (folder / MANIFEST).read_bytes()
+        digests: Mapping[str, str] = json.loads(data)["files"]
+        if hashlib.sha256(data).hexdigest() not in (folder / CONFIG).read_text():
+            return f"{MANIFEST} is not the one that {CONFIG} was made with"
+        different = [name for name, digest in digests.items() if files.sha256(folder / name) != digest]
+    except (OSError, ValueError, KeyError) as error:
+        return str(error)
+    return f"{different[0]} has changed since" if different else ""
+
+
+@contextmanager
+def _locked(repository: Path, name: str) -> Iterator[Path]:
+    """The model's folder, held against a second publish until the end of the block or of the process."""
+    with files.explained(repository, _UNTOUCHED, PublishError):
+        repository.mkdir(parents=True, exist_ok=True)
+        lock = (repository / f".{name}.lock").open(
+            "a"
+        )  # a file: of folders, tritonserver takes even hidden ones for models
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PublishError(
+                f"{name} is being published to {repository} by another process", fix="wait for it, then try again"
+            ) from None
+        yield repository / name
+
+
+def _first_staging(folder: Path) -> Path:
+    """Where a model's first publish is prepared: outside of the repository, on the same file system."""
+    repository = folder.parent.resolve()
+    return repository.parent / f".{repository.name}{_STAGING}" / folder.name
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an interrupted publish left; the caller holds the lock."""
+    first = _first_staging(folder)
+    for left in (folder / _STAGING, first):
+        shutil.rmtree(left, ignore_errors=True)
+    (folder / f".{CONFIG}").unlink(missing_ok=True)
+    with suppress(OSError):  # another model's first publish may be there
+        first.parent.rmdir()
+
+
+def _versions(folder: Path) -> list[int]:
+    """The version folders, in order."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
+
+
+def _serve_config(folder: Path, data: bytes) -> None:
+    """Replaces config.pbtxt: the moment from which another version is served."""
+    new = folder / f".{CONFIG}"
+    _write(new, data)
+    new.replace(folder / CONFIG)
+    _sync(folder)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

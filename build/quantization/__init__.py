@@ -1,0 +1,1 @@
+"""Calibration, Q/DQ placement, layer sensitivity, implicit calibration, audit."""

@@ -1,0 +1,261 @@
+"""What a precision costs, in mAP on held-out pictures: the gate before anything is published.
+
+`approved` is what the pipeline asks for a graph in a precision; `audit` compares all of them with FP32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from build import contract, files
+from build.errors import RuntimeUnavailableError, VerifyError
+from build.gate import datasets
+from build.gate.scoring import SHOWN_THRESHOLD, Detected, Detector, Score, detector, differences, score
+from build.gate.verify import share_kept
+from build.graph.attach import load_source
+from build.quantization import calibration, qdq
+from build.quantization.candidates import Candidate, all_calibrators, candidates
+from build.session import runner
+from build.spec import Spec
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from rich.console import Console
+    from rich.table import Table
+
+WORST = 8
+TYPED = tuple(name for name, kind in contract.PRECISIONS.items() if kind.typed)
+
+
+def approved(spec: Spec, precision: str, artifacts: Path, console: Console) -> Candidate:
+    """The graph of a precision that keeps enough of FP32's mAP; of several calibrators the one that keeps most.
+
+    A precision that runs the source's own graph is not judged. Where the spec names no held-out pictures, one without
+    calibration passes with a warning.
+
+    Raises:
+        VerifyError: none keeps what the spec's gate asks.
+        SSDError: no graph can be made, or nothing to judge it on.
+    """
+    graphs = candidates(spec, precision, artifacts, console=console)
+    kind = contract.PRECISIONS[precision]
+    if not kind.typed:
+        return graphs[0]
+    if not kind.quantised and not spec.data.held_out:
+        console.print(
+            f"warning: {spec.path}: [data] names no held-out pictures: {precision} was not audited", markup=False
+        )
+        return graphs[0]
+    pictures = datasets.held_out(spec, artifacts / "datasets")
+    baseline, _ = judged(spec, pictures, candidates(spec, contract.BASELINE, artifacts)[0], console)
+    scores = [judged(spec, pictures, candidate, console)[0] for candidate in graphs]
+    best, result = max(zip(graphs, scores, strict=True), key=lambda pair: pair[1].accuracy.map)
+    share = share_kept(spec, result.accuracy.map, baseline.accuracy.map)
+    summary = (
+        f"{spec.model.name}: {best.name} keeps {share:.2%} of FP32's mAP on {len(pictures)} held-out pictures "
+        f"({result.accuracy.map:.4f} of {baseline.accuracy.map:.4f})"
+    )
+    if not share >= spec.quantization.gate:
+        raise VerifyError(
+            f"{summary}, but the gate asks for {spec.quantization.gate:.2%}; it is not published",
+            why="some layer does not bear the precision"
+            + (", or the calibration pictures are unlike the held-out ones" if kind.quantised else ""),
+            fix="find it: invoke audit --sensitivity"
+            if kind.quantised
+            else "build a precision with more range or more digits",
+        )
+    console.print(summary, markup=False)
+    return best
+
+
+def judged(
+    spec: Spec, pictures: datasets.Pictures, candidate: Candidate, console: Console | None
+) -> tuple[Score, dict[str, float]]:
+    """The worse of a candidate's forms, and the mAP of each.
+
+    `as written` is the graph that TensorRT gets, each Q/DQ pair computed for itself; `onnxruntime` what a CPU serves.
+    """
+    detectors = {}
+    if candidate.kind.quantised:
+        detectors["as written"] = detector(spec, runner(candidate.graph, literal=True))
+    if not candidate.kind.literal:
+        detectors["onnxruntime"] = detector(spec, runner(candidate.runs))
+    scores = {
+        form: score(pictures, detect, f"{candidate.name} {form}: mAP on held-out pictures", console)
+        for form, detect in detectors.items()
+    }
+    worse = min(scores.values(), key=lambda result: result.accuracy.map)
+    return worse, {form: result.accuracy.map for form, result in scores.items()}
+
+
+def audit(
+    spec: Spec,
+    artifacts: Path,
+    *,
+    precisions: Sequence[str] = TYPED,
+    served: tuple[str, Detector] | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Compares precisions and calibrators with FP32 on the held-out pictures.
+
+    Writes `<artifacts>/audit/summary.json` ({precision: {calibrator, map, map50, ratio, ci95, passes}}, with the best
+    calibrator of each), `report.json` (every one, by class and by size), `worst/` and, where something was calibrated,
+    `histograms.png` and `scales.csv`.
+
+    Args:
+        spec: the model.
+        artifacts: where to write, and where calibration and generated pictures are kept.
+        precisions: beside fp32.
+        served: (precision, detector) of a running server, judged in place of the graphs; the files' names then begin
+            with served_.
+        console: for progress and the table.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        SSDError: nothing to judge on, or no such graph.
+    """
+    from rich.console import Console
+
+    show = console or Console(highlight=False)
+    pictures = datasets.held_out(spec, artifacts / "datasets")
+    baseline, forms = judged(spec, pictures, candidates(spec, contract.BASELINE, artifacts)[0], show)
+    share_kept(spec, baseline.accuracy.map, baseline.accuracy.map)
+    rows: list[dict[str, Any]] = [_row(contract.BASELINE, "", baseline, baseline, (0.0, 0.0), forms)]
+    worst: tuple[str, Score] | None = None
+    out = artifacts / "audit"
+    results: list[tuple[str, str, Score, dict[str, float]]] = []
+    if served is not None:
+        result = score(pictures, served[1], "mAP through the server", show)
+        results.append((f"{served[0]} served", "", result, {"served": result.accuracy.map}))
+    else:
+        for name in precisions:
+            for graph in candidates(spec, name, artifacts, calibrators=all_calibrators(name), console=show):
+                results.append((name, graph.calibrator, *judged(spec, pictures, graph, show)))
+    with show.status("confidence intervals: resampling the pictures"):
+        intervals = differences(baseline.curves, [result.curves for _, _, result, _ in results])
+    for (name, calibrator, result, forms), interval in zip(results, intervals, strict=True):
+        rows.append(_row(name, calibrator, result, baseline, interval, forms))
+        if worst is None or result.accuracy.map < worst[1].accuracy.map:
+            worst = (f"{name} {calibrator}".strip(), result)
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["precision"] not in best or row["map"] > best[row["precision"]]["map"]:
+            best[row["precision"]] = row
+    summary = {
+        name: {key: value for key, value in row.items() if key not in ("precision", "by_class", "by_size")}
+        | {"passes": row["ratio"] >= spec.quantization.gate}
+        for name, row in best.items()
+    }
+    prefix = "" if served is None else "served_"
+    files.write_json(out / f"{prefix}summary.json", summary)
+    about = {"model": spec.model.name, "pictures": len(pictures), "gate": spec.quantization.gate, "rows": rows}
+    files.write_json(out / f"{prefix}report.json", about)
+    with files.explained(out):
+        if worst is not None:
+            draw_worst(out / f"{prefix}worst", spec, pictures, baseline, *worst)
+        if served is None and any(contract.PRECISIONS[name].quantised for name in precisions):
+            measured = calibration.calibrate(spec, qdq.fold(load_source(spec)), artifacts, show)
+            calibration.write_scales(out / "scales.csv", measured, spec.quantization.percentile)
+            try:
+                calibration.draw_histograms(out / "histograms.png", measured, spec.quantization.percentile)
+            except RuntimeUnavailableError as missing:
+                show.print(f"no {out / 'histograms.png'}: {missing.what}", markup=False)
+    show.print(_table(spec, rows, summary))
+    return summary
+
+
+def _row(
+    precision: str,
+    calibrator: str,
+    result: Score,
+    baseline: Score,
+    interval: tuple[float, float],
+    forms: dict[str, float],
+) -> dict[str, Any]:
+    accuracy = result.accuracy
+    return {
+        "precision": precision,
+        "calibrator": calibrator or None,
+        "map": accuracy.map,
+        "map50": accuracy.map50,
+        "ratio": accuracy.map / baseline.accuracy.map,
+        "ci95": list(interval),
+        "forms": forms,
+        "by_class": accuracy.by_class,
+        "by_size": {"small": accuracy.map_small, "medium": accuracy.map_medium, "large": accuracy.map_large},
+    }
+
+
+def _table(spec: Spec, rows: Iterable[dict[str, Any]], summary: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{spec.model.name}: what each precision keeps (gate {spec.quantization.gate:g} of FP32's mAP)")
+    for column in ("precision", "calibrator", "mAP", "mAP50", "of fp32", "95 % interval", "verdict"):
+        table.add_column(column, justify="left" if column in ("precision", "calibrator", "verdict") else "right")
+    for row in rows:
+        best = summary[row["precision"]]["calibrator"] == row["calibrator"]
+        passes = row["ratio"] >= spec.quantization.gate
+        table.add_row(
+            row["precision"],
+            row["calibrator"] or "",
+            f"{row['map']:.4f}",
+            f"{row['map50']:.4f}",
+            f"{row['ratio']:.2%}",
+            f"{row['ci95'][0]:+.4f} .. {row['ci95'][1]:+.4f}",
+            ("passes" if passes else "fails") + (", best" if best and row["calibrator"] else ""),
+        )
+    return table
+
+
+def draw_worst(
+    folder: Path, spec: Spec, pictures: datasets.Pictures, baseline: Score, name: str, other: Score
+) -> list[Path]:
+    """The pictures on which `other` loses most: FP32's boxes on the left, `other`'s on the right."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    loss = baseline.curves.seen() - other.curves.seen()
+    written = []
+    # pycocotools orders pictures by their ids.
+    by_id = np.argsort(pictures.image_ids, kind="stable")
+    for rank, position in enumerate(np.argsort(-loss, kind="stable")[:WORST], start=1):
+        if loss[position] <= 0:
+            break
+        index = int(by_id[position])
+        pair = [
+            _drawn(datasets.open_picture(pictures.paths[index]), result.detected[index], spec.labels, title)
+            for title, result in ((contract.BASELINE, baseline), (name, other))
+        ]
+        sheet = Image.new("RGB", (pair[0].width * 2 + 4, pair[0].height), "white")
+        sheet.paste(pair[0], (0, 0))
+        sheet.paste(pair[1], (pair[0].width + 4, 0))
+        written.append(folder / f"{rank}-{pictures.paths[index].stem}.png")
+        sheet.save(written[-1])
+    return written
+
+
+def _drawn(picture: Image.Image, detected: Detected, labels: Sequence[str], title: str) -> Image.Image:
+    from PIL import ImageDraw
+
+    pen = ImageDraw.Draw(picture)
+    for box, value, label in zip(
+        detected.boxes.tolist(), detected.scores.tolist(), detected.classes.tolist(), strict=True
+    ):
+        if value >= SHOWN_THRESHOLD:
+            pen.rectangle(box, outline="lime", width=2)
+            pen.text(
+                (box[0] + 3, box[1] + 2),
+                f"{labels[label]} {value:.2f}",
+                fill="white",
+                stroke_width=1,
+                stroke_fill="black",
+            )
+    pen.text((4, picture.height - 14), title, fill="yellow", stroke_width=1, stroke_fill="black")
+    return picture

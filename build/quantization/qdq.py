@@ -1,0 +1,254 @@
+"""Q/DQ pairs in a graph: what was calibrated, written as nodes that any runtime obeys.
+
+Symmetric, activations per tensor, weights per output channel, bias left in floating point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from build.contract import PRECISIONS
+from build.errors import QuantizeError
+from build.graph import precision
+from build.graph.attach import PLANES
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    from numpy.typing import NDArray
+
+# The largest value of each quantised type; its INT8 uses -127..127, so that a value and its negative are alike.
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+# After one of these, TensorRT fuses the Conv with it and quantises behind both.
+_EPILOGUES = ("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Mul", "Add")
+
+
+def scale_of(clip: float, kind: str) -> float:
+    """The scale of a quantised type that represents values up to `clip`; 1 / largest where nothing was ever above 0."""
+    return (clip or 1.0) / _LARGEST[kind]
+
+
+def fold(source: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with every BatchNormalization behind a Conv folded into its weights and bias; unnamed Convs get a name.
+
+    Computed in FP64: W·γ/√(σ²+ε) and (b-μ)·γ/√(σ²+ε) + β, per output channel (Ioffe and Szegedy 2015, section 3.1).
+
+    Raises:
+        QuantizeError: the model is quantised already.
+    """
+    import numpy as np
+    import onnx
+    from onnx import helper, numpy_helper
+
+    quantised = [node for node in source.graph.node if "Quantize" in node.op_type or "QLinear" in node.op_type]
+    if quantised:
+        raise QuantizeError(
+            f"the source is quantised already: it has {len(quantised)} nodes like {quantised[0].op_type} "
+            f"{quantised[0].name!r}",
+            fix="give the floating-point model; a quantised one can only be built as it is, as precision fp32",
+        )
+    model = onnx.ModelProto()
+    model.CopyFrom(source)
+    nodes = model.graph.node
+    constants = {constant.name: constant for constant in model.graph.initializer}
+    readers = _readers(model)
+    outputs = {output.name for output in model.graph.output}
+    for conv in convs(model):
+        conv.name = conv.name or f"Conv/{conv.output[0]}"
+        following = readers.get(conv.output[0], [])
+        norm = following[0] if len(following) == 1 and following[0].op_type == "BatchNormalization" else None
+        parameters = [*conv.input[1:], *norm.input[1:]] if norm else []
+        if norm is None or conv.output[0] in outputs or any(name not in constants for name in parameters):
+            continue
+        gamma, beta, mean, variance = (
+            numpy_helper.to_array(constants[name]).astype(np.float64) for name in norm.input[1:]
+        )
+        epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
+        factor = gamma / np.sqrt(variance + epsilon)
+        weights = numpy_helper.to_array(constants[conv.input[1]])
+        bias = numpy_helper.to_array(constants[conv.input[2]]) if len(conv.input) > 2 else 0.0
+        folded = {
+            f"{conv.name}/weights": weights * factor.reshape(-1, *[1] * (weights.ndim - 1)),
+            f"{conv.name}/bias": (bias - mean) * factor + beta,
+        }
+        model.graph.initializer.extend(
+            numpy_helper.from_array(value.astype(weights.dtype), name) for name, value in folded.items()
+        )
+        replaced = helper.make_node("Conv", [conv.input[0], *folded], [norm.output[0]], name=conv.name)
+        replaced.attribute.extend(conv.attribute)
+        conv.CopyFrom(replaced)
+        nodes.remove(norm)
+    used = {name for node in nodes for name in node.input}
+    kept = [constant for constant in model.graph.initializer if constant.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
+
+
+def convs(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The Convs of a model, in the order of the graph."""
+    return [node for node in model.graph.node if node.op_type == "Conv"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A quantised source model and what was decided for it.
+
+    Attributes:
+        model: the model.
+        nodes: names of the Convs that are quantised.
+        scales: of every quantised activation.
+        left: names of the Convs that are not, each with the reason.
+    """
+
+    model: onnx.ModelProto
+    nodes: tuple[str, ...]
+    scales: Mapping[str, float]
+    left: Mapping[str, str] = field(default_factory=dict)
+
+
+def quantize(
+    source: onnx.ModelProto, clips: Mapping[str, float], *, kind: str = "int8", exclude: Collection[str] = ()
+) -> Placed:
+    """Puts Q/DQ pairs where TensorRT fuses them; integer kernels of ONNX Runtime take the same places.
+
+    - Before every quantised Conv: one pair on its input, from which all readers of that tensor read, and one on its
+      weights, per output channel.
+    - Behind a Conv that no activation, product or sum follows (a head): a pair on its output.
+    - Where an Add joins a Conv's result with a shortcut: a pair on the shortcut, so that the sum fuses with the Conv.
+    - A concatenation gets its pair behind it, so that all its parts have one scale. The bias stays in floating point.
+
+    Args:
+        source: a folded FP32 model.
+        clips: the largest absolute value to represent, per activation.
+        kind: int8 or fp8 (E4M3).
+        exclude: names of Convs that stay as they are.
+
+    Raises:
+        QuantizeError: an excluded name is no Conv, or an activation has no clipping point.
+    """
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    unknown = sorted(set(exclude) - {conv.name for conv in convs(source)})
+    if unknown:
+        names = ", ".join(conv.name for conv in convs(source))
+        raise QuantizeError(
+            f"exclude_nodes names {unknown[0]!r}, but no Conv has this name", fix=f"the Convs are {names}"
+        )
+    model = onnx.ModelProto()
+    model.CopyFrom(precision.at_least(source, PRECISIONS[kind].opset))
+    constants = {constant.name: constant for constant in model.graph.initializer}
+    zero_type = TensorProto.INT8 if kind == "int8" else TensorProto.FLOAT8E4M3FN
+    pairs: dict[str, list[onnx.NodeProto]] = {}
+    scales: dict[str, float] = {}
+
+    def pair(name: str, scale: NDArray[np.float32], axis: int | None = None) -> None:
+        """Makes the pair behind tensor `name`; its readers are turned to it at the end."""
+        zero = helper.make_tensor(f"{name}/zero", zero_type, scale.shape, bytes(scale.size), raw=True)
+        model.graph.initializer.extend([numpy_helper.from_array(scale, f"{name}/scale"), zero])
+        where: dict[str, Any] = {} if axis is None else {"axis": axis}
+        parameters = [f"{name}/scale", f"{name}/zero"]
+        pairs[name] = [
+            helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}/q"], name=f"{name}/q", **where),
+            helper.make_node(
+                "DequantizeLinear", [f"{name}/q", *parameters], [f"{name}/dq"], name=f"{name}/dq", **where
+            ),
+        ]
+
+    def activation(name: str) -> None:
+        measured = served_name(model, name)
+        if name not in pairs:
+            if measured not in clips:
+                raise QuantizeError(f"activation {measured!r} was not calibrated", fix="calibrate this very model")
+            scales[measured] = scale_of(clips[measured], kind)
+            pair(name, np.array(scales[measured], np.float32))
+
+    chosen, left = [], {}
+    readers = _readers(model)
+    for conv in convs(model):
+        if conv.name in exclude:
+            left[conv.name] = "excluded"
+        elif conv.input[1] not in constants:
+            left[conv.name] = "its weights are no constant"
+        else:
+            chosen.append(conv)
+    own = {conv.output[0] for conv in chosen}
+    for conv in chosen:
+        weights = np.abs(numpy_helper.to_array(constants[conv.input[1]]))
+        largest = weights.max(axis=tuple(range(1, weights.ndim)), initial=0.0).astype(np.float32)
+        if conv.input[1] not in pairs:
+            pair(conv.input[1], np.where(largest > 0, largest, 1.0).astype(np.float32) / np.float32(_LARGEST[kind]), 0)
+        activation(conv.input[0])
+        following = readers.get(conv.output[0], [])
+        if not any(node.op_type in _EPILOGUES for node in following):
+            activation(conv.output[0])
+        for node in following:
+            shortcut = [name for name in node.input if name != conv.output[0] and name not in constants]
+            known = len(shortcut) == 1 and (shortcut[0] in clips or shortcut[0] in own)
+            if node.op_type == "Add" and known and conv.output[0] not in pairs:  # else this Conv is the shortcut itself
+                activation(shortcut[0])
+    _insert(model, pairs)
+    return Placed(model, tuple(conv.name for conv in chosen), scales, left)
+
+
+def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose quantised Relus are UINT8 with the same scales: what ONNX Runtime runs in integers on a CPU.
+
+    TensorRT demands INT8 with zero point 0, of which a Relu uses 0..127. UINT8 with zero point 0 and the same scale
+    keeps these codes as they are, stops clipping at 127, and its own clip at 0 IS the Relu, which ONNX Runtime then
+    drops. With INT8 it finds no integer kernel for Conv-Relu-Quantize and falls back to floats.
+    """
+    import onnx
+    from onnx import TensorProto
+
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    makers = {name: node for node in copied.graph.node for name in node.output}
+    constants = {constant.name: constant for constant in copied.graph.initializer}
+    for node in copied.graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in makers:
+            zero = constants[node.input[2]]
+            if (
+                makers[node.input[0]].op_type == "Relu"
+                and zero.data_type == TensorProto.INT8
+                and not any(zero.raw_data)
+            ):
+                zero.data_type = TensorProto.UINT8
+    return copied
+
+
+def _insert(model: onnx.ModelProto, pairs: Mapping[str, list[onnx.NodeProto]]) -> None:
+    """Puts each pair behind its tensor and lets every reader of the tensor read the pair (in place).
+
+    A tensor that is an output of the graph keeps its name behind the pair.
+    """
+    nodes = model.graph.node
+    outputs = {output.name for output in model.graph.output}
+    for node in nodes:
+        node.input[:] = [f"{name}/dq" if name in pairs else name for name in node.input]
+    for name in outputs & pairs.keys():
+        quantise, dequantise = pairs[name]
+        for node in nodes:
+            node.output[:] = [f"{name}/raw" if output == name else output for output in node.output]
+            node.input[:] = [name if read == f"{name}/dq" else read for read in node.input]
+        quantise.input[0], dequantise.output[0] = f"{name}/raw", name
+    for pair in pairs.values():
+        nodes.extend(pair)
+    precision.sort(model)
+
+
+def served_name(model: onnx.ModelProto, name: str) -> str:
+    """The name that a source's tensor has once the contract's front is attached."""
+    return PLANES if name == model.graph.input[0].name else name
+
+
+def _readers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers

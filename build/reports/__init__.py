@@ -1,0 +1,1 @@
+"""What prints tables and HTML: fusion, roofline, speed."""

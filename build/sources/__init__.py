@@ -1,0 +1,1 @@
+"""Other people's detectors to models/<name>/."""

@@ -1,0 +1,525 @@
+"""`invoke import-model`: somebody else's detector → models/<name>/ with model.onnx, spec.toml, labels.txt, anchors.npy.
+
+torchvision's two SSDs are exported up to their raw heads, with all that their post-processing needs in spec.toml; any
+other ONNX with raw heads comes with a spec or with options. A model that ends in its own post-processing is told from
+one with raw heads, and what to export instead is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from build import contract, spec
+from build.errors import OptionError, RuntimeUnavailableError, SSDError
+from build.files import MODELS
+from build.gate.self_check import self_check
+from build.graph.attach import attach, rename
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    from numpy.typing import NDArray
+
+TORCHVISION = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
+OPSET = 17
+
+# Operators that do (a part of) the post-processing: the standard one, TensorRT's plugins, and exporters' own.
+_POST_PROCESSING = re.compile(
+    r"NonMaxSuppression|(Efficient|Batched|EfficientIdx|Multiclass)\w*NMS\w*|NMS_TRT|TRTBatched\w*NMS\w*|"
+    r"\w*DetectionOutput\w*|DetectionPostProcess|\w*NMS"
+)
+
+
+class ImportModelError(SSDError):
+    """A model cannot be imported; nothing was written."""
+
+
+def import_model(
+    source: str,
+    name: str = "",
+    *,
+    weights: str = "default",
+    spec_file: Path | None = None,
+    labels: Path | None = None,
+    anchors: Path | None = None,
+    boxes: str = "",
+    logits: str = "",
+    settings: Sequence[str] = (),
+    force: bool = False,
+    models: Path = MODELS,
+) -> Path:
+    """Makes models/<name>/ out of a torchvision model or an ONNX file.
+
+    Args:
+        source: ssd300_vgg16, ssdlite320_mobilenet_v3_large, or the path of an ONNX file.
+        name: of the new model; default: the source's.
+        weights: torchvision: `default` (downloaded by torchvision), `none` (random), or a file with a state dict.
+        spec_file: ONNX: a spec.toml whose labels and anchors (relative to it) are taken over.
+        labels: a text file with one foreground label per line; for torchvision, of a state dict with other classes.
+        anchors: ONNX without a spec: .npy, FP32 [N,4] of cx,cy,w,h in 0..1.
+        boxes: ONNX: the output with the box deltas [B,N,4], where it is not called box_deltas.
+        logits: ONNX: the output with the class logits [B,N,C], where it is not called class_logits.
+        settings: `table.key=value` with a TOML value, such as `nms.score_activation="sigmoid"`, for spec.toml.
+        force: replace a model of this name.
+        models: where the folder goes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SSDError: what is wrong and what to do; nothing was written then.
+    """
+    if source in TORCHVISION:
+        if spec_file or anchors or boxes or logits:
+            raise OptionError(f"{source} brings its own spec, anchors and heads", fix="leave those options out")
+        return _write(
+            models, name or source, force, lambda folder: _torchvision(folder, source, weights, labels, settings)
+        )
+    path = Path(source)
+    if path.suffix != ".onnx":
+        raise OptionError(
+            f"source is {source!r}, but must be {', '.join(TORCHVISION)} or the path of an .onnx file",
+            fix="spell it so, or export the model to ONNX first",
+        )
+    return _write(
+        models,
+        name or path.stem,
+        force,
+        lambda folder: _onnx(folder, path, spec_file, labels, anchors, boxes, logits, settings),
+    )
+
+
+def _write(models: Path, name: str, force: bool, fill: Callable[[Path], dict[str, dict[str, Any]]]) -> Path:
+    """Fills a folder beside `models`, checks what is in it as the build would, and only then renames it into place."""
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise OptionError(f"name is {name!r}, but must be of letters, digits, - and _", fix="give another one: --name")
+    target = models / name
+    if target.exists() and not force:
+        raise ImportModelError(f"{target} exists already", fix="give another name, or replace it with --force")
+    models.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".importing-", dir=models.parent))
+    content = staging / name
+    try:
+        content.mkdir()
+        tables = fill(content)
+        tables.setdefault("model", {})["name"] = name
+        (content / "spec.toml").write_text(_toml(name, tables), encoding="utf-8")
+        checked = spec.load(content)
+        self_check(attach(checked), checked)
+        _put(content, target)
+    except OSError as error:
+        raise ImportModelError(f"{target} cannot be written: {error}", fix="check the disk and its rights") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _put(new: Path, target: Path) -> None:
+    """Renames a folder into place; one that is there already is left under the new one's old name, in one step."""
+    if not target.exists():
+        new.rename(target)
+        return
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(here, os.fsencode(new), here, os.fsencode(target), exchange) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(code, os.strerror(code), str(target))
+    aside = new.with_name(".replaced")  # a file system that cannot exchange: two steps
+    target.rename(aside)
+    try:
+        new.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+
+
+def _toml(name: str, tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """spec.toml of these tables; JSON's strings, numbers, booleans and lists are TOML's, too."""
+    lines = [f"# How models/{name}/model.onnx is built and served. Every key is explained in docs/spec.md."]
+    for table, values in tables.items():
+        lines += ["", f"[{table}]", *(f"{key} = {json.dumps(value, allow_nan=False)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _apply(tables: dict[str, dict[str, Any]], settings: Sequence[str]) -> None:
+    """`table.key=value` into the tables; spec.load says what is unknown or out of range."""
+    for setting in settings:
+        found = re.fullmatch(r"\s*(\w+)\.(\w+)\s*=(.*)", setting, re.S)
+        if not found:
+            raise OptionError(f"setting {setting!r} is not of the form table.key=value")
+        try:
+            value = tomllib.loads(f"value ={found[3]}")["value"]
+        except (tomllib.TOMLDecodeError, KeyError):
+            raise OptionError(
+                f"setting {setting!r} has no TOML value", fix='quote a text: nms.score_activation="sigmoid"'
+            ) from None
+        tables.setdefault(found[1], {})[found[2]] = value
+
+
+# -- torchvision -------------------------------------------------------------------------------------------------------
+
+
+def load_torchvision() -> Any:
+    """The package torchvision, also beside a torch for which its compiled operators were not built.
+
+    Structure, weights and heads need none of those operators; torchvision only asks that some be declared.
+
+    Raises:
+        RuntimeUnavailableError: torch or torchvision is not installed, or they do not fit together.
+    """
+    torch = _torch()
+    try:
+        with contextlib.suppress(RuntimeError):
+            return importlib.import_module("torchvision")
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            with contextlib.suppress(RuntimeError):
+                library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torchvision: Any = importlib.import_module("torchvision")
+        torchvision._ssd_declared_operators = library  # they go when the library object goes
+    except ImportError as error:
+        raise RuntimeUnavailableError(
+            f"torchvision cannot be imported: {error}", fix="pip install torchvision"
+        ) from None
+    except RuntimeError as error:
+        raise RuntimeUnavailableError(
+            f"torchvision does not fit this torch {torch.__version__}: {error}",
+            fix="install the two versions that belong together",
+        ) from None
+    return torchvision
+
+
+def _torch() -> Any:
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise RuntimeUnavailableError(
+            "torch is not installed", fix="install the extra: pip install torch torchvision onnxscript"
+        ) from None
+
+
+def torchvision_model(architecture: str, weights: str, labels: Sequence[str] | None = None) -> tuple[Any, list[str]]:
+    """A torchvision detector in evaluation mode, and its foreground labels.
+
+    Args:
+        architecture: one of `TORCHVISION`.
+        weights: default, none, or a file with a state dict.
+        labels: the foreground labels where they are not COCO's.
+
+    Raises:
+        ImportModelError: the weights cannot be had, or do not fit.
+    """
+    models = load_torchvision().models
+    torch = _torch()
+
+    if weights == "default" and labels is not None:
+        raise OptionError("the default weights have COCO's labels", fix="leave --labels out, or name a weights file")
+    published = models.get_model_weights(architecture).DEFAULT
+    names = list(labels) if labels is not None else _unique(published.meta["categories"][1:])
+    make = getattr(models.detection, architecture)
+    options: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": len(names) + 1}
+    try:
+        if weights == "default":
+            model = make(weights=published)
+        elif weights == "none":
+            model = make(**options)
+        else:
+            model = make(**options)
+            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    except OSError as error:
+        raise ImportModelError(
+            f"the weights {weights!r} of {architecture} cannot be read: {error}",
+            why="there is no way from here to torchvision's download server" if weights == "default" else "",
+            fix=f"download {published.url} elsewhere and name the file: --weights FILE"
+            if weights == "default"
+            else "name a file with a state dict, or `none` for random weights",
+        ) from None
+    except Exception as error:  # torch names many: of unpickling, of keys, of shapes
+        text = str(error).strip().splitlines()
+        raise ImportModelError(
+            f"the weights {weights!r} do not fit {architecture} with {len(names)} labels: {text[0] if text else error}",
+            why="they are of another architecture or of other classes",
+            fix="name the labels of the classes that it was trained on: --labels FILE",
+        ) from None
+    return model.eval(), names
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """COCO's list has gaps, all called N/A; labels.txt wants every label once."""
+    return [f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+
+
+def raw_heads(model: Any) -> Any:
+    """A torch module: FP32 [B,3,H,W], normalised → box_deltas [B,N,4], class_logits [B,N,C].
+
+    torchvision limits the logarithms of width and height before it decodes; the same limit stands here on the deltas.
+    """
+    torch = _torch()
+
+    class RawHeads(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = model.backbone, model.head
+            limit = [math.inf, math.inf, *(model.box_coder.bbox_xform_clip * w for w in model.box_coder.weights[2:])]
+            self.register_buffer("limit", torch.tensor(limit).clamp(max=torch.finfo(torch.float32).max))
+
+        def forward(self, pixels: Any) -> tuple[Any, Any]:
+            found = self.head(list(self.backbone(pixels).values()))
+            return torch.minimum(found["bbox_regression"], self.limit), found["cls_logits"]
+
+    return RawHeads().eval()
+
+
+def torchvision_anchors(model: Any) -> NDArray[np.float32]:
+    """FP32 [N,4]: the default boxes as cx,cy,w,h in 0..1, in the order of the heads."""
+    torch = _torch()
+    image_list = load_torchvision().models.detection.image_list
+    width, height = model.transform.fixed_size
+    images = torch.zeros(1, 3, height, width)
+    with torch.no_grad():
+        features = list(model.backbone(images).values())
+    corners = model.anchor_generator(image_list.ImageList(images, [(height, width)]), features)[0].double()
+    size = torch.tensor([width, height], dtype=torch.float64)
+    low, high = corners[:, :2] / size, corners[:, 2:] / size
+    found: NDArray[np.float32] = torch.cat([(low + high) / 2, high - low], 1).float().numpy()
+    return found
+
+
+def _torchvision(
+    folder: Path, architecture: str, weights: str, labels: Path | None, settings: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    import numpy as np
+
+    model, names = torchvision_model(architecture, weights, None if labels is None else _lines(labels))
+    torch = _torch()
+    width, height = model.transform.fixed_size
+    batch = {0: "batch"}
+    torch.onnx.export(
+        raw_heads(model),
+        (torch.zeros(2, 3, height, width),),
+        str(folder / "model.onnx"),
+        input_names=["pixels"],
+        output_names=list(contract.HEADS),
+        dynamic_axes={"pixels": batch, **dict.fromkeys(contract.HEADS, batch)},
+        opset_version=OPSET,
+        dynamo=False,
+        do_constant_folding=False,
+        training=torch.onnx.TrainingMode.PRESERVE,  # BatchNormalization stays a node: fusing is the runtime's work
+    )
+    np.save(folder / "anchors.npy", torchvision_anchors(model))
+    (folder / "labels.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    tables: dict[str, dict[str, Any]] = {
+        "model": {},
+        "input": {
+            "width": width,
+            "height": height,
+            "color_order": "RGB",
+            "resize": "stretch",
+            "mean": [255 * value for value in model.transform.image_mean],
+            "std": [255 * value for value in model.transform.image_std],
+        },
+        "nms": {
+            "score_threshold": model.score_thresh,
+            "iou_threshold": model.nms_thresh,
+            "max_detections": model.detections_per_img,
+            "topk_per_class": model.topk_candidates,
+            "background_class": 0,
+            "score_activation": "softmax",
+            "box_coding": "center_size",
+            "box_scales": list(model.box_coder.weights),
+            "clip_boxes": True,
+            "class_agnostic": False,
+            "runtime_thresholds": True,
+        },
+    }
+    _apply(tables, settings)
+    return tables
+
+
+# -- any ONNX with raw heads -------------------------------------------------------------------------------------------
+
+
+def _onnx(
+    folder: Path,
+    path: Path,
+    spec_file: Path | None,
+    labels: Path | None,
+    anchors: Path | None,
+    boxes: str,
+    logits: str,
+    settings: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path)
+    except OSError as error:
+        raise ImportModelError(f"{path}: cannot be read: {error.strerror or error}", fix="correct the path") from None
+    except (DecodeError, ValueError) as error:
+        raise ImportModelError(
+            f"{path}: no ONNX model: {error}", why="the file is truncated or of another kind", fix="export it again"
+        ) from None
+    _explain_post_processing(model, str(path))
+    _rename_heads(
+        model, path, {boxes or contract.HEADS[0]: contract.HEADS[0], logits or contract.HEADS[1]: contract.HEADS[1]}
+    )
+    tables: dict[str, dict[str, Any]] = {"model": {}, "input": _input_size(model)}
+    if spec_file is not None:
+        try:
+            given = tomllib.loads(spec_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ImportModelError(
+                f"{spec_file}: cannot be read: {error}", fix="give the path of a spec.toml"
+            ) from None
+        for table, values in given.items():
+            if not isinstance(values, dict):
+                raise ImportModelError(f"{spec_file}: {table!r} stands outside its tables", fix="see docs/spec.md")
+            tables[table] = dict(values) if table == "input" else {**tables.get(table, {}), **values}
+        kept = tables["model"]
+        labels = labels or spec_file.parent / str(kept.get("labels", "labels.txt"))
+        anchors = anchors or spec_file.parent / str(kept.get("anchors", "anchors.npy"))
+        tables["model"] = {}
+    if labels is None or anchors is None:
+        raise OptionError(
+            "an ONNX file needs its labels and its anchors",
+            fix="name them: --labels labels.txt --anchors anchors.npy, or give a spec.toml that does: --spec",
+        )
+    for file, to in ((labels, "labels.txt"), (anchors, "anchors.npy")):
+        try:
+            shutil.copyfile(file, folder / to)
+        except OSError as error:
+            raise ImportModelError(f"{file}: cannot be read: {error.strerror}", fix="correct the path") from None
+    _apply(tables, settings)
+    onnx.save(model, folder / "model.onnx")  # external data becomes part of the one file
+    return tables
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImportModelError(f"{path}: cannot be read: {error}", fix="one foreground label per line, UTF-8") from None
+
+
+def _rename_heads(model: onnx.ModelProto, path: Path, names: Mapping[str, str]) -> None:
+    """Calls the two heads what the contract calls them."""
+    outputs = [item.name for item in model.graph.output]
+    missing = [name for name in names if name not in outputs]
+    if missing:
+        raise ImportModelError(
+            f"{path}: has the outputs {outputs}, and none is called {missing[0]!r}",
+            fix="say which are the raw heads: --boxes NAME --logits NAME",
+        )
+    taken = {name: f"source/{name}" for name in contract.HEADS if name not in names}
+    for name in names.values():
+        if name in taken and name in outputs:
+            raise ImportModelError(f"{path}: has an output {name!r}, but another one was named for it")
+    rename(model.graph, {**taken, **names}, {})
+    extra = [item for item in model.graph.output if item.name not in contract.HEADS]
+    for item in extra:
+        model.graph.output.remove(item)
+
+
+def _input_size(model: onnx.ModelProto) -> dict[str, Any]:
+    """Height and width where the model's first input has them as numbers."""
+    constants = {item.name for item in model.graph.initializer}
+    inputs = [item for item in model.graph.input if item.name not in constants]
+    dims = inputs[0].type.tensor_type.shape.dim if inputs else []
+    if len(dims) == 4 and dims[2].dim_value and dims[3].dim_value:
+        return {"width": dims[3].dim_value, "height": dims[2].dim_value}
+    return {}
+
+
+# -- models with their own post-processing -----------------------------------------------------------------------------
+
+
+def _explain_post_processing(model: onnx.ModelProto, path: str) -> None:
+    """Refuses a model that selects boxes itself, and names the tensors that it should end with instead.
+
+    Raises:
+        ImportModelError: it has such a node.
+    """
+    found = next(_post_processing(model), None)
+    if found is None:
+        return
+    node, graph_ = found
+    makers = {name: item for item in graph_.node for name in item.output if name}
+    inputs = [name for name in node.input if name]
+    why = f"its node {node.name or '(unnamed)'!r} ({node.op_type}) selects the boxes inside the model"
+    ends = []
+    for role, name in zip(("box deltas", "class logits"), inputs, strict=False):
+        raw = _before_post_processing(name, makers)
+        ends.append(f"{role}: what {raw!r} is made from" if raw == name else f"{role}: likely {raw!r}")
+    names = "; ".join(ends)
+    raise ImportModelError(
+        f"{path}: ends in its own post-processing ({node.op_type}), so it has no raw heads",
+        why=why,
+        fix="export the network up to its raw heads: box deltas [B,N,4] before decoding and class logits [B,N,C] "
+        f"before softmax or sigmoid{f' ({names})' if names else ''}. In PyTorch, export a module that returns what the "
+        "detection head returns; with other tools, switch NMS or post-processing off in the export",
+    )
+
+
+def _post_processing(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, onnx.GraphProto]]:
+    """Nodes that select boxes, those inside subgraphs included; a TopK counts when an output depends on its indices."""
+    graphs = [model.graph]
+    for graph_ in graphs:
+        for node in graph_.node:
+            graphs += [inner for item in node.attribute for inner in (item.g, *item.graphs) if inner.node]
+            if _POST_PROCESSING.fullmatch(node.op_type):
+                yield node, graph_
+    users: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    for node in model.graph.node:
+        if node.op_type == "TopK" and any(
+            user.op_type.startswith("Gather") for name in node.output for user in _after(name, users)
+        ):
+            yield node, model.graph
+
+
+def _after(name: str, users: Mapping[str, list[onnx.NodeProto]]) -> list[onnx.NodeProto]:
+    """The nodes that use a tensor, also behind changes of shape and type."""
+    found = []
+    for node in users.get(name, []):
+        found.append(node)
+        if node.op_type in _PASSING:
+            found += _after(node.output[0], users)
+    return found
+
+
+_PASSING = frozenset(("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Slice", "Concat", "Flatten"))
+
+
+def _before_post_processing(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:
+    """The way back from an NMS input through shapes and the activation of the scores; the tensor it starts from."""
+    while name in makers:
+        node = makers[name]
+        if node.op_type in ("Softmax", "Sigmoid"):
+            return node.input[0]
+        if node.op_type not in _PASSING or not node.input or node.op_type == "Concat":
+            return name
+        name = node.input[0]
+    return name

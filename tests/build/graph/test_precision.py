@@ -1,0 +1,129 @@
+"""FP16 and BF16 graphs: typed as they say, the contract untouched, close to FP32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from build import contract
+from build.errors import QuantizeError
+from build.graph import precision, ssd_nms
+from build.graph.attach import attach, before_nms, load_source
+from build.quantization import quantize
+from build.spec import Spec, load
+from tests.build import tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module", params=["tiny", "shapes"])
+def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Spec:
+    if request.param == "shapes":
+        return load(ROOT / "models" / "shapes")
+    return load(tiny_model.write(tmp_path_factory.mktemp("tiny")))
+
+
+def folded(spec: Spec) -> onnx.ModelProto:
+    return quantize.fold(load_source(spec))
+
+
+def run(model: onnx.ModelProto, pixels: np.ndarray) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    answers: list[np.ndarray] = session.run(None, {contract.IMAGES: pixels})
+    return answers
+
+
+def pixels(spec: Spec) -> np.ndarray:
+    shape = (2, spec.input.height, spec.input.width, 3)
+    return np.random.default_rng(3).integers(0, 256, shape, dtype=np.uint8)
+
+
+def types(model: onnx.ModelProto) -> dict[str, int]:
+    """The element type of every tensor that shape inference knows."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    return {
+        info.name: info.type.tensor_type.elem_type for info in (*inferred.value_info, *inferred.input, *inferred.output)
+    }
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)])
+def test_every_conv_computes_in_the_type_and_the_contract_keeps_its_own(spec: Spec, kind: str, wanted: int) -> None:
+    plain, model = attach(spec), attach(spec, precision.half(folded(spec), kind))
+    onnx.checker.check_model(model, full_check=True)
+    assert [(i.name, i.type) for i in model.graph.input] == [(i.name, i.type) for i in plain.graph.input]
+    assert [(o.name, o.type) for o in model.graph.output] == [(o.name, o.type) for o in plain.graph.output]
+    found = types(before_nms(model))
+    constants = {constant.name: constant.data_type for constant in model.graph.initializer}
+    convs = quantize.convs(model)
+    assert len(convs) == len(quantize.convs(plain))
+    for conv in convs:
+        assert found[conv.output[0]] == found[conv.input[0]] == wanted
+        assert {constants[name] for name in conv.input[1:]} == {wanted}
+    # Pixels are normalised in FP32, and SSDNMS gets FP32.
+    assert found["ssd/front/div"] == TensorProto.FLOAT
+    assert {found[name] for name in ssd_nms.find(model).input[:2]} == {TensorProto.FLOAT}
+    assert constants["ssd/anchors"] == TensorProto.FLOAT
+
+
+def test_fp16_is_close_and_not_equal(spec: Spec) -> None:
+    images = pixels(spec)
+    exact = run(before_nms(attach(spec)), images)
+    halved = run(before_nms(attach(spec, precision.half(folded(spec), "fp16"))), images)
+    for one, other in zip(exact, halved, strict=True):
+        distance = np.abs(one - other).max() / np.abs(one).max()
+        assert 0 < distance < 5e-3
+
+
+def test_rounded_computes_like_bfloat16(spec: Spec) -> None:
+    """Against the same rounding done by hand on the first Conv; the heads have BF16's error, not FP16's."""
+    images = pixels(spec)
+    exact = run(before_nms(attach(spec)), images)
+    rounded = run(before_nms(attach(spec, precision.rounded(folded(spec)))), images)
+    halved = run(before_nms(attach(spec, precision.half(folded(spec), "fp16"))), images)
+    for one, coarse, fine in zip(exact, rounded, halved, strict=True):
+        signal = np.abs(one).max()
+        assert 3e-4 < np.abs(one - coarse).max() / signal < 8e-2
+        assert np.abs(one - coarse).mean() > 2 * np.abs(one - fine).mean()
+
+
+def test_bfloat16_constants_are_rounded_once_from_fp32(spec: Spec) -> None:
+    import ml_dtypes
+
+    source = folded(spec)
+    exact = {one.name: numpy_helper.to_array(one) for one in source.graph.initializer}
+    model = precision.half(source, "bf16")
+    compared = 0
+    for constant in model.graph.initializer:
+        if constant.data_type == TensorProto.BFLOAT16:
+            wanted = exact[constant.name].astype(ml_dtypes.bfloat16)
+            assert numpy_helper.to_array(constant).tobytes() == wanted.tobytes()
+            compared += 1
+    assert compared >= 4
+
+
+def test_fp16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+    source = tiny_model.source()
+    weights = next(one for one in source.graph.initializer if one.name == "w_box")
+    values = numpy_helper.to_array(weights).copy()
+    values.flat[0] = 1e5
+    weights.CopyFrom(numpy_helper.from_array(values, "w_box"))
+    with pytest.raises(QuantizeError, match="'w_box' holds values beyond 65504"):
+        precision.half(source, "fp16")
+    precision.half(source, "bf16")
+
+
+def test_sort_orders_and_refuses_circles() -> None:
+    model = tiny_model.source()
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    precision.sort(model)
+    onnx.checker.check_model(model)
+    model.graph.node.append(helper.make_node("Add", ["a", "b"], ["b"], name="loop"))
+    with pytest.raises(QuantizeError, match="circle around 'loop'"):
+        precision.sort(model)

@@ -1,0 +1,329 @@
+"""The audit: resampled mAP against pycocotools itself, the gate, sensitivity with its checkpoint; that INT8 pays."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from build.errors import DataError, VerifyError
+from build.gate import accuracy as evaluate
+from build.gate import datasets
+from build.graph.attach import attach, load_source
+from build.quantization import audit, quantize, sensitivity
+from build.reports import speed
+from build.spec import Spec, load
+from tests.build import pictures, tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def silent() -> Console:
+    return Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Spec:
+    """The tiny model, its pictures labelled with what its FP32 graph sees: what differs, differs by precision."""
+    folder = tmp_path_factory.mktemp("audit") / "tiny"
+    path = tiny_model.write(folder)
+    pictures.write(folder / "calibration", 120, tiny_model.LABELS, seed=1)
+    pictures.write(folder / "held_out", 40, tiny_model.LABELS, seed=2)
+    data = 'calibration = "calibration"\nheld_out = "held_out"'
+    path.write_text(f"{path.read_text()}\n[data]\n{data}\n\n[quantization]\ngate = 0.5  # of noise\n")
+    spec = load(path)
+    truth = json.loads((folder / "held_out" / "instances.json").read_text())
+    detect = audit.in_process(spec, attach(spec))
+    truth["annotations"] = []
+    for image in truth["images"]:
+        (found,) = detect([folder / "held_out" / image["file_name"]])
+        for (x1, y1, x2, y2), score, label in zip(found.boxes.tolist(), found.scores, found.classes, strict=True):
+            if score > 0.5 and x2 > x1 and y2 > y1:
+                row = {"image_id": image["id"], "category_id": int(label) + 1, "iscrowd": 0}
+                row |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+                truth["annotations"].append({"id": len(truth["annotations"]) + 1, **row})
+    (folder / "held_out" / "instances.json").write_text(json.dumps(truth))
+    return spec
+
+
+@pytest.fixture
+def spec(seen: Spec, tmp_path: Path) -> Spec:
+    """A copy that a test may change."""
+    import shutil
+
+    shutil.copytree(seen.path.parent, tmp_path / "tiny")
+    return load(tmp_path / "tiny")
+
+
+# -- resampling --------------------------------------------------------------------------------------------------------
+
+
+def coco(rng: np.random.Generator, images: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Random labels and detections that are partly right, with equal scores among them."""
+    truth: dict[str, Any] = {
+        "images": [{"id": i + 1, "width": 100, "height": 100, "file_name": f"{i}.png"} for i in range(images)],
+        "categories": [{"id": c, "name": str(c)} for c in (1, 2, 7)],
+        "annotations": [],
+    }
+    detections = []
+    for image in range(1, images + 1):
+        for _ in range(rng.integers(0, 5)):
+            category, box = int(rng.choice([1, 2, 7])), [*rng.uniform(0, 60, 2), *rng.uniform(5, 40, 2)]
+            truth["annotations"].append(
+                {
+                    "id": len(truth["annotations"]) + 1,
+                    "image_id": image,
+                    "category_id": category,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": int(rng.random() < 0.05),
+                }
+            )
+            for _ in range(rng.integers(0, 3)):
+                moved = (np.array(box) + rng.normal(0, 2, 4)).clip(1).tolist()
+                score = round(float(rng.random()), 1)
+                detections.append({"image_id": image, "category_id": category, "bbox": moved, "score": score})
+    return truth, detections
+
+
+def test_resampled_map_is_that_of_pictures_that_really_repeat() -> None:
+    """Picture i counted n times against pycocotools on a data set in which it is there n times."""
+    rng = np.random.default_rng(0)
+    truth, detections = coco(rng, 30)
+    judge = evaluate.judge(truth, detections)
+    curves = audit.Curves(judge)
+    assert curves.mean_average_precision() == pytest.approx(evaluate.accuracy(judge).map, abs=1e-12)
+    for _ in range(5):
+        times = np.bincount(rng.integers(0, 30, 30), minlength=30)
+        repeated: dict[str, Any] = {"images": [], "annotations": [], "categories": truth["categories"]}
+        found = []
+        for image, count in zip(truth["images"], times, strict=True):
+            for _ in range(count):
+                new = {**image, "id": len(repeated["images"]) + 1}
+                repeated["images"].append(new)
+                for one in truth["annotations"]:
+                    if one["image_id"] == image["id"]:
+                        number = len(repeated["annotations"]) + 1
+                        repeated["annotations"].append({**one, "id": number, "image_id": new["id"]})
+                found += [{**one, "image_id": new["id"]} for one in detections if one["image_id"] == image["id"]]
+        wanted = evaluate.evaluate(repeated, found).map
+        # Equal scores of different pictures may change places.
+        assert curves.mean_average_precision(times.astype(float)) == pytest.approx(wanted, abs=2e-3)
+
+
+def test_intervals() -> None:
+    rng = np.random.default_rng(1)
+    truth, detections = coco(rng, 60)
+    worse = [one for one in copy.deepcopy(detections) if rng.random() < 0.6]
+    exact, less = (audit.Curves(evaluate.judge(truth, found)) for found in (detections, worse))
+    (same,), (interval,) = audit.differences(exact, [exact], 50), audit.differences(exact, [less], 200)
+    assert same == (0.0, 0.0)
+    difference = less.mean_average_precision() - exact.mean_average_precision()
+    assert interval[0] < difference < interval[1] < 0
+    assert audit.differences(exact, [less], 200)[0] == interval
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda truth: truth["categories"].pop(), r"the model alone has \['dog'\]"),
+        (lambda truth: truth["categories"][0].update(name="cow"), r"the pictures alone \['cow'\]"),
+        (lambda truth: truth["images"].pop(), "1 pictures have no labels, like 0039"),
+        (lambda truth: truth.pop("annotations"), "no COCO instances file"),
+    ],
+)
+def test_labels_must_fit(spec: Spec, tmp_path: Path, change: Any, complaint: str) -> None:
+    path = spec.path.parent / "held_out" / "instances.json"
+    truth = json.loads(path.read_text())
+    change(truth)
+    path.write_text(json.dumps(truth))
+    with pytest.raises(DataError, match=complaint):
+        audit.audit(spec, tmp_path / "artifacts", precisions=("fp16",), console=silent())
+    assert not (tmp_path / "artifacts" / "audit").exists()
+
+
+def test_unreadable_pictures_count_as_unseen_up_to_a_limit(spec: Spec, tmp_path: Path) -> None:
+    folder = spec.path.parent / "held_out"
+    held = datasets.held_out(spec, tmp_path)
+    detect = audit.in_process(spec, attach(spec))
+    whole = audit.score(held, detect, "", silent())
+    (folder / "0007.png").write_bytes(b"broken")
+    broken = audit.score(held, detect, "", silent())
+    assert len(broken.found) == 40
+    assert not len(broken.found[7].boxes)
+    assert broken.accuracy.map < whole.accuracy.map
+    for name in ("0008.png", "0011.png"):
+        (folder / name).write_bytes(b"broken")
+    with pytest.raises(DataError, match="3 of 16 pictures cannot be read"):
+        audit.score(held, detect, "", silent())
+
+
+@pytest.mark.parametrize("resize", ["stretch", "letterbox"])
+@pytest.mark.parametrize("size", [(300, 300), (640, 360), (201, 500)])
+def test_pictures_come_in_and_boxes_go_back_as_the_client_does_it(resize: str, size: tuple[int, int]) -> None:
+    from ssd_client import preprocess
+    from ssd_client.config import ModelConfig
+
+    into = dataclasses.replace(load(ROOT / "models" / "shapes").input, resize=resize)
+    values = np.random.default_rng(0).integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
+    picture = Image.fromarray(values).resize(size)
+    settings = {field.name: getattr(into, field.name) for field in dataclasses.fields(into)}
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    config = object.__new__(ModelConfig)
+    for name, value in {"input_width": into.width, "input_height": into.height, **settings}.items():
+        if name in names:
+            object.__setattr__(config, name, value)
+    pixels, back = datasets.to_input(picture, into)
+    wanted, placement = preprocess.input_array(picture, config)
+    assert (pixels == wanted).all()
+    boxes = np.random.default_rng(1).uniform(0, 1, (20, 4)).astype(np.float32)
+    ours = np.clip(boxes.reshape(-1, 2, 2) * back[0] + back[1], 0, picture.size).reshape(-1, 4)
+    np.testing.assert_allclose(ours, placement.to_image(boxes), atol=1e-3)
+
+
+# -- the audit and the gate --------------------------------------------------------------------------------------------
+
+
+def test_audit_of_every_precision(seen: Spec, tmp_path: Path) -> None:
+    summary = audit.audit(seen, tmp_path, console=silent())
+    assert json.loads((tmp_path / "audit" / "summary.json").read_text()) == summary
+    assert set(summary) == {"fp32", "fp16", "bf16", "int8", "fp8"}
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    rows = {(row["precision"], row["calibrator"]): row for row in report["rows"]}
+    assert {calibrator for kind, calibrator in rows if kind == "int8"} == set(quantize.CALIBRATORS)
+    best = max(quantize.CALIBRATORS, key=lambda one: rows["int8", one]["map"])
+    assert summary["int8"]["map"] == rows["int8", best]["map"]
+    assert summary["fp32"]["map"] > 0.99
+    assert summary["fp16"]["ratio"] > summary["int8"]["ratio"] > 0.5
+    for row in rows.values():
+        assert set(row["by_class"]) == set(seen.labels)
+        assert row["map"] == min(row["forms"].values())
+        assert row["ci95"][0] <= row["map"] - rows["fp32", None]["map"] <= row["ci95"][1] or row["ci95"] == [0, 0]
+    worst = list((tmp_path / "audit" / "worst").glob("*.png"))
+    assert worst
+    assert (tmp_path / "audit" / "scales.csv").is_file()
+
+
+def test_a_served_model_is_judged_by_what_it_answers(seen: Spec, tmp_path: Path) -> None:
+    detect = audit.in_process(seen, attach(seen))
+
+    def half_blind(paths: Any) -> list[audit.Found]:
+        return [
+            one if index % 2 else audit.Found(one.boxes[:0], one.scores[:0], one.classes[:0])
+            for index, one in enumerate(detect(paths))
+        ]
+
+    summary = audit.audit(seen, tmp_path, served=("int8", half_blind), console=silent())
+    assert set(summary) == {"fp32", "int8 served"}
+    assert summary["int8 served"]["ratio"] < 0.8
+    assert {path.name for path in (tmp_path / "audit").iterdir()} == {
+        "served_summary.json",
+        "served_report.json",
+        "served_worst",
+    }
+
+
+def test_the_gate_takes_the_best_and_refuses_what_loses_too_much(seen: Spec, tmp_path: Path) -> None:
+    chosen = audit.approved(seen, "int8", tmp_path, silent())
+    assert chosen.calibrator in quantize.CALIBRATORS
+    assert len(chosen.quantised) == 3
+    # With half of all activations clipped nothing is left to be seen.
+    settings = dataclasses.replace(seen.quantization, calibrator="percentile", percentile=50, gate=0.99)
+    with pytest.raises(
+        VerifyError, match=r"int8 percentile keeps .* but the gate asks for 99\.00%; it is not published"
+    ):
+        audit.approved(dataclasses.replace(seen, quantization=settings), "int8", tmp_path, silent())
+
+
+def test_nothing_to_judge_on(seen: Spec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blind = dataclasses.replace(seen, data=dataclasses.replace(seen.data, held_out=""))
+    with pytest.raises(DataError, match="names no held-out pictures"):
+        audit.approved(blind, "int8", tmp_path, silent())
+    assert audit.approved(blind, "fp16", tmp_path, Console(soft_wrap=True)).precision == "fp16"
+    assert "fp16 was not audited" in capsys.readouterr().out
+
+
+# -- sensitivity -------------------------------------------------------------------------------------------------------
+
+
+def test_sensitivity_finds_what_to_leave_out_and_writes_it(
+    spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one layer made to lose everything: it ranks first, and leaving it out is what the gate needs."""
+    fragile = next(conv.name for conv in quantize.convs(quantize.fold(load_source(spec))))
+    plain = quantize.quantize
+
+    def breaks(source: Any, clips: Any, *, kind: str = "int8", exclude: Any = ()) -> quantize.Placed:
+        return plain(source, {**clips, "ssd/front/div": 1e-3}, kind=kind, exclude=exclude)
+
+    monkeypatch.setattr(quantize, "quantize", breaks)
+    first = sensitivity.search(spec, tmp_path, budget=1e-6, count=20, console=silent())
+    assert not first["done"]
+    result = sensitivity.search(spec, tmp_path, count=20, console=silent())
+    assert result["done"]
+    assert result["exclude_nodes"] == [fragile]
+    assert result["ratio"] >= spec.quantization.gate
+    losses = {name: row["alone_loss"] for name, row in result["layers"].items()}
+    assert max(losses, key=lambda name: losses[name]) == fragile
+    assert min(result["layers"], key=lambda name: result["layers"][name]["alone_sqnr_db"]) == fragile
+    assert load(spec.path).quantization.exclude_nodes == (fragile,)
+    assert "gate = 0.5  # of noise" in spec.path.read_text()
+
+    # Again: everything is in the checkpoint, nothing is measured.
+    monkeypatch.setattr(audit, "score", lambda *a, **k: pytest.fail("it was measured again"))
+    again = sensitivity.search(spec, tmp_path, count=20, console=silent())
+    assert again["layers"] == result["layers"]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "[quantization]\ngate = 0.9\n",
+        '[quantization]\nexclude_nodes = ["old"]  # why\ngate = 0.9\n',
+        "[quantization]\ngate = 0.9\nexclude_nodes = [\n    'old',  # [why]\n    \"other\"\n]\n"
+        "\n[data]\ncalibration = 'x'\n",
+    ],
+)
+def test_exclude_nodes_are_written_and_the_rest_is_left(tmp_path: Path, before: str) -> None:
+    path = tiny_model.write(tmp_path / "tiny")
+    path.write_text(f"# mine\n{path.read_text()}\n{before}")
+    old = load(path)
+    sensitivity.write_exclude_nodes(path, ["a/b", 'c"d'])
+    new = load(path)
+    assert new.quantization.exclude_nodes == ("a/b", 'c"d')
+    assert dataclasses.replace(new.quantization, exclude_nodes=()) == dataclasses.replace(
+        old.quantization, exclude_nodes=()
+    )
+    assert (new.nms, new.data, new.input) == (old.nms, old.data, old.input)
+    assert path.read_text().startswith("# mine\n")
+    assert not list(path.parent.glob("*.new*"))
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_int8_pays(tmp_path: Path) -> None:
+    """On a CPU with VNNI; the margin is wide because a test shares its machine. docs/precision.md has the figures."""
+    if "vnni" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("needs a CPU with AVX512-VNNI or AVX-VNNI")
+    spec = load(ROOT / "models" / "shapes")
+    data = dataclasses.replace(spec.data, calibration_count=16, held_out_count=16)
+    result = speed.measure(dataclasses.replace(spec, data=data), tmp_path, rounds=15, console=silent())
+    assert result["int8"]["before_nms_ratio"] > 1.5
+    assert result["int8"]["whole_ratio"] > 1.4
+    layers = {row["conv"]: row for row in result["layers"]}
+    assert len(layers) == 31  # thirty Convs and the rest
+    assert all(row["before_ms"] and row["after_ms"] for row in layers.values())
+    assert layers[spec.quantization.exclude_nodes[0]]["why"] == "left unquantised"

@@ -1,0 +1,451 @@
+"""Quantisation: folding, histograms, calibrators, the cache, where pairs are placed, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+
+from build import contract
+from build.errors import DataError, PublishError, QuantizeError
+from build.gate import datasets
+from build.graph.attach import attach, before_nms, load_source
+from build.quantization import quantize
+from build.spec import Spec, load
+from tests.build import pictures, tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def tiny(folder: Path, data: str = 'calibration = "pictures"', count: int = 120) -> Spec:
+    path = tiny_model.write(folder)
+    pictures.write(folder / "pictures", count, tiny_model.LABELS)
+    path.write_text(f"{path.read_text()}\n[data]\n{data}\n")
+    return load(path)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Spec:
+    return tiny(tmp_path / "tiny")
+
+
+def silent() -> Console:
+    return Console(quiet=True)
+
+
+def source_of(spec: Spec) -> onnx.ModelProto:
+    return quantize.fold(load_source(spec))
+
+
+def run(model: onnx.ModelProto, feeds: dict[str, Any], *, literal: bool = True) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if literal:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    answers: list[np.ndarray] = session.run(None, feeds)
+    return answers
+
+
+def noise(seed: int = 5, rows: int = 4) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 1, (rows, 3, 8, 8)).astype(np.float32)
+
+
+# -- folding -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_folding_leaves_no_normalisation_and_the_same_answers(spec: Spec, bias: bool) -> None:
+    source = load_source(spec)
+    if bias:
+        values = np.linspace(-2, 2, 6, dtype=np.float32)
+        source.graph.initializer.append(numpy_helper.from_array(values, "bias"))
+        quantize.convs(source)[0].input.append("bias")
+    folded = quantize.fold(source)
+    onnx.checker.check_model(folded, full_check=True)
+    assert not any(node.op_type == "BatchNormalization" for node in folded.graph.node)
+    assert all(conv.name for conv in quantize.convs(folded))
+    for exact, found in zip(run(source, {"images": noise()}), run(folded, {"images": noise()}), strict=True):
+        np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_folding_keeps_what_something_else_reads(spec: Spec) -> None:
+    source = load_source(spec)
+    source.graph.output.append(helper.make_tensor_value_info("conv", TensorProto.FLOAT, None))
+    assert any(node.op_type == "BatchNormalization" for node in quantize.fold(source).graph.node)
+
+
+# -- histograms --------------------------------------------------------------------------------------------------------
+
+
+def histogram(*parts: np.ndarray) -> quantize.Histogram:
+    found = quantize.Histogram(np.zeros(quantize.BINS, np.int64))
+    for part in parts:
+        found.add(part.astype(np.float32))
+    return found
+
+
+def test_histogram_does_not_depend_on_the_order_of_what_comes() -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(0, scale, 5000) for scale in (0.01, 1.0, 30.0, 0.2)]
+    forward, backward, whole = histogram(*parts), histogram(*parts[::-1]), histogram(np.concatenate(parts))
+    for other in (backward, whole):
+        assert (forward.counts == other.counts).all()
+        assert (forward.end, forward.largest) == (other.end, other.largest)
+    assert forward.counts.sum() == 20000
+    assert forward.negative
+    assert not histogram(np.abs(parts[0])).negative
+
+
+def test_clipping_of_known_distributions() -> None:
+    rng = np.random.default_rng(1)
+    values = np.abs(rng.normal(0, 1, 200_000))
+    normal, tail = histogram(values), histogram(values, np.full(20, 50.0))
+    assert normal.clip("minmax", 99.0) == pytest.approx(values.max())
+    assert tail.clip("minmax", 99.0) == 50.0
+    # The bin's right edge: at most one bin above numpy's own quantile.
+    assert normal.clip("percentile", 99.0) == pytest.approx(np.percentile(values, 99.0), abs=2 * normal.end / 4096)
+    assert tail.clip("percentile", 99.9) == pytest.approx(np.percentile(values, 99.9), abs=0.1)
+    # Twenty outliers of 200,000 are not worth twelve times coarser steps for the rest.
+    assert 2.0 < tail.clip("entropy", 99.0) < 8.0
+    assert histogram(np.zeros(10)).clip("entropy", 99.0) == 0.0
+
+
+def test_entropy_finds_the_least_divergence_of_all_choices() -> None:
+    """Against the definition, written plainly: every candidate's divergence, one bin and one level at a time."""
+    rng = np.random.default_rng(2)
+    # As behind a Relu: mostly zeros.
+    counts = histogram(np.maximum(rng.laplace(-1, 1, 60_000), 0)).counts
+
+    def divergence(bins: int) -> float:
+        values = counts.astype(float)
+        values[0] = values[1]
+        reference = values[:bins].copy()
+        reference[-1] += values[bins:].sum()
+        quantised = np.zeros(bins)
+        for level in range(128):
+            inside = [i for i in range(bins) if i * 128 // bins == level and values[i] > 0]
+            for i in inside:
+                quantised[i] = sum(values[j] for j in inside) / len(inside)
+        p, q = reference / reference.sum(), quantised / quantised.sum()
+        both = (p > 0) & (q > 0)
+        p = p / p[both].sum()
+        return float(sum(p[i] * np.log(p[i] / q[i]) for i in np.flatnonzero(both)))
+
+    last = int(np.flatnonzero(counts)[-1]) + 1
+    choices = sorted({*range(128, last, 8), last})[::12]
+    found = quantize._entropy(counts)
+    assert divergence(found) <= min(map(divergence, choices)) + 1e-9
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_model_that_overflows_cannot_be_calibrated(bad: float) -> None:
+    with pytest.raises(QuantizeError, match="infinite or not a number"):
+        histogram(np.array([1.0, bad]))
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_measures_what_the_model_computes(spec: Spec, tmp_path: Path) -> None:
+    folded = source_of(spec)
+    found = quantize.calibrate(spec, folded, tmp_path / "cache", silent())
+    assert found.pictures == 120
+    whole = before_nms(attach(spec, folded))
+    whole.graph.output.append(onnx.ValueInfoProto(name="relu"))
+    images = np.concatenate(list(datasets.arrays(datasets.calibration(spec, tmp_path), spec.input, 8)))
+    relu = run(whole, {contract.IMAGES: images})[-1]
+    held = found.histograms["relu"]
+    assert held.counts.sum() == relu.size
+    assert held.largest == pytest.approx(relu.max(), rel=1e-5)
+    assert not held.negative
+    assert found.histograms["ssd/front/div"].negative
+
+
+def test_the_cache_is_used_and_refused_when_stale(
+    spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folded, cache = source_of(spec), tmp_path / "cache"
+    first = quantize.calibrate(spec, folded, cache, silent())
+    file = cache / "tiny" / "calibration.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: pytest.fail("it was measured again"))
+        again = quantize.calibrate(spec, folded, cache, silent())
+    assert again.clips("entropy", 99.0) == first.clips("entropy", 99.0)
+
+    for changed in ("pictures", "model", "method", "onnxruntime"):
+        with pytest.raises(QuantizeError, match=f"stale: other {changed}"):
+            quantize.read_calibration(file, {**first.key, changed: "something else"})
+    picture = spec.path.parent / "pictures" / "0000.png"
+    picture.write_bytes((spec.path.parent / "pictures" / "0001.png").read_bytes())
+    anew = quantize.calibrate(spec, folded, cache, Console(stderr=True, soft_wrap=True))
+    assert "the calibration is stale: other pictures: calibrating anew" in capsys.readouterr().err
+    assert anew.key != first.key
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(QuantizeError, match="no readable calibration"):
+        quantize.read_calibration(file, anew.key)
+    assert quantize.calibrate(spec, folded, cache, silent()).key == anew.key
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ("", "names no calibration pictures"),
+        ('calibration = "nowhere"', "nowhere: there is no such folder"),
+        ('calibration = "empty"', "empty: holds no pictures"),
+        ('generator = "gone.py"\ncalibration = "a"', r"gone\.py: no Python file"),
+        ('generator = "broken.py"\ncalibration = "a"', r"write_split\('a', 500\) failed: ZeroDivisionError"),
+    ],
+)
+def test_no_pictures_no_calibration(tmp_path: Path, data: str, complaint: str) -> None:
+    spec = tiny(tmp_path / "tiny", data)
+    (tmp_path / "tiny" / "empty").mkdir()
+    (tmp_path / "tiny" / "broken.py").write_text("def write_split(folder, split, count):\n    1 / 0\n")
+    with pytest.raises(DataError, match=complaint):
+        quantize.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_few_pictures_are_said_and_broken_ones_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = tiny(tmp_path / "tiny", count=40)
+    folder = tmp_path / "tiny" / "pictures"
+    (folder / "0003.png").write_bytes(b"no picture")
+    found = quantize.calibrate(spec, source_of(spec), tmp_path / "cache", Console(soft_wrap=True))
+    said = capsys.readouterr()
+    assert found.pictures == 39
+    assert "40 pictures; with fewer than 100" in said.out
+    assert "1 of 40 pictures cannot be read" in said.err.replace("\n", " ")
+    for name in ("0004.png", "0005.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:60])
+    with pytest.raises(DataError, match="3 of 40 pictures cannot be read"):
+        quantize.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
+
+
+def test_a_full_disk_leaves_nothing_half_written(spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(PublishError, match="the disk is full"):
+        quantize.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
+    assert not (tmp_path / "cache" / "tiny" / "calibration.npz").exists()
+
+
+# -- placement ---------------------------------------------------------------------------------------------------------
+
+
+def clips_of(model: onnx.ModelProto, images: np.ndarray) -> dict[str, float]:
+    """The largest absolute value of everything in a source model, by the calibration's names."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    names = [name for node in model.graph.node for name in node.output]
+    del probe.graph.output[:]
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    pixels = model.graph.input[0].name
+    found = dict(zip(names, run(probe, {pixels: images}), strict=True)) | {"ssd/front/div": images}
+    return {name: float(np.abs(value).max()) for name, value in found.items()}
+
+
+def pairs(model: onnx.ModelProto) -> set[str]:
+    """What is quantised: tensors that a QuantizeLinear reads."""
+    return {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+
+
+def test_pairs_lie_where_they_are_fused(spec: Spec) -> None:
+    folded = source_of(spec)
+    placed = quantize.quantize(folded, clips_of(folded, noise()))
+    onnx.checker.check_model(placed.model, full_check=True)
+    weights = {conv.input[1] for conv in quantize.convs(folded)}
+    # The input, what follows the Relu (not the Conv before it), both heads' answers, every weight.
+    assert pairs(placed.model) == {"images", "relu", "box_deltas_map", "class_logits_map", *weights}
+    assert len(placed.nodes) == 3
+    assert not placed.left
+    constants = {one.name: one for one in placed.model.graph.initializer}
+    for node in placed.model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero = numpy_helper.to_array(constants[node.input[2]])
+            assert zero.dtype == np.int8
+            assert not zero.any()
+            scale = numpy_helper.to_array(constants[node.input[1]])
+            assert scale.dtype == np.float32
+            assert (scale > 0).all()
+            # A weight has a scale per output channel, an activation one.
+            assert scale.ndim == (node.name.rsplit("/", 1)[0] in weights)
+    for conv in quantize.convs(placed.model):
+        assert all(name.endswith("/dq") for name in conv.input[:2])
+        assert all(name in constants and constants[name].data_type == TensorProto.FLOAT for name in conv.input[2:])
+
+
+def test_the_same_arithmetic_as_onnxruntime_s_own_quantiser(spec: Spec) -> None:
+    """With the same ranges and the settings for TensorRT, its graph answers the same, up to float rounding."""
+    from onnxruntime.quantization import CalibrationMethod, QuantType
+    from onnxruntime.quantization.calibrate import TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    folded = source_of(spec)
+    clips = clips_of(folded, noise())
+    ranges = {
+        name: (np.array(-clips[measured], np.float32), np.array(clips[measured], np.float32))
+        for name, measured in (("images", "ssd/front/div"), ("relu", "relu"))
+    }
+    copied = onnx.ModelProto()
+    copied.CopyFrom(folded)
+    theirs = QDQQuantizer(
+        copied,
+        True,
+        False,
+        QuantType.QInt8,
+        QuantType.QInt8,
+        TensorsData(CalibrationMethod.MinMax, ranges),
+        None,
+        [],
+        ["Conv"],
+        {
+            "ActivationSymmetric": True,
+            "WeightSymmetric": True,
+            "AddQDQPairToWeight": True,
+            "QuantizeBias": False,
+            "OpTypesToExcludeOutputQuantization": ["Conv"],
+            "DedicatedQDQPair": False,
+        },
+    ).quantize_model()
+    # Without the pairs on the heads' answers, which its settings cannot ask for.
+    ours = quantize.quantize(folded, clips).model
+    for node in list(ours.graph.node):
+        if node.op_type == "Transpose":
+            node.input[0] = node.input[0].removesuffix("/dq")
+    images = noise(6)
+    for expected, found in zip(run(theirs, {"images": images}), run(ours, {"images": images}), strict=True):
+        step = np.abs(expected).max() * 2e-2  # a value on the border of two codes may fall to either side
+        assert np.abs(expected - found).max() < step
+        assert np.mean(np.abs(expected - found) > 1e-4) < 0.02
+
+
+def residual() -> onnx.ModelProto:
+    """conv_a → Relu → conv_b + conv_e (the shortcut) → Relu → Concat with conv_c of it → conv_d."""
+    rng = np.random.default_rng(0)
+    make = helper.make_node
+    shapes = {"wa": (4, 3, 3, 3), "wb": (4, 4, 3, 3), "wc": (4, 4, 1, 1), "wd": (2, 8, 1, 1), "we": (4, 4, 1, 1)}
+    constants = [numpy_helper.from_array(rng.normal(0, 0.3, s).astype(np.float32), n) for n, s in shapes.items()]
+    same = {"pads": [1, 1, 1, 1]}
+    nodes = [
+        make("Conv", ["x", "wa"], ["a"], name="conv_a", **same),
+        make("Relu", ["a"], ["ar"]),
+        make("Conv", ["ar", "wb"], ["b"], name="conv_b", **same),
+        make("Conv", ["ar", "we"], ["e"], name="conv_e"),
+        make("Add", ["b", "e"], ["sum"]),
+        make("Relu", ["sum"], ["sr"]),
+        make("Conv", ["sr", "wc"], ["c"], name="conv_c"),
+        make("Relu", ["c"], ["cr"]),
+        make("Concat", ["sr", "cr"], ["both"], axis=1),
+        make("Conv", ["both", "wd"], ["y"], name="conv_d"),
+    ]
+    tensor = helper.make_tensor_value_info
+    graph_of = helper.make_graph(
+        nodes,
+        "residual",
+        [tensor("x", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [tensor("y", TensorProto.FLOAT, [1, 2, 8, 8])],
+        constants,
+    )
+    return helper.make_model(graph_of, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_residuals_and_concatenations() -> None:
+    model = residual()
+    placed = quantize.quantize(model, clips_of(model, noise(rows=1)))
+    onnx.checker.check_model(placed.model, full_check=True)
+    activations = pairs(placed.model) - {one.name for one in model.graph.initializer}
+    # conv_b runs into the Add unquantised, the other side of the Add is the shortcut; the concatenation has one pair
+    # behind it; the graph's own output keeps its name behind its pair.
+    assert activations == {"x", "ar", "e", "sr", "both", "y/raw"}
+    assert [output.name for output in placed.model.graph.output] == ["y"]
+    exact, found = run(model, {"x": noise(rows=1)})[0], run(placed.model, {"x": noise(rows=1)})[0]
+    assert 0 < np.abs(exact - found).max() < 0.1 * np.abs(exact).max()
+
+
+def test_exclusions(spec: Spec) -> None:
+    folded = source_of(spec)
+    names = [conv.name for conv in quantize.convs(folded)]
+    placed = quantize.quantize(folded, clips_of(folded, noise()), exclude=names[:1])
+    assert placed.nodes == tuple(names[1:])
+    assert placed.left == {names[0]: "excluded"}
+    assert "images" not in pairs(placed.model)
+    with pytest.raises(QuantizeError, match="exclude_nodes names 'nothing', but no Conv has this name"):
+        quantize.quantize(folded, {}, exclude=["nothing"])
+    with pytest.raises(QuantizeError, match="'ssd/front/div' was not calibrated"):
+        quantize.quantize(folded, {})
+
+
+def test_quantised_models_are_not_quantised_again(spec: Spec) -> None:
+    folded = source_of(spec)
+    with pytest.raises(QuantizeError, match=r"quantised already: it has .* nodes like QuantizeLinear"):
+        quantize.fold(quantize.quantize(folded, clips_of(folded, noise())).model)
+
+
+def test_fp8(spec: Spec) -> None:
+    folded = source_of(spec)
+    clips = clips_of(folded, noise())
+    model = quantize.quantize(folded, clips, kind="fp8").model
+    onnx.checker.check_model(model, full_check=True)
+    zeros = {one.data_type for one in model.graph.initializer if one.name.endswith("/zero")}
+    assert zeros == {TensorProto.FLOAT8E4M3FN}
+    exact, fp8 = run(folded, {"images": noise()}), run(model, {"images": noise()})
+    for one, other in zip(exact, fp8, strict=True):
+        assert 1e-4 < np.abs(one - other).max() / np.abs(one).max() < 0.15
+
+
+# -- ONNX Runtime's form -----------------------------------------------------------------------------------------------
+
+
+def test_onnxruntime_runs_its_form_in_integers_with_the_same_answers(spec: Spec, tmp_path: Path) -> None:
+    folded = source_of(spec)
+    names = [conv.name for conv in quantize.convs(folded)]
+    clips = clips_of(folded, noise())
+    written = quantize.quantize(folded, clips, exclude=names[:1]).model
+    form = quantize.for_onnxruntime(written)
+    # Only the zero points of what a Relu made differ.
+    differ = [
+        one.name for one, other in zip(written.graph.initializer, form.graph.initializer, strict=True) if one != other
+    ]
+    assert differ == ["relu/zero"]
+    assert list(written.graph.node) == list(form.graph.node)
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
+    session = onnxruntime.InferenceSession(form.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 2
+    # Nothing here is clipped, so that the codes 0..127 are all there is: the same numbers, integer or not.
+    images = noise()
+    for expected, found in zip(run(written, {"images": images}), session.run(None, {"images": images}), strict=True):
+        step = np.abs(expected).max() / 127
+        assert np.abs(expected - found).max() <= 1.01 * step
+        assert np.mean(np.abs(expected - found) > 1e-5) < 0.01
+
+
+# -- what people look at -----------------------------------------------------------------------------------------------
+
+
+def test_scales_and_histograms(spec: Spec, tmp_path: Path) -> None:
+    import csv
+
+    found = quantize.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
+    quantize.write_scales(tmp_path / "scales.csv", found, 99.0)
+    with (tmp_path / "scales.csv").open() as file:
+        rows = {row["activation"]: row for row in csv.DictReader(file)}
+    assert set(rows) == set(found.histograms)
+    for name, clip in found.clips("percentile", 99.0).items():
+        assert float(rows[name]["percentile_clip"]) == clip
+        assert float(rows[name]["percentile_scale"]) == pytest.approx(clip / 127)
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    quantize.draw_histograms(tmp_path / "histograms.png", found, 99.0)
+    assert (tmp_path / "histograms.png").stat().st_size > 5000

@@ -1,0 +1,362 @@
+"""Models of other people: torchvision's SSDs to the same detections, ONNX with raw heads, and those without."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from build import spec
+from build.errors import OptionError, SSDError
+from build.graph.attach import attach
+from build.reports.fusion import picture
+from build.sources import import_model as import_module
+from build.sources.import_model import (
+    TORCHVISION,
+    ImportModelError,
+    import_model,
+    load_torchvision,
+    raw_heads,
+    torchvision_anchors,
+    torchvision_model,
+)
+
+LABELS = ["alpha", "beta", "gamma"]
+ANCHORS = np.array([[0.3, 0.3, 0.3, 0.3], [0.6, 0.6, 0.4, 0.3], [0.5, 0.5, 0.9, 0.9]], np.float32)
+
+
+def heads_model(last: list[onnx.NodeProto], outputs: list[str], extra: dict[str, np.ndarray] | None = None) -> Any:
+    """A tiny detector on 8×8 pictures: raw heads `boxes_raw` [B,3,4] and `scores_raw` [B,3,4], then `last`."""
+    random = np.random.default_rng(0)
+    constants = {
+        "w_box": random.normal(0, 0.05, (192, 12)).astype(np.float32),
+        "w_cls": random.normal(0, 0.3, (192, 12)).astype(np.float32),
+        "s_box": np.array([-1, 3, 4], np.int64),
+        "s_cls": np.array([-1, 3, 4], np.int64),
+        **(extra or {}),
+    }
+    nodes = [
+        helper.make_node("Flatten", ["pixels"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "w_box"], ["b"]),
+        helper.make_node("Reshape", ["b", "s_box"], ["boxes_raw"]),
+        helper.make_node("MatMul", ["flat", "w_cls"], ["c"]),
+        helper.make_node("Reshape", ["c", "s_cls"], ["scores_raw"]),
+        *last,
+    ]
+    made = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, 4]) for name in outputs],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("TRT", 1)]
+    return helper.make_model(made, opset_imports=domains, ir_version=8)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """labels.txt and anchors.npy for `heads_model`."""
+    (tmp_path / "labels.txt").write_text("\n".join(LABELS) + "\n")
+    np.save(tmp_path / "anchors.npy", ANCHORS)
+    return {"labels": tmp_path / "labels.txt", "anchors": tmp_path / "anchors.npy"}
+
+
+def saved(model: onnx.ModelProto, tmp_path: Path) -> str:
+    onnx.save(model, tmp_path / "detector.onnx")
+    return str(tmp_path / "detector.onnx")
+
+
+def test_raw_heads_by_other_names(tmp_path: Path, files: dict[str, Path]) -> None:
+    source = saved(heads_model([], ["boxes_raw", "scores_raw"]), tmp_path)
+    settings = ["nms.max_detections=7", "input.std=[1.0, 2.0, 3.0]", 'nms.score_activation="softmax"']
+    made = import_model(
+        source, boxes="boxes_raw", logits="scores_raw", settings=settings, models=tmp_path / "models", **files
+    )
+    assert made == tmp_path / "models" / "detector"
+    assert sorted(path.name for path in made.iterdir()) == ["anchors.npy", "labels.txt", "model.onnx", "spec.toml"]
+    checked = spec.load(made)
+    assert (checked.input.width, checked.input.height, checked.nms.max_detections) == (8, 8, 7)
+    assert checked.input.std == (1.0, 2.0, 3.0)
+    model = attach(checked)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    number, boxes, _, _ = session.run(None, {"images": np.full((2, 8, 8, 3), 200, np.uint8)})
+    assert number.shape == (2, 1)
+    assert boxes.shape == (2, 7, 4)
+    assert not list(tmp_path.glob(".importing-*"))
+
+
+def test_a_spec_is_taken_over(tmp_path: Path, files: dict[str, Path]) -> None:
+    given = tmp_path / "theirs.toml"
+    given.write_text(
+        "[model]\nname='x'\n[input]\nwidth=8\nheight=8\nmean=[1.0,2.0,3.0]\n"
+        "[nms]\nbox_coding='corner'\niou_threshold=0.6\n"
+    )
+    source = saved(heads_model([], ["boxes_raw", "scores_raw"]), tmp_path)
+    made = import_model(
+        source, "mine", spec_file=given, boxes="boxes_raw", logits="scores_raw", models=tmp_path / "models"
+    )
+    checked = spec.load(made)
+    assert (checked.model.name, checked.nms.box_coding, checked.nms.iou_threshold) == ("mine", "corner", 0.6)
+    assert checked.input.mean == (1.0, 2.0, 3.0)
+    assert checked.labels == tuple(LABELS)
+
+
+def test_labels_that_do_not_fit_are_found_out_and_nothing_is_written(tmp_path: Path, files: dict[str, Path]) -> None:
+    model = heads_model([], ["boxes_raw", "scores_raw"])
+    (tmp_path / "labels.txt").write_text("one\ntwo\n")  # with the background three classes, but the model has four
+    with pytest.raises(SSDError, match="class_logits"):
+        import_model(
+            saved(model, tmp_path), boxes="boxes_raw", logits="scores_raw", models=tmp_path / "models", **files
+        )
+    assert not (tmp_path / "models" / "detector").exists()
+    assert not list(tmp_path.glob(".importing-*"))
+
+
+def test_a_model_is_not_replaced_without_force_and_survives_a_failed_import(
+    tmp_path: Path, files: dict[str, Path]
+) -> None:
+    source = saved(heads_model([], ["boxes_raw", "scores_raw"]), tmp_path)
+    options: dict[str, Any] = {"boxes": "boxes_raw", "logits": "scores_raw", "models": tmp_path / "models", **files}
+    made = import_model(source, **options)
+    before = (made / "spec.toml").read_bytes()
+    with pytest.raises(ImportModelError, match="exists already"):
+        import_model(source, **options)
+    with pytest.raises(SSDError, match="max_detections"):
+        import_model(source, force=True, settings=["nms.max_detections=0"], **options)
+    assert (made / "spec.toml").read_bytes() == before
+    import_model(source, force=True, settings=["nms.max_detections=3"], **options)
+    assert spec.load(made).nms.max_detections == 3
+
+
+def test_a_folder_is_replaced_in_one_step_or_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, target = tmp_path / "staging" / "new", tmp_path / "target"
+    for folder, text in ((new, "new"), (target, "old")):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(text)
+    import_module._put(new, target)
+    assert ((target / "file").read_text(), (new / "file").read_text()) == ("new", "old")
+
+    class Old:
+        """A kernel or a file system without the exchange."""
+
+        def renameat2(self, *_: object) -> int:
+            import_module.ctypes.set_errno(import_module.errno.EINVAL)
+            return -1
+
+    monkeypatch.setattr(import_module.ctypes, "CDLL", lambda *_, **__: Old())
+    import_module._put(new, target)
+    assert (target / "file").read_text() == "old"
+    import_module.shutil.rmtree(tmp_path / "staging" / ".replaced")
+    with pytest.raises(FileNotFoundError):
+        import_module._put(new, target)  # there is nothing to put any more
+    assert (target / "file").read_text() == "old"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="needs an environment without torch")
+def test_without_torch_it_says_what_to_install(tmp_path: Path) -> None:
+    with pytest.raises(SSDError, match="torch is not installed"):
+        import_model("ssd300_vgg16", weights="none", models=tmp_path / "models")
+    assert not list((tmp_path / "models").iterdir())
+    assert not list(tmp_path.glob(".importing-*"))
+
+
+NMS_CONSTANTS = {"k": np.array([10], np.int64), "i": np.array([0.5], np.float32), "s": np.array([0.1], np.float32)}
+TRAILING = {
+    "NonMaxSuppression": [
+        helper.make_node("Softmax", ["scores_raw"], ["p"], axis=2),
+        helper.make_node("Transpose", ["p"], ["pt"], perm=[0, 2, 1]),
+        helper.make_node("NonMaxSuppression", ["boxes_raw", "pt", "k", "i", "s"], ["selected"], name="nms"),
+        helper.make_node("Cast", ["selected"], ["out"], to=TensorProto.FLOAT),
+    ],
+    "EfficientNMS_TRT": [
+        helper.make_node("Sigmoid", ["scores_raw"], ["p"]),
+        helper.make_node("EfficientNMS_TRT", ["boxes_raw", "p"], ["out"], domain="TRT", name="nms"),
+    ],
+    "BatchedNMSDynamic_TRT": [
+        helper.make_node("BatchedNMSDynamic_TRT", ["boxes_raw", "scores_raw"], ["out"], domain="TRT", name="nms")
+    ],
+    "TopK": [
+        helper.make_node("ReduceMax", ["scores_raw"], ["m"], axes=[2], keepdims=0),
+        helper.make_node("TopK", ["m", "k1"], ["v", "index"], name="nms"),
+        helper.make_node("Unsqueeze", ["index", "two"], ["index3"]),
+        helper.make_node("GatherND", ["boxes_raw", "index3"], ["out"], batch_dims=1),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", TRAILING)
+def test_post_processing_inside_is_recognised(kind: str, tmp_path: Path, files: dict[str, Path]) -> None:
+    extra = {**NMS_CONSTANTS, "k1": np.array([2], np.int64), "two": np.array([2], np.int64)}
+    source = saved(heads_model(TRAILING[kind], ["out"], extra), tmp_path)
+    with pytest.raises(ImportModelError, match=rf"its own post-processing \({kind}\)") as raised:
+        import_model(source, models=tmp_path / "models", **files)
+    assert "raw heads" in raised.value.fix
+    assert "'nms'" in raised.value.why
+    if kind in ("NonMaxSuppression", "EfficientNMS_TRT"):
+        assert "class logits: likely 'scores_raw'" in raised.value.fix
+    assert not (tmp_path / "models" / "detector").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "yolo"}, "must be ssd300_vgg16"),
+        ({"source": "nowhere.onnx"}, "cannot be read"),
+        ({"name": "../evil"}, "name is '../evil'"),
+        ({"boxes": "nothing"}, "none is called 'nothing'"),
+        ({"labels": None}, "needs its labels"),
+        ({"settings": ["nms.iou_threshold"]}, "table.key=value"),
+        ({"settings": ["nms.box_coding=corner"]}, "no TOML value"),
+        ({"settings": ["nms.iou_treshold=0.5"]}, "iou_treshold is an unknown key"),
+        ({"source": "ssd300_vgg16", "boxes": "x"}, "brings its own"),
+    ],
+)
+def test_wrong_options_are_named(change: dict[str, Any], message: str, tmp_path: Path, files: dict[str, Path]) -> None:
+    source = saved(heads_model([], ["boxes_raw", "scores_raw"]), tmp_path)
+    options: dict[str, Any] = {"source": source, "boxes": "boxes_raw", "logits": "scores_raw", **files, **change}
+    with pytest.raises(SSDError, match=message):
+        import_model(**options, models=tmp_path / "models")
+    assert not list((tmp_path / "models").glob("*")) if (tmp_path / "models").exists() else True
+
+
+def test_a_truncated_file_is_no_stack_trace(tmp_path: Path, files: dict[str, Path]) -> None:
+    source = Path(saved(heads_model([], ["boxes_raw", "scores_raw"]), tmp_path))
+    source.write_bytes(source.read_bytes()[:500])
+    with pytest.raises(ImportModelError, match="no ONNX model"):
+        import_model(str(source), models=tmp_path / "models", **files)
+
+
+# -- torchvision -------------------------------------------------------------------------------------------------------
+
+
+def torchvision() -> Any:
+    """torchvision with an `nms`: its compiled one, or else its documentation restated in torch.
+
+    https://pytorch.org/vision/stable/generated/torchvision.ops.nms.html: "iteratively removes lower scoring boxes which
+    have an IoU greater than iou_threshold with another (higher scoring) box"; kept indices by decreasing score.
+    """
+    torch = pytest.importorskip("torch", reason="needs torch (extra `train`)")
+    try:
+        module = load_torchvision()
+    except SSDError as error:
+        pytest.skip(f"needs torchvision (extra `train`): {error.what}")
+    if module.extension._has_ops():
+        return module
+
+    def nms(boxes: Any, scores: Any, iou_threshold: float) -> Any:
+        order = scores.argsort(descending=True, stable=True)
+        overlaps = module.ops.box_iou(boxes[order], boxes[order])
+        alive, kept = torch.ones(len(order), dtype=torch.bool), []
+        for i in range(len(order)):
+            if alive[i]:
+                kept.append(order[i])
+                alive &= overlaps[i] <= iou_threshold
+                alive[i] = False
+        return torch.stack(kept) if kept else torch.zeros(0, dtype=torch.int64)
+
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU"):
+        implementation = torch.library.Library("torchvision", "IMPL")
+        implementation.impl("nms", nms, "CPU")
+        module.ops.boxes._assert_has_ops = lambda: None
+        module._restated_nms = implementation
+    return module
+
+
+def random_detector(architecture: str) -> Any:
+    """Random weights whose scores and boxes are spread out, so that every step of the post-processing has work."""
+    import torch
+
+    torch.manual_seed(1)
+    model, _ = torchvision_model(architecture, "none", LABELS)
+    heads = raw_heads(model)
+    pixels = torch.from_numpy(picture(*model.transform.fixed_size[::-1])).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():
+        # Every layer's output to mean 0 and deviation 1 on a picture: untrained networks fade out or explode.
+        def even(module: Any, _: Any, output: Any) -> Any:
+            module.weight /= output.std().clamp(min=1e-6)
+            if module.bias is not None:
+                module.bias.normal_(0, 0.3)
+            return output / output.std().clamp(min=1e-6)
+
+        convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+        hooks = [module.register_forward_hook(even) for module in convolutions]
+        normalised = (pixels - torch.tensor(model.transform.image_mean)[:, None, None]) / torch.tensor(
+            model.transform.image_std
+        )[:, None, None]
+        heads(normalised)
+        for hook in hooks:
+            hook.remove()
+        found = heads(normalised)
+        assert 0.1 < found[0].std() < 10
+        assert 0.1 < found[1].std() < 10
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("architecture", TORCHVISION)
+def test_detections_are_torchvisions_own(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchvision()
+    import torch
+
+    model = random_detector(architecture)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "labels.txt").write_text("\n".join(LABELS) + "\n")
+    made = import_model(
+        architecture,
+        "theirs",
+        weights=str(tmp_path / "weights.pth"),
+        labels=tmp_path / "labels.txt",
+        models=tmp_path / "models",
+    )
+    checked = spec.load(made)
+    assert np.array_equal(checked.load_anchors(), torchvision_anchors(model))
+    width, height = model.transform.fixed_size
+    pictures = [picture(height, width), picture(height, width)[::-1, ::-1], picture(height, width)[:, :, ::-1]]
+    with torch.no_grad():
+        wanted = model([torch.from_numpy(p.copy()).permute(2, 0, 1).float() / 255 for p in pictures])
+
+    session = onnxruntime.InferenceSession(attach(checked).SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {
+        "images": np.stack(pictures),
+        "score_threshold": np.full((3, 1), checked.nms.score_threshold, np.float32),
+        "iou_threshold": np.full((3, 1), checked.nms.iou_threshold, np.float32),
+    }
+    number, boxes, scores, classes = session.run(None, feeds)
+    for row, want in enumerate(wanted):
+        count = int(number[row, 0])
+        assert count == len(want["scores"]) > 20
+        assert np.array_equal(classes[row, :count] + 1, want["labels"].numpy())
+        assert len(set(classes[row, :count].tolist())) > 1
+        np.testing.assert_allclose(scores[row, :count], want["scores"].numpy(), atol=2e-5)
+        in_unit = want["boxes"].numpy() / [width, height, width, height]
+        np.testing.assert_allclose(boxes[row, :count], in_unit, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_labels_are_cocos_and_unlike(tmp_path: Path) -> None:
+    torchvision()
+    _, names = torchvision_model("ssdlite320_mobilenet_v3_large", "none")
+    assert len(names) == len(set(names)) == 90
+    assert names[0] == "person"
+
+
+@pytest.mark.slow
+def test_weights_that_do_not_fit_are_explained(tmp_path: Path) -> None:
+    torchvision()
+    import torch
+
+    torch.save({"not": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(ImportModelError, match="do not fit"):
+        torchvision_model("ssdlite320_mobilenet_v3_large", str(tmp_path / "weights.pth"))
+    with pytest.raises(ImportModelError, match="cannot be read"):
+        torchvision_model("ssdlite320_mobilenet_v3_large", str(tmp_path / "nowhere.pth"))
+    with pytest.raises(OptionError, match="COCO"):
+        torchvision_model("ssdlite320_mobilenet_v3_large", "default", LABELS)
