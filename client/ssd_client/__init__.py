@@ -4,25 +4,33 @@ from ssd_client import SSDClient
 
 with SSDClient("localhost:8001", model="shapes") as client:
     detections = client.detect("street.jpg")
+
+Names are imported when they are first used. `ssd_client.preprocess` alone therefore needs only NumPy and Pillow.
 """
 
-from .client import AsyncSSDClient, SSDClient
-from .config import ModelConfig
-from .detections import Detections
-from .exceptions import (
-    ImageError,
-    InferenceError,
-    InvalidInputError,
-    ModelConfigError,
-    ModelNotFoundError,
-    ModelNotReadyError,
-    RequestTimeoutError,
-    ServerUnavailableError,
-    SharedMemoryError,
-    SSDClientError,
-)
-from .preprocess import ImageSource
-from .transport import TLS
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client import AsyncSSDClient, SSDClient
+    from .config import ModelConfig
+    from .detections import Detections
+    from .exceptions import (
+        ImageError,
+        InferenceError,
+        InvalidInputError,
+        ModelConfigError,
+        ModelNotFoundError,
+        ModelNotReadyError,
+        RequestTimeoutError,
+        ServerUnavailableError,
+        SharedMemoryError,
+        SSDClientError,
+    )
+    from .preprocess import ImageSource
+    from .transport import TLS
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,3 +51,24 @@ __all__ = [
     "ServerUnavailableError",
     "SharedMemoryError",
 ]
+
+_MODULES = {
+    "TLS": "transport",
+    "AsyncSSDClient": "client",
+    "Detections": "detections",
+    "ImageSource": "preprocess",
+    "ModelConfig": "config",
+    "SSDClient": "client",
+}  # every other name is an error
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'exceptions')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

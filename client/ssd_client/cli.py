@@ -53,7 +53,7 @@ class _Picture:
 @dataclass(frozen=True)
 class _Outcome:
     picture: _Picture
-    found: Detections | None
+    detections: Detections | None
     error: str = ""
 
 
@@ -151,7 +151,7 @@ def _run(options: argparse.Namespace) -> int:
                     outcomes += part
                     for outcome in part:
                         if outcome.error:
-                            progress.say(f"error: {outcome.error}")
+                            progress.message(f"error: {outcome.error}")
                         elif options.out is None and options.json is None:
                             print(_line(outcome))
                     progress.advance(len(part))
@@ -161,7 +161,7 @@ def _run(options: argparse.Namespace) -> int:
         _write_json(options.json, _document(options, config, outcomes))
     failed = sum(1 for outcome in outcomes if outcome.error)
     where = f", pictures in {options.out}" if options.out else ""
-    count = sum(len(outcome.found) for outcome in outcomes if outcome.found is not None)
+    count = sum(len(outcome.detections) for outcome in outcomes if outcome.detections is not None)
     print(f"{len(outcomes) - failed} pictures done, {failed} failed, {count} detections{where}", file=sys.stderr)
     if fatal is not None:
         print(f"error: stopped {len(pictures) - len(outcomes)} pictures before the end: {fatal}", file=sys.stderr)
@@ -171,16 +171,16 @@ def _run(options: argparse.Namespace) -> int:
 
 def _plan(inputs: Sequence[Path], out: Path | None) -> list[_Picture]:
     """Every picture once, with a target that is no input and no other picture's target."""
-    found: dict[Path, Path] = {}  # the file, and its name below --out
+    targets: dict[Path, Path] = {}  # the file, and its name below --out
     for path in inputs:
         if path.is_dir():
             held = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not held:
                 print(f"warning: no pictures in folder {path}", file=sys.stderr)
-            found.update((file, file.relative_to(path)) for file in held)
+            targets.update((file, file.relative_to(path)) for file in held)
         else:
-            found[path] = Path(path.name)
-    unique = {path.resolve(): (path, name) for path, name in found.items()}
+            targets[path] = Path(path.name)
+    unique = {path.resolve(): (path, name) for path, name in targets.items()}
     if not unique:
         raise _UsageError("no pictures to look at\nwhat to do: name picture files, or folders that hold some")
     if out is None:
@@ -224,16 +224,16 @@ def _process(client: SSDClient, part: list[_Picture], options: argparse.Namespac
             images[picture] = load_image(picture.path, max_pixels=options.max_pixels)
         except ImageError as error:
             errors[picture] = str(error)
-    found: dict[_Picture, Detections] = {}
+    results: dict[_Picture, Detections] = {}
     if images:
         try:
-            results = client.detect(
+            detected = client.detect(
                 list(images.values()), score_threshold=options.score_threshold, iou_threshold=options.iou_threshold
             )
-            found = dict(zip(images, results, strict=True))
+            results = dict(zip(images, detected, strict=True))
         except InferenceError as error:
             errors.update({picture: f"{picture.path}: {error}" for picture in images})
-    for picture, detections in found.items():
+    for picture, detections in results.items():
         if picture.target is not None:
             try:
                 picture.target.parent.mkdir(parents=True, exist_ok=True)
@@ -242,26 +242,26 @@ def _process(client: SSDClient, part: list[_Picture], options: argparse.Namespac
                     annotated.save(stream, "PNG")
             except OSError as error:
                 errors[picture] = f"{picture.target} cannot be written: {error.strerror or error}"
-    return [_Outcome(picture, found.get(picture), errors.get(picture, "")) for picture in part]
+    return [_Outcome(picture, results.get(picture), errors.get(picture, "")) for picture in part]
 
 
 def _line(outcome: _Outcome) -> str:
-    found = outcome.found or ()
-    boxes = (f"{label} {score:.3f} at {', '.join(f'{v:.1f}' for v in box)}" for box, score, label in found)
+    detections = outcome.detections or ()
+    boxes = (f"{label} {score:.3f} at {', '.join(f'{v:.1f}' for v in box)}" for box, score, label in detections)
     return f"{outcome.picture.path}: {'; '.join(boxes) or 'nothing'}"
 
 
 def _document(options: argparse.Namespace, config: ModelConfig, outcomes: list[_Outcome]) -> dict[str, Any]:
-    done = [(o.picture.path, o.found) for o in outcomes if o.found is not None and not o.error]
+    done = [(o.picture.path, o.detections) for o in outcomes if o.detections is not None and not o.error]
     return {
         "model": config.name,
         "server": options.url,
         "images": [
-            {"id": k, "file_name": str(path), "width": found.image_size[0], "height": found.image_size[1]}
-            for k, (path, found) in enumerate(done, 1)
+            {"id": k, "file_name": str(path), "width": detections.image_size[0], "height": detections.image_size[1]}
+            for k, (path, detections) in enumerate(done, 1)
         ],
         "categories": [{"id": k, "name": label} for k, label in enumerate(config.labels, 1)],
-        "annotations": [result for k, (_, found) in enumerate(done, 1) for result in found.to_coco(k)],
+        "annotations": [result for k, (_, detections) in enumerate(done, 1) for result in detections.to_coco(k)],
         "failed": [{"file_name": str(o.picture.path), "error": o.error} for o in outcomes if o.error],
     }
 
@@ -294,7 +294,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 class _Progress:
-    """Says things on standard error; on a terminal it shows how far the work is."""
+    """Prints messages on standard error, and on a terminal the number of pictures done."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done = total, 0
@@ -306,7 +306,7 @@ class _Progress:
             end = "\n" if self._done == self._total else ""
             print(f"\r{self._done}/{self._total}", end=end, file=sys.stderr, flush=True)
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         print(f"\r{text}" if self._shown else text, file=sys.stderr)
 
 
@@ -320,7 +320,7 @@ class _RichProgress(_Progress):
     def advance(self, count: int) -> None:
         self._bar.advance(self._task, count)
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -12,10 +12,12 @@ import math
 import os
 import random
 import time
+import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, TypeVar, overload
@@ -52,7 +54,7 @@ from .transport import (
 Arrays: TypeAlias = "dict[str, NDArray[Any]]"
 _OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.1, 2.0  # seconds
-_GOODBYE = 2.0  # seconds for taking leave of a server when closing
+_CLOSE_TIMEOUT = 2.0  # seconds for making the server let go of shared memory
 
 T = TypeVar("T")
 
@@ -106,7 +108,7 @@ class _Session:
         self._timeout, self._retries, self._max_pixels = timeout, retries, max_pixels
         self._config: ModelConfig | None = None
         self._regions = RegionPool()
-        self._process = os.getpid()
+        self.process = os.getpid()
 
     def config(self, refresh: bool = False) -> _Steps[ModelConfig]:
         """The model's configuration, asked for once."""
@@ -174,15 +176,18 @@ class _Session:
         return [slice(start, start + size) for start in range(0, count, size)]
 
     def close(self) -> _Steps[None]:
-        """Take leave of the server: it forgets the shared memory. The transport is closed by its owner."""
+        """Make the server let go of the shared memory. The transport is closed by its owner."""
         self.closed = True
-        if os.getpid() != self._process:  # a fork must not take its parent's regions away
+        if os.getpid() != self.process:  # a fork must not take its parent's regions away
             return
-        deadline = time.monotonic() + _GOODBYE
-        for name in self._regions.clear():
+        deadline = time.monotonic() + _CLOSE_TIMEOUT
+        regions = self._regions.clear()
+        for region in regions:
+            region.hide()
+        for region in regions:
             while True:
                 try:
-                    yield _Send(self._codec.unregister(name), _GOODBYE)
+                    yield _Send(self._codec.unregister(region.name), _CLOSE_TIMEOUT)
                     break
                 except (ServerUnavailableError, RequestTimeoutError):
                     return  # it went away, and its mappings with it
@@ -195,7 +200,7 @@ class _Session:
         self, source: ImageSource, config: ModelConfig, out: NDArray[np.uint8], k: int, first: int | None
     ) -> Placement:
         try:
-            return preprocess(load_image(source, max_pixels=self._max_pixels), config, out[k])
+            return preprocess(load_image(source, max_pixels=self._max_pixels), config.preprocessing, out[k])
         except ImageError as error:
             if first is None:
                 raise
@@ -254,9 +259,8 @@ class _Session:
                 yield _Send(self._codec.unregister(region.name), self._timeout)
                 self._regions.forget(region)
         region = Region(byte_size)
-        self._regions.add(
-            region
-        )  # before it is registered: a task that is cancelled meanwhile cannot say whether it was
+        # Before it is registered: a task that is cancelled in between does not know whether it was.
+        self._regions.add(region)
         try:
             yield from self._call(self._codec.register(region.name, region.key, byte_size))
         except (InferenceError, InvalidInputError, SharedMemoryError) as error:
@@ -359,10 +363,8 @@ def _detections(
     )
 
 
-def _one_or_many(images: Any) -> tuple[list[ImageSource], bool]:
-    """The pictures as a list, and whether there is just the one that was not in a list."""
-    if isinstance(images, (list, tuple)):
-        return list(images), False
+def _as_list(images: Any) -> tuple[list[ImageSource], bool]:
+    """The pictures as a list, and whether it was a single picture that came without a list."""
     if isinstance(images, Iterable) and not isinstance(
         images, (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray)
     ):
@@ -370,48 +372,48 @@ def _one_or_many(images: Any) -> tuple[list[ImageSource], bool]:
     return [images], True
 
 
-def _take(steps: _Steps[T], transport: Transport) -> T:
+def _take(steps: _Steps[T], send: Callable[[Message, float], Any]) -> T:
     """Take the steps one after the other in this thread."""
-    result: Any = None
-    error: BaseException | None = None
+    resume: Callable[[], _Send | _Sleep | _Work] = partial(next, steps)
     while True:
         try:
-            step = steps.send(result) if error is None else steps.throw(error)
+            step = resume()
         except StopIteration as stop:
             value: T = stop.value
             return value
-        result, error = None, None
         try:
+            result: Any = None
             if isinstance(step, _Send):
-                result = transport.send(step.message, step.timeout)
+                result = send(step.message, step.timeout)
             elif isinstance(step, _Work):
                 result = step.function(step.images)
             else:
                 time.sleep(step.seconds)
-        except BaseException as caught:
-            error = caught
+            resume = partial(steps.send, result)
+        except BaseException as error:
+            resume = partial(steps.throw, error)
 
 
-async def _take_async(steps: _Steps[T], transport: AsyncTransport) -> T:
-    """Take the steps one after the other in this task; pixels are worked on in a thread."""
-    result: Any = None
-    error: BaseException | None = None
+async def _take_async(steps: _Steps[T], send: Callable[[Message, float], Awaitable[Any]]) -> T:
+    """Take the steps one after the other in this task. Work on pixels is done in a thread."""
+    resume: Callable[[], _Send | _Sleep | _Work] = partial(next, steps)
     while True:
         try:
-            step = steps.send(result) if error is None else steps.throw(error)
+            step = resume()
         except StopIteration as stop:
             value: T = stop.value
             return value
-        result, error = None, None
         try:
+            result: Any = None
             if isinstance(step, _Send):
-                result = await transport.send(step.message, step.timeout)
+                result = await send(step.message, step.timeout)
             elif isinstance(step, _Work):
                 result = await _in_thread(step)
             else:
                 await asyncio.sleep(step.seconds)
-        except BaseException as caught:
-            error = caught
+            resume = partial(steps.send, result)
+        except BaseException as error:
+            resume = partial(steps.throw, error)
 
 
 async def _in_thread(step: _Work) -> Any:
@@ -426,18 +428,54 @@ async def _in_thread(step: _Work) -> Any:
         raise
 
 
-def _leave(session: _Session, transport: Transport | None = None) -> None:
-    """Close a session; one that nobody closed says goodbye over a connection of its own."""
-    if session.closed:
+def _abandon(session: _Session, transport: Transport | None) -> None:
+    """Release what a client that was never closed still holds. Opens nothing, and raises nothing.
+
+    Args:
+        session: of the client.
+        transport: of a blocking client; None for asyncio, whose transport belongs to an event loop and goes with it.
+    """
+
+    def send_if_connected(message: Message, timeout: float) -> Any:
+        if transport is None or not transport.connected:
+            raise session.endpoint.unavailable("no connection is open")
+        return transport.send(message, timeout)
+
+    if os.getpid() != session.process:
         return
-    own = transport or transport_for(session.endpoint)
-    try:
-        _take(session.close(), own)
-    finally:
-        own.close()
+    with contextlib.suppress(Exception):
+        _take(session.close(), send_if_connected)
+    with contextlib.suppress(Exception):
+        if transport is not None:
+            transport.close()
+    warnings.warn(f"the client of {session.endpoint} was never closed", ResourceWarning, stacklevel=2)
 
 
-class SSDClient:
+class _Client:
+    """What both clients are made of."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str,
+        protocol: Literal["grpc", "http"] = "grpc",
+        shared_memory: Literal["system"] | None = None,
+        timeout: float = 30.0,
+        retries: int = 3,
+        ssl: TLS | None = None,
+        max_in_flight: int = 4,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        endpoint = Endpoint.parse(url, protocol, model, ssl)
+        self._session = _Session(endpoint, shared_memory, timeout, retries, max_in_flight, max_pixels)
+        self._set_up(endpoint)
+
+    def _set_up(self, endpoint: Endpoint) -> None:
+        raise NotImplementedError
+
+
+class SSDClient(_Client):
     """A blocking client of one model. Safe from several threads; a context manager.
 
     Args:
@@ -455,25 +493,11 @@ class SSDClient:
         InvalidInputError: an argument is wrong. Nothing is sent before the first call.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        model: str,
-        protocol: Literal["grpc", "http"] = "grpc",
-        shared_memory: Literal["system"] | None = None,
-        timeout: float = 30.0,
-        retries: int = 3,
-        ssl: TLS | None = None,
-        max_in_flight: int = 4,
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
-        endpoint = Endpoint.parse(url, protocol, model, ssl)
-        self._session = _Session(endpoint, shared_memory, timeout, retries, max_in_flight, max_pixels)
+    def _set_up(self, endpoint: Endpoint) -> None:
         self._transport = transport_for(endpoint)
         self._threads: ThreadPoolExecutor | None = None
         self._lock = Lock()
-        self._finalizer = weakref.finalize(self, _leave, self._session, self._transport)
+        self._finalizer = weakref.finalize(self, _abandon, self._session, self._transport)
 
     def model_config(self, *, refresh: bool = False) -> ModelConfig:
         """What the model says of itself; asked for once, or again with `refresh`.
@@ -484,7 +508,7 @@ class SSDClient:
             ServerUnavailableError: nobody answers.
             RequestTimeoutError: not in time.
         """
-        return _take(self._session.config(refresh), self._transport)
+        return _take(self._session.config(refresh), self._transport.send)
 
     @overload  # a str is a sequence of str, too: the first match counts
     def detect(  # type: ignore[overload-overlap]
@@ -524,7 +548,7 @@ class SSDClient:
             SharedMemoryError: shared memory cannot be used.
             SSDClientError: all of these, and those of `model_config`.
         """
-        sources, single = _one_or_many(images)
+        sources, single = _as_list(images)
         if single:
             return self._detect(sources, score_threshold, iou_threshold, None)[0]
         if not sources:
@@ -537,7 +561,7 @@ class SSDClient:
             threads.submit(self._detect, sources[part], score_threshold, iou_threshold, part.start) for part in parts
         ]
         try:
-            return [found for future in futures for found in future.result()]
+            return [detections for future in futures for detections in future.result()]
         finally:
             for future in futures:
                 future.cancel()
@@ -563,15 +587,19 @@ class SSDClient:
             InvalidInputError: a wrong shape, type, batch or threshold.
             SSDClientError: what `detect` raises.
         """
-        return _take(self._session.infer(images, score_threshold, iou_threshold), self._transport)
+        return _take(self._session.infer(images, score_threshold, iou_threshold), self._transport.send)
 
     def close(self) -> None:
-        """Wait for what is on the way and give everything back. May be called twice."""
+        """Wait for the requests in flight and release everything. May be called twice."""
         with self._lock:
             threads, self._threads = self._threads, None
         if threads is not None:
             threads.shutdown(cancel_futures=True)
-        self._finalizer()
+        if self._finalizer.detach() is not None:
+            try:
+                _take(self._session.close(), self._transport.send)
+            finally:
+                self._transport.close()
 
     def __enter__(self) -> SSDClient:
         return self
@@ -584,7 +612,7 @@ class SSDClient:
     def _detect(
         self, sources: list[ImageSource], score: float | None, iou: float | None, first: int | None
     ) -> list[Detections]:
-        return _take(self._session.detect(sources, score, iou, first), self._transport)
+        return _take(self._session.detect(sources, score, iou, first), self._transport.send)
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -593,33 +621,19 @@ class SSDClient:
             return self._threads
 
 
-class AsyncSSDClient:
+class AsyncSSDClient(_Client):
     """`SSDClient` for asyncio: the same arguments, methods and errors, with `async with` and `await`.
 
     It belongs to the event loop in which it is used first.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        model: str,
-        protocol: Literal["grpc", "http"] = "grpc",
-        shared_memory: Literal["system"] | None = None,
-        timeout: float = 30.0,
-        retries: int = 3,
-        ssl: TLS | None = None,
-        max_in_flight: int = 4,
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
-        endpoint = Endpoint.parse(url, protocol, model, ssl)
-        self._session = _Session(endpoint, shared_memory, timeout, retries, max_in_flight, max_pixels)
+    def _set_up(self, endpoint: Endpoint) -> None:
         self._transport: AsyncTransport | None = None
-        self._finalizer = weakref.finalize(self, _leave, self._session)
+        self._finalizer = weakref.finalize(self, _abandon, self._session, None)
 
     async def model_config(self, *, refresh: bool = False) -> ModelConfig:
         """See `SSDClient.model_config`."""
-        return await _take_async(self._session.config(refresh), self._connected())
+        return await _take_async(self._session.config(refresh), self._connected().send)
 
     @overload  # a str is a sequence of str, too: the first match counts
     async def detect(  # type: ignore[overload-overlap]
@@ -643,7 +657,7 @@ class AsyncSSDClient:
         iou_threshold: float | None = None,
     ) -> Detections | list[Detections]:
         """See `SSDClient.detect`."""
-        sources, single = _one_or_many(images)
+        sources, single = _as_list(images)
         if single:
             return (await self._detect(sources, score_threshold, iou_threshold, None))[0]
         if not sources:
@@ -657,7 +671,7 @@ class AsyncSSDClient:
 
         tasks = [asyncio.ensure_future(detect_part(part)) for part in parts]
         try:
-            return [found for found_part in await asyncio.gather(*tasks) for found in found_part]
+            return [detections for part in await asyncio.gather(*tasks) for detections in part]
         finally:
             for task in tasks:
                 task.cancel()
@@ -670,14 +684,14 @@ class AsyncSSDClient:
         iou_threshold: NDArray[np.float32] | float | None = None,
     ) -> dict[str, NDArray[Any]]:
         """See `SSDClient.infer`."""
-        return await _take_async(self._session.infer(images, score_threshold, iou_threshold), self._connected())
+        return await _take_async(self._session.infer(images, score_threshold, iou_threshold), self._connected().send)
 
     async def close(self) -> None:
         """See `SSDClient.close`."""
         transport, self._transport = self._transport, None
         if transport is not None:
             try:
-                await _take_async(self._session.close(), transport)
+                await _take_async(self._session.close(), transport.send)
             finally:
                 await transport.close()
         self._session.closed = True
@@ -694,7 +708,7 @@ class AsyncSSDClient:
     async def _detect(
         self, sources: list[ImageSource], score: float | None, iou: float | None, first: int | None
     ) -> list[Detections]:
-        return await _take_async(self._session.detect(sources, score, iou, first), self._connected())
+        return await _take_async(self._session.detect(sources, score, iou, first), self._connected().send)
 
     def _connected(self) -> AsyncTransport:
         if self._session.closed:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .exceptions import ModelConfigError
+from .preprocess import COLOR_ORDERS, RESAMPLES, RESIZES, Preprocessing
 
 CONTRACT = "1"
-RESAMPLE = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 T = TypeVar("T")
 
@@ -58,6 +58,18 @@ class ModelConfig:
     runtime: str
     manifest_sha256: str
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The rule by which a picture becomes this model's input."""
+        return Preprocessing(
+            width=self.input_width,
+            height=self.input_height,
+            resize=self.resize,
+            resample=self.resample,
+            pad_value=self.pad_value,
+            color_order=self.color_order,
+        )
+
     @classmethod
     def from_triton(cls, name: str, max_batch_size: int, parameters: Mapping[str, str]) -> ModelConfig:
         """Check what the server sent.
@@ -87,14 +99,14 @@ class ModelConfig:
             max_batch_size=max_batch_size,
             input_width=read("input_width", _integer(1, 65535)),
             input_height=read("input_height", _integer(1, 65535)),
-            color_order=read("color_order", _one_of("RGB", "BGR")),
-            resize=read("resize", _one_of("stretch", "letterbox")),
-            resample=read("resample", _one_of(*RESAMPLE)),
+            color_order=read("color_order", _choice(*COLOR_ORDERS)),
+            resize=read("resize", _choice(*RESIZES)),
+            resample=read("resample", _choice(*RESAMPLES)),
             pad_value=read("pad_value", _integer(0, 255)),
             labels=read("labels", _labels),
             score_threshold=read("score_threshold", _fraction),
             iou_threshold=read("iou_threshold", _fraction),
-            runtime_thresholds=read("runtime_thresholds", _one_of("true", "false")) == "true",
+            runtime_thresholds=read("runtime_thresholds", _choice("true", "false")) == "true",
             max_detections=read("max_detections", _integer(1, 2**31 - 1)),
             precision=read("precision", str),
             runtime=read("runtime", str),
@@ -133,7 +145,7 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def _one_of(*allowed: str) -> Callable[[str], str]:
+def _choice(*allowed: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in allowed:
             raise ValueError(f"expected one of {', '.join(allowed)}")

@@ -1,4 +1,4 @@
-"""What was found in one picture: boxes in its own pixels, for code, for COCO tools and for the eye."""
+"""The detections of one picture: boxes in its own pixels, as arrays, as COCO results and as a drawing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Detections:
             One {image_id, category_id, bbox: [x, y, width, height] in pixels, score} per detection.
 
         Raises:
-            InvalidInputError: `category_ids` lacks a class that was found.
+            InvalidInputError: `category_ids` lacks a class that was detected.
         """
         results = []
         for (x1, y1, x2, y2), score, class_id in zip(

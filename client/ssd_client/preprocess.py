@@ -1,25 +1,33 @@
-"""From whatever holds a picture to the model's UINT8 [H,W,3] input, and back to the picture's own pixels.
+"""From a picture to the model's UINT8 [H,W,3] input, and from the model's boxes to the picture's own pixels.
 
-What happens to unusual pictures, in one place: EXIF orientation is applied; transparent pixels are laid over white;
-16-bit greys are scaled to 8 bits over their full range; of an animation the first frame counts; colour profiles are
-ignored. Anything else that would need a guess is an `ImageError`.
+This is the only place that opens, turns, flattens, resizes and pads pictures. It needs NumPy and Pillow, nothing else.
+It treats unusual pictures as follows:
+
+- The orientation in EXIF or XMP is applied.
+- Transparent pixels are laid over white.
+- Greys of 12 or 16 bits are scaled to 8 bits by the file's own depth. Colours of 16 bits keep their high byte.
+- Of an animation or a file with several pages, the first picture counts.
+- Colour profiles are ignored.
+
+A picture that would need a guess is an `ImageError`: floating-point, signed and 32-bit values, whose black and white
+no file states, and bands that Pillow does not know.
 """
 
 from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from .config import ModelConfig
-from .exceptions import ImageError
+from .exceptions import ImageError, InvalidInputError
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]"
 
@@ -34,7 +42,20 @@ SUFFIXES = (
     *(".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
 
-_ORIENTATION = 0x0112
+RESIZES = ("stretch", "letterbox")
+RESAMPLES = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+COLOR_ORDERS = ("RGB", "BGR")
+
+# Tags of TIFF and EXIF.
+_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION = 256, 257, 258, 262, 274
+_BANDS, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _SUBSAMPLING = 277, 338, 339, 530
+_STRIPS, _TILES = 273, 324
+_WHITE_IS_ZERO = 0
+_PHOTOMETRICS = {0: "WhiteIsZero", 1: "BlackIsZero", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELAB"}
+_SAMPLE_FORMATS = {2: "signed values", 3: "floating-point values", 5: "complex values", 6: "complex values"}
+# Pillow's modes of PNG greys with fewer than 8 bits, and its factor from the file's levels to 8 bits.
+_PNG_LEVELS = {"L;2": 85, "L;4": 17}
+
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,6 +65,42 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The rule by which a picture becomes the model's input.
+
+    Attributes:
+        width: of the input, in pixels.
+        height: of the input, in pixels.
+        resize: `stretch`, or `letterbox` (aspect ratio kept, centred, padded with `pad_value`).
+        resample: Pillow's filter of that name, one of `RESAMPLES`.
+        pad_value: grey level of the letterbox's border, 0..255.
+        color_order: `RGB` or `BGR`, the order of the input's channels.
+
+    Raises:
+        InvalidInputError: a value is not one of these.
+    """
+
+    width: int
+    height: int
+    resize: str
+    resample: str
+    pad_value: int
+    color_order: str
+
+    def __post_init__(self) -> None:
+        for name, value, is_valid, fix in (
+            ("width", self.width, self.width >= 1, "give pixels, at least 1"),
+            ("height", self.height, self.height >= 1, "give pixels, at least 1"),
+            ("resize", self.resize, self.resize in RESIZES, f"give one of {', '.join(RESIZES)}"),
+            ("resample", self.resample, self.resample in RESAMPLES, f"give one of {', '.join(RESAMPLES)}"),
+            ("pad_value", self.pad_value, 0 <= self.pad_value <= 255, "give a grey level in 0..255"),
+            ("color_order", self.color_order, self.color_order in COLOR_ORDERS, "give RGB or BGR"),
+        ):
+            if not is_valid:
+                raise InvalidInputError(f"{name} is {value!r}", fix=fix)
 
 
 @dataclass(frozen=True)
@@ -63,13 +120,13 @@ class Placement:
     input_size: tuple[int, int]
 
     def to_image(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Boxes of the model in pixels of the picture, cut off at its edges.
+        """The model's boxes in pixels of the picture, clipped to its edges.
 
         Args:
             boxes: FP32 [n,4], x1,y1,x2,y2 in 0..1 of the model's input.
 
         Returns:
-            FP32 [n,4], x1,y1,x2,y2 in pixels.
+            FP32 [n,4], x1,y1,x2,y2 in pixels of the upright picture.
         """
         points = boxes.reshape(-1, 2, 2).astype(np.float64)
         points = (points * self.input_size - self.offset) / self.scale
@@ -128,10 +185,15 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     )
 
 
-def place(image_size: tuple[int, int], config: ModelConfig) -> Placement:
-    """Where a picture of this (width, height) comes to lie in the model's input."""
-    (width, height), (across, down) = image_size, (config.input_width, config.input_height)
-    if config.resize == "stretch":
+def place(image_size: tuple[int, int], rule: Preprocessing) -> Placement:
+    """Where a picture lies in the model's input.
+
+    Args:
+        image_size: (width, height) of the upright picture in pixels.
+        rule: how a picture becomes the input.
+    """
+    (width, height), (across, down) = image_size, (rule.width, rule.height)
+    if rule.resize == "stretch":
         return Placement(image_size, (across / width, down / height), (0, 0), (across, down))
     scale = min(across / width, down / height)
     inner = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -139,36 +201,47 @@ def place(image_size: tuple[int, int], config: ModelConfig) -> Placement:
     return Placement(image_size, (inner[0] / width, inner[1] / height), offset, (across, down))
 
 
-def preprocess(image: Image.Image, config: ModelConfig, out: NDArray[np.uint8]) -> Placement:
+def preprocess(image: Image.Image, rule: Preprocessing, out: NDArray[np.uint8]) -> Placement:
     """Resize an RGB image to the model's input, straight into `out`.
 
     Args:
         image: from `load_image`.
-        config: says size, resize rule, filter, border and colour order.
-        out: UINT8 [H,W,3], written in place; see `input_array` for one call that makes it.
+        rule: how a picture becomes the input.
+        out: UINT8 [H,W,3] of the rule's size, written in place.
 
     Returns:
-        How to get from the model's boxes back to the image.
+        Where the picture lies in the input, to map boxes back.
     """
-    placement = place(image.size, config)
+    placement = place(image.size, rule)
     (left, top), (across, down) = placement.offset, placement.input_size
     inner = (
         round(placement.scale[0] * placement.image_size[0]),
         round(placement.scale[1] * placement.image_size[1]),
     )
     if image.size != inner:
-        image = image.resize(inner, Image.Resampling[config.resample.upper()])
+        image = image.resize(inner, Image.Resampling[rule.resample.upper()])
     if inner != (across, down):
-        out[...] = config.pad_value
+        out[...] = rule.pad_value
     pixels = np.asarray(image)
-    out[top : top + inner[1], left : left + inner[0]] = pixels if config.color_order == "RGB" else pixels[..., ::-1]
+    out[top : top + inner[1], left : left + inner[0]] = pixels if rule.color_order == "RGB" else pixels[..., ::-1]
     return placement
 
 
-def input_array(source: ImageSource, config: ModelConfig) -> tuple[NDArray[np.uint8], Placement]:
-    """`load_image` and `preprocess` in one: UINT8 [H,W,3] for the model, and the way back."""
-    out = np.empty((config.input_height, config.input_width, 3), np.uint8)
-    return out, preprocess(load_image(source), config, out)
+def input_array(source: ImageSource, rule: Preprocessing) -> tuple[NDArray[np.uint8], Placement]:
+    """`load_image` and `preprocess` in one call.
+
+    Args:
+        source: what `load_image` takes.
+        rule: how a picture becomes the input; a served model's is `ModelConfig.preprocessing`.
+
+    Returns:
+        The input UINT8 [H,W,3], and where the picture lies in it.
+
+    Raises:
+        ImageError: the picture cannot be read.
+    """
+    out = np.empty((rule.height, rule.width, 3), np.uint8)
+    return out, preprocess(load_image(source), rule, out)
 
 
 def _name(source: object) -> str:
@@ -191,8 +264,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _decode(stream: Any, name: str, max_pixels: int) -> Image.Image:
-    with Image.open(stream, formats=_formats()) as image:
+def _decode(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(stream, formats=_formats())
+    except UnidentifiedImageError:
+        _refuse_unknown_tiff(stream, name)
+        raise
+    with image:
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(
@@ -207,19 +285,21 @@ def _decode(stream: Any, name: str, max_pixels: int) -> Image.Image:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise ImageError(f"{name} has no pixels: {image.width} x {image.height}")
+    tags = getattr(image, "tag_v2", {})  # those of a TIFF, before anything else changes them
+    _check_tiff(image, tags, name)
+    _correct_png_transparency(image, name)
     image.load()
     upright = _TRANSPOSE.get(_orientation(image))
+    if image.mode == "F":
+        _refuse_unknown_range(name, "floating-point values")
     if image.mode.startswith("I"):
-        result = _from_16_bit(image, name)
-    elif image.mode == "F":
-        raise ImageError(
-            f"{name} holds floating-point greys, whose black and white are unknown",
-            fix="scale it to 8 bits first, for example with numpy",
-        )
-    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these two come scaled to 16 bits
+            low, high = image.getextrema()
+            _refuse_unknown_range(name, f"32-bit integers from {low} to {high}")
+        result = _from_deep_grey(image, tags)
+    elif image.has_transparency_data:
         straight = {"RGBa": "RGBA", "La": "LA"}.get(image.mode)
-        rgba = (image.convert(straight) if straight else image).convert("RGBA")
-        result = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        result = _over_white((image.convert(straight) if straight else image).convert("RGBA"))
     else:
         result = image.convert("RGB")
     if upright is not None:
@@ -235,25 +315,102 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535:
+def _over_white(rgba: Image.Image) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """RGB from greys of up to 16 bits, which Pillow leaves as they are in the file."""
+    values = np.asarray(image).astype(np.uint32)
+    white = 2 ** int(tags[_BITS][0]) - 1 if _BITS in tags else 65535
+    greys = ((values * 255 + white // 2) // white).astype(np.uint8)
+    if tags and tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO) == _WHITE_IS_ZERO:  # Pillow's default, too
+        greys = 255 - greys
+    key = image.info.get("transparency")  # of a PNG: the one level that is transparent
+    if key is not None:
+        greys[values == key] = 255
+    return Image.fromarray(greys).convert("RGB")
+
+
+def _correct_png_transparency(image: Image.Image, name: str) -> None:
+    """A PNG's transparent colour is in the file's levels; Pillow compares it with 8-bit ones.
+
+    This has to be called before the pixels are loaded: after that, nothing tells the file's depth.
+    """
+    tiles = getattr(image, "tile", None)
+    if image.format != "PNG" or "transparency" not in image.info or not tiles:
+        return
+    raw_mode = tiles[0][3]
+    if raw_mode == "RGB;16B":
         raise ImageError(
-            f"{name} holds greys from {low} to {high}, which is not 16 bits", fix="scale it to 8 or 16 bits first"
+            f"{name} is a PNG with 16-bit colours and a transparent one among them",
+            why="Pillow keeps 8 bits, so colours close to the transparent one look transparent, too",
+            fix="save it with an alpha channel, or with 8 bits",
         )
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if raw_mode in _PNG_LEVELS:
+        image.info["transparency"] *= _PNG_LEVELS[raw_mode]
+
+
+def _check_tiff(image: Image.Image, tags: Mapping[int, Any], name: str) -> None:
+    """Refuse what Pillow opens, but does not read as the file means it."""
+    kind = _SAMPLE_FORMATS.get(max(tags.get(_SAMPLE_FORMAT, (1,))))
+    if kind is not None:
+        _refuse_unknown_range(name, kind)
+    if tags and image.mode == "I":
+        _refuse_unknown_range(name, "32-bit integers")
+    subsampling = tags.get(_SUBSAMPLING, (1, 1))
+    if image.mode == "YCbCr" and subsampling != (1, 1):
+        raise ImageError(
+            f"{name} is an uncompressed TIFF in YCbCr, subsampled by {subsampling}, which Pillow cannot read",
+            fix="save it as RGB",
+        )
+
+
+def _refuse_unknown_tiff(stream: IO[bytes], name: str) -> None:
+    """Raise an error that says what a TIFF holds, if it is one whose pixels Pillow does not know."""
+    try:
+        stream.seek(0)
+        header = stream.read(8)
+        if header[2:3] == b"+" or header[3:4] == b"+":  # BigTIFF
+            header += stream.read(8)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(header)
+        stream.seek(tags.next)
+        tags.load(stream)
+        bits = tuple(int(count) for count in tags.get(_BITS, (1,)))
+        bands, photometric = int(tags.get(_BANDS, len(bits))), int(tags[_PHOTOMETRIC])
+        kind = _SAMPLE_FORMATS.get(max(tags.get(_SAMPLE_FORMAT, (1,))))
+        is_whole = _WIDTH in tags and _HEIGHT in tags and (_STRIPS in tags or _TILES in tags)
+    except Exception:  # not a TIFF, or damaged
+        return
+    if not is_whole:
+        return
+    if kind is not None:
+        _refuse_unknown_range(name, kind)
+    depth = "/".join(str(count) for count in sorted(set(bits)))
+    colors = _PHOTOMETRICS.get(photometric, f"photometric interpretation {photometric}")
+    raise ImageError(
+        f"{name} is a TIFF with {bands} band{'s' * (bands != 1)} of {depth} bits ({colors}; extra bands: "
+        f"{tags.get(_EXTRA_SAMPLES, 'none described')}), which Pillow cannot read",
+        fix="save it as 8-bit grey, RGB or RGBA",
+    )
+
+
+def _refuse_unknown_range(name: str, kind: str) -> NoReturn:
+    raise ImageError(
+        f"{name} holds {kind}, whose black and white are unknown",
+        fix="scale it to UINT8 first, 0 = black and 255 = white, for example with NumPy",
+    )
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
+    name = f"array {array.dtype}{list(array.shape)}"
+    if array.dtype.kind == "f":
+        _refuse_unknown_range(name, "floating-point values")
     if (
         array.dtype != np.uint8
         or array.ndim not in (2, 3)
         or (array.ndim == 3 and array.shape[2] != 3)
         or not array.size
     ):
-        raise ImageError(
-            f"cannot read a picture from an array {array.dtype}{list(array.shape)}",
-            fix="give UINT8 [H,W,3] in RGB order, or UINT8 [H,W]",
-        )
+        raise ImageError(f"cannot read a picture from an {name}", fix="give UINT8 [H,W,3] in RGB order, or UINT8 [H,W]")
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")

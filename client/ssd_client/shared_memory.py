@@ -74,7 +74,7 @@ class RegionPool:
         self._lock = threading.Lock()
 
     def add(self, region: Region) -> None:
-        """Note a region that the server is told of; whoever made it uses it first."""
+        """Note a region that the server is told of. The caller uses it first."""
         with self._lock:
             self._known[region.name] = region
 
@@ -89,14 +89,15 @@ class RegionPool:
             return self._free.pop() if self._free else None
 
     def give_back(self, region: Region) -> None:
+        """Offer a region that was taken or added to the next `take`."""
         with self._lock:
             if region.name in self._known:
                 self._free.append(region)
 
-    def clear(self) -> list[str]:
-        """Let go of all; the names that the server knows."""
+    def clear(self) -> list[Region]:
+        """Let go of all regions and return those that the server knows or may know."""
         with self._lock:
-            names = list(self._known)
+            regions = list(self._known.values())
             self._known.clear()
             self._free.clear()
-            return names
+            return regions

@@ -228,6 +228,11 @@ class Codec(Protocol):
 class Transport(Protocol):
     """Carries a message and its answer; every failure is an SSDClientError."""
 
+    @property
+    def connected(self) -> bool:
+        """Whether a connection is open that the next message can use."""
+        ...
+
     def send(self, message: Message, timeout: float) -> Any: ...
 
     def close(self) -> None: ...
@@ -324,11 +329,15 @@ class GrpcTransport:
         self._endpoint, self._error = endpoint, grpc.RpcError
         self._channel = _grpc_channel(grpc, grpc, endpoint)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self.connected = False  # as far as the last message tells
 
     def send(self, message: Message, timeout: float) -> Any:
         try:
-            return getattr(self._stub, message.target)(message.body, timeout=timeout)
+            answer = getattr(self._stub, message.target)(message.body, timeout=timeout)
+            self.connected = True
+            return answer
         except self._error as error:
+            self.connected = error.code().name != "UNAVAILABLE"
             raise _grpc_failure(self._endpoint, error, timeout) from None
 
     def close(self) -> None:
@@ -453,6 +462,10 @@ class HttpTransport:
         self._context = endpoint.tls.context() if endpoint.tls else None
         self._idle: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._idle)
 
     def send(self, message: Message, timeout: float) -> HttpAnswer:
         deadline = time.monotonic() + timeout
