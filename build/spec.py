@@ -16,7 +16,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ssd_client.preprocess import RESAMPLES, RESIZES, Preprocessing
+from ssd_client.rule import COLOR_ORDERS, RESAMPLES, RESIZES, Preprocessing
 
 from build import contract
 from build.contract import Nms
@@ -50,7 +50,7 @@ class Input(Table):
 
     width: int = key(low=1, high=8192)
     height: int = key(low=1, high=8192)
-    color_order: str = key("RGB", choices=("RGB", "BGR"))
+    color_order: str = key("RGB", choices=COLOR_ORDERS)
     resize: str = key("stretch", choices=RESIZES)
     resample: str = key("bilinear", choices=RESAMPLES)
     pad_value: int = key(114, low=0, high=255)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .exceptions import ModelConfigError
-from .preprocess import COLOR_ORDERS, RESAMPLES, RESIZES, Preprocessing
+from .rule import COLOR_ORDERS, RESAMPLES, RESIZES, Preprocessing
 
 CONTRACT = "1"
 

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from .exceptions import ImageError, InvalidInputError
+from .exceptions import ImageError
+from .rule import Preprocessing
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]"
 
@@ -41,10 +42,6 @@ SUFFIXES = (
     *(".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pcx"),
     *(".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
-
-RESIZES = ("stretch", "letterbox")
-RESAMPLES = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
-COLOR_ORDERS = ("RGB", "BGR")
 
 # Tags of TIFF and EXIF.
 _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION = 256, 257, 258, 262, 274
@@ -65,42 +62,6 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """The rule by which a picture becomes the model's input.
-
-    Attributes:
-        width: of the input, in pixels.
-        height: of the input, in pixels.
-        resize: `stretch`, or `letterbox` (aspect ratio kept, centred, padded with `pad_value`).
-        resample: Pillow's filter of that name, one of `RESAMPLES`.
-        pad_value: grey level of the letterbox's border, 0..255.
-        color_order: `RGB` or `BGR`, the order of the input's channels.
-
-    Raises:
-        InvalidInputError: a value is not one of these.
-    """
-
-    width: int
-    height: int
-    resize: str
-    resample: str
-    pad_value: int
-    color_order: str
-
-    def __post_init__(self) -> None:
-        for name, value, is_valid, fix in (
-            ("width", self.width, self.width >= 1, "give pixels, at least 1"),
-            ("height", self.height, self.height >= 1, "give pixels, at least 1"),
-            ("resize", self.resize, self.resize in RESIZES, f"give one of {', '.join(RESIZES)}"),
-            ("resample", self.resample, self.resample in RESAMPLES, f"give one of {', '.join(RESAMPLES)}"),
-            ("pad_value", self.pad_value, 0 <= self.pad_value <= 255, "give a grey level in 0..255"),
-            ("color_order", self.color_order, self.color_order in COLOR_ORDERS, "give RGB or BGR"),
-        ):
-            if not is_valid:
-                raise InvalidInputError(f"{name} is {value!r}", fix=fix)
 
 
 @dataclass(frozen=True)
