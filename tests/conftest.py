@@ -67,7 +67,7 @@ def native() -> None:
     from build.publish import backend
 
     try:
-        backend.choose(backend.NATIVE)
+        backend.prepare(backend.NATIVE)
     except RuntimeUnavailableError as error:
         pytest.skip(f"needs a C++ compiler: {error.what}")
 

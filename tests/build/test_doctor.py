@@ -95,7 +95,7 @@ def test_a_machine_without_anything_is_examined_to_the_end(machine: Machine, mon
 
 
 def test_which_backend_serves_on_the_cpu(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    python = backend.choose("python")
+    python = backend.prepare("python")
     files = serve.ServerFiles(tmp_path, tmp_path, tmp_path / "no stub", from_wheel=False)
     monkeypatch.setattr(serve, "find_tritonserver", lambda: files)
     for chosen, of_backend, of_stub in (

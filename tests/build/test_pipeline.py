@@ -171,10 +171,10 @@ def test_self_check_finds_another_number_of_anchors(tmp_path: Path) -> None:
     """Where shape inference cannot tell how many rows the heads have, the run does."""
     spec = load(tiny_model.write(tmp_path))
     model = attach(spec)
-    pipeline.self_check(model, spec)
+    self_check(model, spec)
     np.save(spec.anchors_path, np.full((9, 4), 0.5, np.float32))
     with pytest.raises(GraphError, match=r"box_deltas has the shape \[2, 8, 4\], but must have \[2, 9, 4\]"):
-        pipeline.self_check(model, spec)
+        self_check(model, spec)
 
 
 def test_nothing_heavy_is_imported_with_the_modules() -> None:

@@ -135,7 +135,7 @@ def test_torchs_network_answers_as_the_onnx_does(spec: Spec) -> None:
     assert note == ""
     with torch.no_grad():
         found = network(torch.from_numpy(images))
-    wanted = audit.session(before_nms(attach(spec)), 1).run(None, {contract.IMAGES: images})
+    wanted = session(before_nms(attach(spec)), 1).run(None, {contract.IMAGES: images})
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one.numpy(), other, rtol=1e-3, atol=1e-3)
 

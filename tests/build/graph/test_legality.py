@@ -74,7 +74,7 @@ def typed(kind: str) -> Callable[[Path], onnx.ModelProto]:
             for i in range(4):
                 Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
             path.write_text(path.read_text() + '\n[data]\ncalibration = "calibration"\n')
-        (candidate,) = audit.candidates(load(path), kind, path.parent / "artifacts", calibrators=("minmax",))
+        (candidate,) = candidates(load(path), kind, path.parent / "artifacts", calibrators=("minmax",))
         return before_nms(candidate.graph)
 
     return make
@@ -184,14 +184,14 @@ def test_the_models_here_are_legal(spec: Path, rtx: Path, tmp_path: Path) -> Non
 def test_every_precision_of_shapes_is_legal(kind: str, rtx: Path, tmp_path: Path) -> None:
     """As it is built but for the clipping, which no type depends on: every Conv but the named ones is quantised."""
     spec = load(ROOT / "models" / "shapes")
-    source = quantize.fold(load_source(spec))
+    source = qdq.fold(load_source(spec))
     if kind in ("fp16", "bf16"):
         typed_source = precision.half(source, kind)
     else:
         clips = {name: 4.0 for node in source.graph.node for name in node.output} | {"ssd/front/div": 1.0}
         excluded = spec.quantization.exclude_nodes
-        placed = quantize.quantize(source, clips, kind=kind.split()[0], exclude=excluded)
-        assert set(placed.nodes) == {conv.name for conv in quantize.convs(source)} - set(excluded)
+        placed = qdq.quantize(source, clips, kind=kind.split()[0], exclude=excluded)
+        assert set(placed.nodes) == {conv.name for conv in qdq.convs(source)} - set(excluded)
         typed_source = precision.half(placed.model, "fp16") if kind.endswith("fp16") else placed.model
         constants = {one.name: one for one in typed_source.graph.initializer}
         for node in typed_source.graph.node:

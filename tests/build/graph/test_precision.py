@@ -29,7 +29,7 @@ def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def folded(spec: Spec) -> onnx.ModelProto:
-    return quantize.fold(load_source(spec))
+    return qdq.fold(load_source(spec))
 
 
 def run(model: onnx.ModelProto, pixels: np.ndarray) -> list[np.ndarray]:
@@ -59,8 +59,8 @@ def test_every_conv_computes_in_the_type_and_the_contract_keeps_its_own(spec: Sp
     assert [(o.name, o.type) for o in model.graph.output] == [(o.name, o.type) for o in plain.graph.output]
     found = types(before_nms(model))
     constants = {constant.name: constant.data_type for constant in model.graph.initializer}
-    convs = quantize.convs(model)
-    assert len(convs) == len(quantize.convs(plain))
+    convs = qdq.convs(model)
+    assert len(convs) == len(qdq.convs(plain))
     for conv in convs:
         assert found[conv.output[0]] == found[conv.input[0]] == wanted
         assert {constants[name] for name in conv.input[1:]} == {wanted}

@@ -34,7 +34,7 @@ WORKS = 'Path(sys.argv[sys.argv.index("-o") + 1]).write_bytes(b"library")'
 
 
 def test_ours_is_compiled_once_and_lies_with_its_runtime(native: None, tmp_path: Path) -> None:
-    chosen = backend.choose(libraries=tmp_path)
+    chosen = backend.prepare(libraries=tmp_path)
     assert (chosen.name, chosen.why) == ("ssd_onnxruntime", "compiled here")
     assert set(chosen.files) == {"libtriton_ssd_onnxruntime.so", "libonnxruntime.so.1"}
     library = chosen.files["libtriton_ssd_onnxruntime.so"]
@@ -42,73 +42,73 @@ def test_ours_is_compiled_once_and_lies_with_its_runtime(native: None, tmp_path:
     assert chosen.files["libonnxruntime.so.1"].read_bytes()[:4] == b"\x7fELF"
     assert {path.name for path in chosen.sources} == {"backend.cpp", "onnxruntime.h", "triton.h"}
     before = library.stat().st_mtime_ns
-    assert backend.choose(libraries=tmp_path) == chosen
+    assert backend.prepare(libraries=tmp_path) == chosen
     assert library.stat().st_mtime_ns == before
     assert [path.name for path in tmp_path.iterdir()] == [library.name]
 
 
 def test_what_was_compiled_needs_no_compiler_any_more(alone: Path) -> None:
     program = compiler(alone, "c++", WORKS)
-    chosen = backend.choose(libraries=alone)
+    chosen = backend.prepare(libraries=alone)
     program.unlink()
-    assert backend.choose(libraries=alone) == chosen
+    assert backend.prepare(libraries=alone) == chosen
 
 
 def test_without_a_compiler_it_is_the_python_backend(alone: Path) -> None:
-    chosen = backend.choose(libraries=alone)
+    chosen = backend.prepare(libraries=alone)
     assert (chosen.name, list(chosen.files)) == ("python", ["model.py"])
     assert chosen.why == "no C++ compiler on PATH (c++, g++, clang++)"
     assert chosen.sources == (chosen.files["model.py"],)
     with pytest.raises(RuntimeUnavailableError, match=r"no C\+\+ compiler.*\nwhat to do: install g\+\+"):
-        backend.choose("ssd_onnxruntime", alone)
+        backend.prepare("ssd_onnxruntime", alone)
     assert not alone.exists()
 
 
 def test_the_python_backend_can_be_asked_for(tmp_path: Path) -> None:
-    chosen = backend.choose("python", tmp_path)
+    chosen = backend.prepare("python", tmp_path)
     assert (chosen.name, chosen.why) == ("python", "asked for")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(alone: Path) -> None:
     compiler(alone, "g++", WORKS + '; sys.exit("backend.cpp:1: no <atomic>\\nand more")')
-    chosen = backend.choose(libraries=alone)
+    chosen = backend.prepare(libraries=alone)
     assert (chosen.name, chosen.why) == ("python", "g++ cannot compile ssd_onnxruntime: backend.cpp:1: no <atomic>")
     with pytest.raises(RuntimeUnavailableError, match=r"no <atomic>\nlikely because: .*C\+\+17"):
-        backend.choose("ssd_onnxruntime", alone)
+        backend.prepare("ssd_onnxruntime", alone)
     assert not list(alone.iterdir())
 
 
 def test_a_compiler_that_hangs_is_given_up(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(alone, "c++", "import time; time.sleep(60)")
     monkeypatch.setattr(backend, "_PATIENCE", 0.5)
-    assert "timed out" in backend.choose(libraries=alone).why
+    assert "timed out" in backend.prepare(libraries=alone).why
 
 
 def test_a_folder_that_cannot_be_written(alone: Path) -> None:
     compiler(alone, "c++", WORKS)
     alone.write_text("a file where the folder should be")
-    assert f"{alone} cannot be written" in backend.choose(libraries=alone).why
+    assert f"{alone} cannot be written" in backend.prepare(libraries=alone).why
 
 
 def test_cxx_names_the_compiler_with_its_options(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(alone, "c++", "sys.exit(1)")
     other = compiler(alone, "other", f'assert sys.argv[1] == "-fancy"; {WORKS}')
     monkeypatch.setenv("CXX", f"{other} -fancy")
-    assert backend.choose(libraries=alone).name == "ssd_onnxruntime"
+    assert backend.prepare(libraries=alone).name == "ssd_onnxruntime"
     monkeypatch.setenv("CXX", os.devnull)
-    assert "/dev/null cannot compile" in backend.choose(libraries=alone / "again").why
+    assert "/dev/null cannot compile" in backend.prepare(libraries=alone / "again").why
 
 
 def test_another_source_is_another_library(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(alone, "c++", WORKS)
-    first = backend.choose(libraries=alone).files["libtriton_ssd_onnxruntime.so"]
+    first = backend.prepare(libraries=alone).files["libtriton_ssd_onnxruntime.so"]
     monkeypatch.setattr(backend, "_FLAGS", (*backend._FLAGS, "-O3"))
-    assert backend.choose(libraries=alone).files["libtriton_ssd_onnxruntime.so"] != first
+    assert backend.prepare(libraries=alone).files["libtriton_ssd_onnxruntime.so"] != first
     assert first.is_file()
 
 
 def test_an_onnxruntime_without_its_library(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(alone, "c++", WORKS)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    assert "holds no libonnxruntime.so" in backend.choose(libraries=alone).why
+    assert "holds no libonnxruntime.so" in backend.prepare(libraries=alone).why

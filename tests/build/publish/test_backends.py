@@ -89,7 +89,7 @@ def publish(repository: Path, name: str, kind: str, config: str = CONFIG) -> Pat
     version = repository / name / "1"
     version.mkdir(parents=True)
     onnx.save(small_model(), version / "model.onnx")
-    for file, source in backend.choose(kind).files.items():
+    for file, source in backend.prepare(kind).files.items():
         shutil.copy(source, version / file)
     (repository / name / "config.pbtxt").write_text(f'name: "{name}" backend: "{kind}" {config}')
     return version

@@ -30,7 +30,7 @@ from tests.build import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KIND = ("fp32", "onnxruntime")
-FILES = {"config.pbtxt", "labels.txt", "manifest.json", "model.onnx", *backend.choose().files}
+FILES = {"config.pbtxt", "labels.txt", "manifest.json", "model.onnx", *backend.prepare().files}
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def check_loadable(target: Path, served: int) -> None:
 
 def test_config_says_all_that_a_client_needs(spec: Spec) -> None:
     config = repository.config(spec, 7, *KIND, "ab" * 32)
-    assert (config.name, config.backend, config.max_batch_size) == ("tiny", backend.choose().name, 4)
+    assert (config.name, config.backend, config.max_batch_size) == ("tiny", backend.prepare().name, 4)
     assert list(config.version_policy.specific.versions) == [7]
     assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [
         ("images", 2, [8, 8, 3]),
@@ -174,7 +174,7 @@ def test_fresh_until_an_input_changes(spec: Spec, built: Path, target: Path, wha
     assert repository.fresh_manifest(spec, target, *KIND) is None
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "labels.txt", *backend.choose().files])
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "labels.txt", *backend.prepare().files])
 def test_a_damaged_version_is_not_fresh(spec: Spec, built: Path, target: Path, name: str) -> None:
     repository.publish(spec, built, target, *KIND)
     with (target / "tiny" / "1" / name).open("ab") as file:

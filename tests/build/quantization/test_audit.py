@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from build.errors import DataError, VerifyError
-from build.gate import accuracy as evaluate
+from build.gate import accuracy
 from build.gate import datasets
 from build.graph.attach import attach, load_source
 from build.quantization import audit, quantize, sensitivity
@@ -40,7 +40,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Spec:
     path.write_text(f"{path.read_text()}\n[data]\n{data}\n\n[quantization]\ngate = 0.5  # of noise\n")
     spec = load(path)
     truth = json.loads((folder / "held_out" / "instances.json").read_text())
-    detect = audit.in_process(spec, attach(spec))
+    detect = scoring.detector(spec, runner(attach(spec)))
     truth["annotations"] = []
     for image in truth["images"]:
         (found,) = detect([folder / "held_out" / image["file_name"]])
@@ -97,9 +97,9 @@ def test_resampled_map_is_that_of_pictures_that_really_repeat() -> None:
     """Picture i counted n times against pycocotools on a data set in which it is there n times."""
     rng = np.random.default_rng(0)
     truth, detections = coco(rng, 30)
-    judge = evaluate.judge(truth, detections)
-    curves = audit.Curves(judge)
-    assert curves.mean_average_precision() == pytest.approx(evaluate.accuracy(judge).map, abs=1e-12)
+    judge = accuracy.judge(truth, detections)
+    curves = scoring.Curves(judge)
+    assert curves.mean_average_precision() == pytest.approx(accuracy.accuracy(judge).map, abs=1e-12)
     for _ in range(5):
         times = np.bincount(rng.integers(0, 30, 30), minlength=30)
         repeated: dict[str, Any] = {"images": [], "annotations": [], "categories": truth["categories"]}
@@ -113,7 +113,7 @@ def test_resampled_map_is_that_of_pictures_that_really_repeat() -> None:
                         number = len(repeated["annotations"]) + 1
                         repeated["annotations"].append({**one, "id": number, "image_id": new["id"]})
                 found += [{**one, "image_id": new["id"]} for one in detections if one["image_id"] == image["id"]]
-        wanted = evaluate.evaluate(repeated, found).map
+        wanted = accuracy.evaluate(repeated, found).map
         # Equal scores of different pictures may change places.
         assert curves.mean_average_precision(times.astype(float)) == pytest.approx(wanted, abs=2e-3)
 
@@ -122,12 +122,12 @@ def test_intervals() -> None:
     rng = np.random.default_rng(1)
     truth, detections = coco(rng, 60)
     worse = [one for one in copy.deepcopy(detections) if rng.random() < 0.6]
-    exact, less = (audit.Curves(evaluate.judge(truth, found)) for found in (detections, worse))
-    (same,), (interval,) = audit.differences(exact, [exact], 50), audit.differences(exact, [less], 200)
+    exact, less = (scoring.Curves(accuracy.judge(truth, found)) for found in (detections, worse))
+    (same,), (interval,) = scoring.differences(exact, [exact], 50), scoring.differences(exact, [less], 200)
     assert same == (0.0, 0.0)
     difference = less.mean_average_precision() - exact.mean_average_precision()
     assert interval[0] < difference < interval[1] < 0
-    assert audit.differences(exact, [less], 200)[0] == interval
+    assert scoring.differences(exact, [less], 200)[0] == interval
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -155,17 +155,17 @@ def test_labels_must_fit(spec: Spec, tmp_path: Path, change: Any, complaint: str
 def test_unreadable_pictures_count_as_unseen_up_to_a_limit(spec: Spec, tmp_path: Path) -> None:
     folder = spec.path.parent / "held_out"
     held = datasets.held_out(spec, tmp_path)
-    detect = audit.in_process(spec, attach(spec))
-    whole = audit.score(held, detect, "", silent())
+    detect = scoring.detector(spec, runner(attach(spec)))
+    whole = scoring.score(held, detect, "", silent())
     (folder / "0007.png").write_bytes(b"broken")
-    broken = audit.score(held, detect, "", silent())
+    broken = scoring.score(held, detect, "", silent())
     assert len(broken.found) == 40
     assert not len(broken.found[7].boxes)
     assert broken.accuracy.map < whole.accuracy.map
     for name in ("0008.png", "0011.png"):
         (folder / name).write_bytes(b"broken")
     with pytest.raises(DataError, match="3 of 16 pictures cannot be read"):
-        audit.score(held, detect, "", silent())
+        scoring.score(held, detect, "", silent())
 
 
 @pytest.mark.parametrize("resize", ["stretch", "letterbox"])
@@ -200,8 +200,8 @@ def test_audit_of_every_precision(seen: Spec, tmp_path: Path) -> None:
     assert set(summary) == {"fp32", "fp16", "bf16", "int8", "fp8"}
     report = json.loads((tmp_path / "audit" / "report.json").read_text())
     rows = {(row["precision"], row["calibrator"]): row for row in report["rows"]}
-    assert {calibrator for kind, calibrator in rows if kind == "int8"} == set(quantize.CALIBRATORS)
-    best = max(quantize.CALIBRATORS, key=lambda one: rows["int8", one]["map"])
+    assert {calibrator for kind, calibrator in rows if kind == "int8"} == set(contract.CALIBRATORS)
+    best = max(contract.CALIBRATORS, key=lambda one: rows["int8", one]["map"])
     assert summary["int8"]["map"] == rows["int8", best]["map"]
     assert summary["fp32"]["map"] > 0.99
     assert summary["fp16"]["ratio"] > summary["int8"]["ratio"] > 0.5
@@ -215,11 +215,11 @@ def test_audit_of_every_precision(seen: Spec, tmp_path: Path) -> None:
 
 
 def test_a_served_model_is_judged_by_what_it_answers(seen: Spec, tmp_path: Path) -> None:
-    detect = audit.in_process(seen, attach(seen))
+    detect = scoring.detector(seen, runner(attach(seen)))
 
-    def half_blind(paths: Any) -> list[audit.Found]:
+    def half_blind(paths: Any) -> list[scoring.Detected]:
         return [
-            one if index % 2 else audit.Found(one.boxes[:0], one.scores[:0], one.classes[:0])
+            one if index % 2 else scoring.Detected(one.boxes[:0], one.scores[:0], one.classes[:0])
             for index, one in enumerate(detect(paths))
         ]
 
@@ -235,7 +235,7 @@ def test_a_served_model_is_judged_by_what_it_answers(seen: Spec, tmp_path: Path)
 
 def test_the_gate_takes_the_best_and_refuses_what_loses_too_much(seen: Spec, tmp_path: Path) -> None:
     chosen = audit.approved(seen, "int8", tmp_path, silent())
-    assert chosen.calibrator in quantize.CALIBRATORS
+    assert chosen.calibrator in contract.CALIBRATORS
     assert len(chosen.quantised) == 3
     # With half of all activations clipped nothing is left to be seen.
     settings = dataclasses.replace(seen.quantization, calibrator="percentile", percentile=50, gate=0.99)
@@ -260,10 +260,10 @@ def test_sensitivity_finds_what_to_leave_out_and_writes_it(
     spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one layer made to lose everything: it ranks first, and leaving it out is what the gate needs."""
-    fragile = next(conv.name for conv in quantize.convs(quantize.fold(load_source(spec))))
-    plain = quantize.quantize
+    fragile = next(conv.name for conv in qdq.convs(qdq.fold(load_source(spec))))
+    plain = qdq.quantize
 
-    def breaks(source: Any, clips: Any, *, kind: str = "int8", exclude: Any = ()) -> quantize.Placed:
+    def breaks(source: Any, clips: Any, *, kind: str = "int8", exclude: Any = ()) -> qdq.Placed:
         return plain(source, {**clips, "ssd/front/div": 1e-3}, kind=kind, exclude=exclude)
 
     monkeypatch.setattr(quantize, "quantize", breaks)

@@ -41,7 +41,7 @@ def silent() -> Console:
 
 
 def source_of(spec: Spec) -> onnx.ModelProto:
-    return quantize.fold(load_source(spec))
+    return qdq.fold(load_source(spec))
 
 
 def run(model: onnx.ModelProto, feeds: dict[str, Any], *, literal: bool = True) -> list[np.ndarray]:
@@ -68,11 +68,11 @@ def test_folding_leaves_no_normalisation_and_the_same_answers(spec: Spec, bias: 
     if bias:
         values = np.linspace(-2, 2, 6, dtype=np.float32)
         source.graph.initializer.append(numpy_helper.from_array(values, "bias"))
-        quantize.convs(source)[0].input.append("bias")
-    folded = quantize.fold(source)
+        qdq.convs(source)[0].input.append("bias")
+    folded = qdq.fold(source)
     onnx.checker.check_model(folded, full_check=True)
     assert not any(node.op_type == "BatchNormalization" for node in folded.graph.node)
-    assert all(conv.name for conv in quantize.convs(folded))
+    assert all(conv.name for conv in qdq.convs(folded))
     for exact, found in zip(run(source, {"images": noise()}), run(folded, {"images": noise()}), strict=True):
         np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5)
 
@@ -80,14 +80,14 @@ def test_folding_leaves_no_normalisation_and_the_same_answers(spec: Spec, bias: 
 def test_folding_keeps_what_something_else_reads(spec: Spec) -> None:
     source = load_source(spec)
     source.graph.output.append(helper.make_tensor_value_info("conv", TensorProto.FLOAT, None))
-    assert any(node.op_type == "BatchNormalization" for node in quantize.fold(source).graph.node)
+    assert any(node.op_type == "BatchNormalization" for node in qdq.fold(source).graph.node)
 
 
 # -- histograms --------------------------------------------------------------------------------------------------------
 
 
-def histogram(*parts: np.ndarray) -> quantize.Histogram:
-    found = quantize.Histogram(np.zeros(quantize.BINS, np.int64))
+def histogram(*parts: np.ndarray) -> calibration.Histogram:
+    found = calibration.Histogram(np.zeros(calibration.BINS, np.int64))
     for part in parts:
         found.add(part.astype(np.float32))
     return found
@@ -142,7 +142,7 @@ def test_entropy_finds_the_least_divergence_of_all_choices() -> None:
 
     last = int(np.flatnonzero(counts)[-1]) + 1
     choices = sorted({*range(128, last, 8), last})[::12]
-    found = quantize._entropy(counts)
+    found = calibration._entropy(counts)
     assert divergence(found) <= min(map(divergence, choices)) + 1e-9
 
 
@@ -157,7 +157,7 @@ def test_a_model_that_overflows_cannot_be_calibrated(bad: float) -> None:
 
 def test_calibration_measures_what_the_model_computes(spec: Spec, tmp_path: Path) -> None:
     folded = source_of(spec)
-    found = quantize.calibrate(spec, folded, tmp_path / "cache", silent())
+    found = calibration.calibrate(spec, folded, tmp_path / "cache", silent())
     assert found.pictures == 120
     whole = before_nms(attach(spec, folded))
     whole.graph.output.append(onnx.ValueInfoProto(name="relu"))
@@ -174,25 +174,25 @@ def test_the_cache_is_used_and_refused_when_stale(
     spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folded, cache = source_of(spec), tmp_path / "cache"
-    first = quantize.calibrate(spec, folded, cache, silent())
+    first = calibration.calibrate(spec, folded, cache, silent())
     file = cache / "tiny" / "calibration.npz"
     with monkeypatch.context() as patch:
         patch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: pytest.fail("it was measured again"))
-        again = quantize.calibrate(spec, folded, cache, silent())
+        again = calibration.calibrate(spec, folded, cache, silent())
     assert again.clips("entropy", 99.0) == first.clips("entropy", 99.0)
 
     for changed in ("pictures", "model", "method", "onnxruntime"):
         with pytest.raises(QuantizeError, match=f"stale: other {changed}"):
-            quantize.read_calibration(file, {**first.key, changed: "something else"})
+            calibration.read_calibration(file, {**first.key, changed: "something else"})
     picture = spec.path.parent / "pictures" / "0000.png"
     picture.write_bytes((spec.path.parent / "pictures" / "0001.png").read_bytes())
-    anew = quantize.calibrate(spec, folded, cache, Console(stderr=True, soft_wrap=True))
+    anew = calibration.calibrate(spec, folded, cache, Console(stderr=True, soft_wrap=True))
     assert "the calibration is stale: other pictures: calibrating anew" in capsys.readouterr().err
     assert anew.key != first.key
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(QuantizeError, match="no readable calibration"):
-        quantize.read_calibration(file, anew.key)
-    assert quantize.calibrate(spec, folded, cache, silent()).key == anew.key
+        calibration.read_calibration(file, anew.key)
+    assert calibration.calibrate(spec, folded, cache, silent()).key == anew.key
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_no_pictures_no_calibration(tmp_path: Path, data: str, complaint: str) -
     (tmp_path / "tiny" / "empty").mkdir()
     (tmp_path / "tiny" / "broken.py").write_text("def write_split(folder, split, count):\n    1 / 0\n")
     with pytest.raises(DataError, match=complaint):
-        quantize.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
+        calibration.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
     assert not (tmp_path / "cache").exists()
 
 
@@ -218,7 +218,7 @@ def test_few_pictures_are_said_and_broken_ones_left_out(tmp_path: Path, capsys: 
     spec = tiny(tmp_path / "tiny", count=40)
     folder = tmp_path / "tiny" / "pictures"
     (folder / "0003.png").write_bytes(b"no picture")
-    found = quantize.calibrate(spec, source_of(spec), tmp_path / "cache", Console(soft_wrap=True))
+    found = calibration.calibrate(spec, source_of(spec), tmp_path / "cache", Console(soft_wrap=True))
     said = capsys.readouterr()
     assert found.pictures == 39
     assert "40 pictures; with fewer than 100" in said.out
@@ -226,7 +226,7 @@ def test_few_pictures_are_said_and_broken_ones_left_out(tmp_path: Path, capsys: 
     for name in ("0004.png", "0005.png"):
         (folder / name).write_bytes((folder / name).read_bytes()[:60])
     with pytest.raises(DataError, match="3 of 40 pictures cannot be read"):
-        quantize.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
+        calibration.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
 
 
 def test_a_full_disk_leaves_nothing_half_written(spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_nothing_half_written(spec: Spec, tmp_path: Path, mon
 
     monkeypatch.setattr(np, "savez_compressed", full)
     with pytest.raises(PublishError, match="the disk is full"):
-        quantize.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
+        calibration.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
     assert not (tmp_path / "cache" / "tiny" / "calibration.npz").exists()
 
 
@@ -261,9 +261,9 @@ def pairs(model: onnx.ModelProto) -> set[str]:
 
 def test_pairs_lie_where_they_are_fused(spec: Spec) -> None:
     folded = source_of(spec)
-    placed = quantize.quantize(folded, clips_of(folded, noise()))
+    placed = qdq.quantize(folded, clips_of(folded, noise()))
     onnx.checker.check_model(placed.model, full_check=True)
-    weights = {conv.input[1] for conv in quantize.convs(folded)}
+    weights = {conv.input[1] for conv in qdq.convs(folded)}
     # The input, what follows the Relu (not the Conv before it), both heads' answers, every weight.
     assert pairs(placed.model) == {"images", "relu", "box_deltas_map", "class_logits_map", *weights}
     assert len(placed.nodes) == 3
@@ -279,7 +279,7 @@ def test_pairs_lie_where_they_are_fused(spec: Spec) -> None:
             assert (scale > 0).all()
             # A weight has a scale per output channel, an activation one.
             assert scale.ndim == (node.name.rsplit("/", 1)[0] in weights)
-    for conv in quantize.convs(placed.model):
+    for conv in qdq.convs(placed.model):
         assert all(name.endswith("/dq") for name in conv.input[:2])
         assert all(name in constants and constants[name].data_type == TensorProto.FLOAT for name in conv.input[2:])
 
@@ -318,7 +318,7 @@ def test_the_same_arithmetic_as_onnxruntime_s_own_quantiser(spec: Spec) -> None:
         },
     ).quantize_model()
     # Without the pairs on the heads' answers, which its settings cannot ask for.
-    ours = quantize.quantize(folded, clips).model
+    ours = qdq.quantize(folded, clips).model
     for node in list(ours.graph.node):
         if node.op_type == "Transpose":
             node.input[0] = node.input[0].removesuffix("/dq")
@@ -361,7 +361,7 @@ def residual() -> onnx.ModelProto:
 
 def test_residuals_and_concatenations() -> None:
     model = residual()
-    placed = quantize.quantize(model, clips_of(model, noise(rows=1)))
+    placed = qdq.quantize(model, clips_of(model, noise(rows=1)))
     onnx.checker.check_model(placed.model, full_check=True)
     activations = pairs(placed.model) - {one.name for one in model.graph.initializer}
     # conv_b runs into the Add unquantised, the other side of the Add is the shortcut; the concatenation has one pair
@@ -374,27 +374,27 @@ def test_residuals_and_concatenations() -> None:
 
 def test_exclusions(spec: Spec) -> None:
     folded = source_of(spec)
-    names = [conv.name for conv in quantize.convs(folded)]
-    placed = quantize.quantize(folded, clips_of(folded, noise()), exclude=names[:1])
+    names = [conv.name for conv in qdq.convs(folded)]
+    placed = qdq.quantize(folded, clips_of(folded, noise()), exclude=names[:1])
     assert placed.nodes == tuple(names[1:])
     assert placed.left == {names[0]: "excluded"}
     assert "images" not in pairs(placed.model)
     with pytest.raises(QuantizeError, match="exclude_nodes names 'nothing', but no Conv has this name"):
-        quantize.quantize(folded, {}, exclude=["nothing"])
+        qdq.quantize(folded, {}, exclude=["nothing"])
     with pytest.raises(QuantizeError, match="'ssd/front/div' was not calibrated"):
-        quantize.quantize(folded, {})
+        qdq.quantize(folded, {})
 
 
 def test_quantised_models_are_not_quantised_again(spec: Spec) -> None:
     folded = source_of(spec)
     with pytest.raises(QuantizeError, match=r"quantised already: it has .* nodes like QuantizeLinear"):
-        quantize.fold(quantize.quantize(folded, clips_of(folded, noise())).model)
+        qdq.fold(qdq.quantize(folded, clips_of(folded, noise())).model)
 
 
 def test_fp8(spec: Spec) -> None:
     folded = source_of(spec)
     clips = clips_of(folded, noise())
-    model = quantize.quantize(folded, clips, kind="fp8").model
+    model = qdq.quantize(folded, clips, kind="fp8").model
     onnx.checker.check_model(model, full_check=True)
     zeros = {one.data_type for one in model.graph.initializer if one.name.endswith("/zero")}
     assert zeros == {TensorProto.FLOAT8E4M3FN}
@@ -408,10 +408,10 @@ def test_fp8(spec: Spec) -> None:
 
 def test_onnxruntime_runs_its_form_in_integers_with_the_same_answers(spec: Spec, tmp_path: Path) -> None:
     folded = source_of(spec)
-    names = [conv.name for conv in quantize.convs(folded)]
+    names = [conv.name for conv in qdq.convs(folded)]
     clips = clips_of(folded, noise())
-    written = quantize.quantize(folded, clips, exclude=names[:1]).model
-    form = quantize.for_onnxruntime(written)
+    written = qdq.quantize(folded, clips, exclude=names[:1]).model
+    form = qdq.for_onnxruntime(written)
     # Only the zero points of what a Relu made differ.
     differ = [
         one.name for one, other in zip(written.graph.initializer, form.graph.initializer, strict=True) if one != other
@@ -438,8 +438,8 @@ def test_onnxruntime_runs_its_form_in_integers_with_the_same_answers(spec: Spec,
 def test_scales_and_histograms(spec: Spec, tmp_path: Path) -> None:
     import csv
 
-    found = quantize.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
-    quantize.write_scales(tmp_path / "scales.csv", found, 99.0)
+    found = calibration.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
+    calibration.write_scales(tmp_path / "scales.csv", found, 99.0)
     with (tmp_path / "scales.csv").open() as file:
         rows = {row["activation"]: row for row in csv.DictReader(file)}
     assert set(rows) == set(found.histograms)
@@ -447,5 +447,5 @@ def test_scales_and_histograms(spec: Spec, tmp_path: Path) -> None:
         assert float(rows[name]["percentile_clip"]) == clip
         assert float(rows[name]["percentile_scale"]) == pytest.approx(clip / 127)
     pytest.importorskip("matplotlib", reason="needs matplotlib")
-    quantize.draw_histograms(tmp_path / "histograms.png", found, 99.0)
+    calibration.draw_histograms(tmp_path / "histograms.png", found, 99.0)
     assert (tmp_path / "histograms.png").stat().st_size > 5000
