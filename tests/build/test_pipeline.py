@@ -29,6 +29,7 @@ from build.errors import (
     SpecError,
     VerifyError,
 )
+from build.files import ROOT
 from build.gate import verify
 from build.graph.attach import attach
 from build.publish import repository
@@ -36,8 +37,6 @@ from build.spec import Spec, load
 from build.tensorrt import compat as tensorrt_compat
 from build.tensorrt import plan
 from tests.build import pictures, tiny_model
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Place:

@@ -10,10 +10,9 @@ import pytest
 
 from build import spec as spec_module
 from build.errors import SpecError
+from build.files import ROOT
 from build.spec import Nms, Profile, TensorRT, load
 from tests.build import tiny_model
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture

@@ -129,7 +129,6 @@ def test_no_gpu_is_said(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchs_network_answers_as_the_onnx_does(spec: Spec) -> None:
     torch = pytest.importorskip("torch", reason="needs torch: the group train (./invoke train installs it)")
     images = np.random.default_rng(0).integers(0, 256, (2, 300, 300, 3), dtype=np.uint8)
-    from build.quantization import audit
 
     network, note = peers.network_of(spec)
     assert note == ""

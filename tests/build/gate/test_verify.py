@@ -13,9 +13,12 @@ import onnx
 import pytest
 from PIL import Image
 
-from build.errors import VerifyError
+from build import contract, session
+from build.contract import Target
+from build.errors import OptionError, VerifyError
 from build.gate import verify
 from build.graph.attach import attach
+from build.session import runner
 from build.spec import Spec, load
 from tests.build import tiny_model
 
@@ -41,16 +44,16 @@ def model(spec: Spec) -> onnx.ModelProto:
 
 
 @pytest.fixture(scope="module")
-def good(model: onnx.ModelProto) -> verify.Runner:
-    return verify.onnxruntime_runner(model)
+def good(model: onnx.ModelProto) -> session.Runner:
+    return runner(model)
 
 
-def report(spec: Spec, model: onnx.ModelProto, runner: Any, tmp_path: Path, **options: Any) -> verify.Report:
-    within = verify.tolerance("onnxruntime", "fp32")
-    return verify.gate(spec, "tiny", runner, model, within, cache=tmp_path, **options)
+def report(spec: Spec, model: onnx.ModelProto, candidate: session.Runner, tmp_path: Path, **options: Any) -> verify.Report:
+    reference, within = runner(model, optimised=False), verify.tolerance(Target("onnxruntime"))
+    return verify.gate(spec, "tiny", candidate, reference=reference, within=within, cache=tmp_path, **options)
 
 
-def faulty(good: verify.Runner, fault: Fault) -> verify.Runner:
+def faulty(good: session.Runner, fault: Fault) -> session.Runner:
     calls = iter(range(10**6))
 
     def run(feeds: Any) -> Outputs:
@@ -59,7 +62,7 @@ def faulty(good: verify.Runner, fault: Fault) -> verify.Runner:
     return run
 
 
-def test_a_good_model_passes(spec: Spec, model: onnx.ModelProto, good: verify.Runner, tmp_path: Path) -> None:
+def test_a_good_model_passes(spec: Spec, model: onnx.ModelProto, good: session.Runner, tmp_path: Path) -> None:
     found = report(spec, model, good, tmp_path)
     assert found.require() is found
     assert [check.name for check in found.checks] == ["contract", "repeatability", "rows", "parity"]
@@ -152,7 +155,7 @@ def not_finite(outputs: Outputs, call: int) -> Outputs:
     ],
 )
 def test_planted_faults_fail(
-    fault: Fault, check: str, spec: Spec, model: onnx.ModelProto, good: verify.Runner, tmp_path: Path
+    fault: Fault, check: str, spec: Spec, model: onnx.ModelProto, good: session.Runner, tmp_path: Path
 ) -> None:
     if fault is half_scores:  # ends at the first check: the others need the contract's types
         found = verify.Report("tiny", "noise", (verify.check_contract(spec, faulty(good, fault), noise(spec)),))
@@ -177,7 +180,7 @@ def test_the_tolerances_are_those_that_were_agreed() -> None:
     # A logit that falls to the next of its 127 codes moves a score by a quarter of that step, two of them by a half.
     codes = (2, 2e-2, 1.2e-1, 0.03)
     agreed = {
-        "onnxruntime": {"fp32": exact, "fp16": close, "bf16": far, "int8": codes, "fp8": far},
+        "onnxruntime": {"fp32": exact, "fp16": close, "int8": codes},
         "tensorrt": {
             "fp32": (0, 1e-4, 1e-4, 0.0),
             "tf32": close,
@@ -189,20 +192,23 @@ def test_the_tolerances_are_those_that_were_agreed() -> None:
     }
     assert set(table) == {"about", *agreed}
     for runtime, precisions in agreed.items():
-        assert set(table[runtime]) == set(precisions)
+        assert set(table[runtime]) == set(precisions) == set(contract.precisions_of(runtime))
         for precision, numbers in precisions.items():
-            assert dataclasses.astuple(verify.tolerance(runtime, precision)) == numbers, (runtime, precision)
+            assert dataclasses.astuple(verify.tolerance(Target(runtime, precision))) == numbers, (runtime, precision)
 
 
 def test_unknown_and_damaged_tolerances(tmp_path: Path) -> None:
-    with pytest.raises(VerifyError, match="no tolerance for int4 on tensorrt"):
-        verify.tolerance("tensorrt", "int4")
+    with pytest.raises(OptionError, match="precision is 'int4', but the runtime tensorrt has fp32, tf32"):
+        Target("tensorrt", "int4")
     damaged = tmp_path / "tolerances.json"
+    damaged.write_text('{"tensorrt": {"fp32": {}}}')
+    with pytest.raises(VerifyError, match=r"no tolerance for int8 on tensorrt \(it has fp32\)"):
+        verify.tolerance(Target("tensorrt", "int8"), damaged)
     damaged.write_text('{"tensorrt": {"fp32": {"detection_boxes": 1}}}')
     with pytest.raises(VerifyError, match="cannot be used"):
-        verify.tolerance("tensorrt", "fp32", damaged)
+        verify.tolerance(Target("tensorrt"), damaged)
     with pytest.raises(VerifyError, match="cannot be used"):
-        verify.tolerance("tensorrt", "fp32", tmp_path / "none.json")
+        verify.tolerance(Target("tensorrt"), tmp_path / "none.json")
 
 
 def detections(*rows: tuple[float, float, int], most: int = 5) -> Outputs:
@@ -210,7 +216,7 @@ def detections(*rows: tuple[float, float, int], most: int = 5) -> Outputs:
     boxes, scores, classes = np.zeros((most, 4), "f4"), np.zeros(most, "f4"), np.full(most, -1, "i4")
     for i, (left, score, label) in enumerate(rows):
         boxes[i], scores[i], classes[i] = (left, 0, left + 0.2, 0.2), score, label
-    return dict(zip(verify.ssd_nms.OUTPUTS, (np.array([len(rows)], "i4"), boxes, scores, classes), strict=True))
+    return dict(zip(contract.OUTPUTS, (np.array([len(rows)], "i4"), boxes, scores, classes), strict=True))
 
 
 WITHIN = verify.Tolerance(0, 0.01, 0.01, 0.0)
@@ -259,9 +265,7 @@ def labelled(path: Path, count: int = 3) -> Spec:
     return load(other)
 
 
-def test_accuracy_is_judged_on_coco_results(
-    path: Path, model: onnx.ModelProto, good: verify.Runner, tmp_path: Path
-) -> None:
+def test_accuracy_is_judged_on_coco_results(path: Path, model: onnx.ModelProto, good: session.Runner, tmp_path: Path) -> None:
     spec, seen = labelled(path), []
 
     def judge(truth: dict[str, Any], results: list[dict[str, Any]]) -> float:
@@ -279,9 +283,7 @@ def test_accuracy_is_judged_on_coco_results(
     assert "3 pictures of" in found.pictures
 
 
-def test_accuracy_passes_and_cannot_be_nan(
-    path: Path, model: onnx.ModelProto, good: verify.Runner, tmp_path: Path
-) -> None:
+def test_accuracy_passes_and_cannot_be_nan(path: Path, model: onnx.ModelProto, good: session.Runner, tmp_path: Path) -> None:
     spec = labelled(path)
     assert report(spec, model, good, tmp_path, judge=lambda *_: 0.5).passed
     assert not report(spec, model, good, tmp_path, judge=lambda *_: float("nan")).passed

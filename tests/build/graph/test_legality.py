@@ -26,7 +26,6 @@ from PIL import Image
 from build.graph import precision
 from build.graph.attach import attach, before_nms, load_source
 from build.graph.precision import PRECISIONS
-from build.quantization import audit, quantize
 from build.spec import load
 from tests.build import tiny_model
 

@@ -12,13 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from build import contract
 from build.errors import QuantizeError
+from build.files import ROOT
 from build.graph import precision, ssd_nms
 from build.graph.attach import attach, before_nms, load_source
-from build.quantization import quantize
+from build.quantization import qdq
 from build.spec import Spec, load
 from tests.build import tiny_model
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module", params=["tiny", "shapes"])
@@ -79,16 +78,47 @@ def test_fp16_is_close_and_not_equal(spec: Spec) -> None:
         assert 0 < distance < 5e-3
 
 
-def test_rounded_computes_like_bfloat16(spec: Spec) -> None:
-    """Against the same rounding done by hand on the first Conv; the heads have BF16's error, not FP16's."""
+def test_widened_computes_like_bfloat16(spec: Spec) -> None:
+    """The heads have BF16's error, not FP16's."""
     images = pixels(spec)
     exact = run(before_nms(attach(spec)), images)
-    rounded = run(before_nms(attach(spec, precision.rounded(folded(spec)))), images)
+    model = precision.widened(attach(spec, precision.half(folded(spec), "bf16")))
+    assert not {TensorProto.BFLOAT16} & {constant.data_type for constant in model.graph.initializer}
+    rounded = run(before_nms(model), images)
     halved = run(before_nms(attach(spec, precision.half(folded(spec), "fp16"))), images)
     for one, coarse, fine in zip(exact, rounded, halved, strict=True):
         signal = np.abs(one).max()
         assert 3e-4 < np.abs(one - coarse).max() / signal < 8e-2
         assert np.abs(one - coarse).mean() > 2 * np.abs(one - fine).mean()
+
+
+def test_widened_rounds_every_result_as_done_by_hand(tmp_path: Path) -> None:
+    """The first Conv, in bits: BF16 pixels and weights, sums in FP32, the result rounded once."""
+    import ml_dtypes
+
+    spec = load(tiny_model.write(tmp_path / "tiny"))
+    source, images = folded(spec), pixels(spec)
+    conv = qdq.convs(source)[0]
+    weights, bias = (
+        numpy_helper.to_array(next(c for c in source.graph.initializer if c.name == name)) for name in conv.input[1:]
+    )
+
+    def short(values: np.ndarray) -> np.ndarray:
+        return values.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+    planes = (images.transpose(0, 3, 1, 2).astype(np.float32) - np.float32(spec.input.mean).reshape(3, 1, 1)) / (
+        np.float32(spec.input.std).reshape(3, 1, 1)
+    )
+    patches = short(planes).reshape(len(images), 3, 2, 4, 2, 4).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 48)
+    by_hand = patches.astype(np.float64) @ short(weights).reshape(len(weights), -1).T.astype(np.float64) + short(bias)
+    model = before_nms(precision.widened(attach(spec, precision.half(source, "bf16"))))
+    del model.graph.output[:]
+    model.graph.output.append(onnx.ValueInfoProto(name=conv.output[0]))
+    (answered,) = run(model, images)
+    rows = answered.transpose(0, 2, 3, 1).reshape(by_hand.shape)
+    assert (rows == short(rows)).all()  # every value is a BF16 number
+    step = np.abs(by_hand) * 2.0**-8 + 1e-6  # half a BF16 step, and the sums' own rounding
+    assert (np.abs(rows - by_hand) <= step).all()
 
 
 def test_bfloat16_constants_are_rounded_once_from_fp32(spec: Spec) -> None:

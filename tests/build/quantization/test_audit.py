@@ -10,19 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 
+from build import contract
 from build.errors import DataError, VerifyError
-from build.gate import accuracy
-from build.gate import datasets
+from build.files import ROOT
+from build.gate import accuracy, datasets, scoring
 from build.graph.attach import attach, load_source
-from build.quantization import audit, quantize, sensitivity
+from build.quantization import audit, qdq, sensitivity
 from build.reports import speed
-from build.spec import Spec, load
+from build.session import runner
+from build.spec import Spec, edit, load
 from tests.build import pictures, tiny_model
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def silent() -> Console:
@@ -159,36 +158,13 @@ def test_unreadable_pictures_count_as_unseen_up_to_a_limit(spec: Spec, tmp_path:
     whole = scoring.score(held, detect, "", silent())
     (folder / "0007.png").write_bytes(b"broken")
     broken = scoring.score(held, detect, "", silent())
-    assert len(broken.found) == 40
-    assert not len(broken.found[7].boxes)
+    assert len(broken.detected) == 40
+    assert not len(broken.detected[7].boxes)
     assert broken.accuracy.map < whole.accuracy.map
     for name in ("0008.png", "0011.png"):
         (folder / name).write_bytes(b"broken")
     with pytest.raises(DataError, match="3 of 16 pictures cannot be read"):
         scoring.score(held, detect, "", silent())
-
-
-@pytest.mark.parametrize("resize", ["stretch", "letterbox"])
-@pytest.mark.parametrize("size", [(300, 300), (640, 360), (201, 500)])
-def test_pictures_come_in_and_boxes_go_back_as_the_client_does_it(resize: str, size: tuple[int, int]) -> None:
-    from ssd_client import preprocess
-    from ssd_client.config import ModelConfig
-
-    into = dataclasses.replace(load(ROOT / "models" / "shapes").input, resize=resize)
-    values = np.random.default_rng(0).integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
-    picture = Image.fromarray(values).resize(size)
-    settings = {field.name: getattr(into, field.name) for field in dataclasses.fields(into)}
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    config = object.__new__(ModelConfig)
-    for name, value in {"input_width": into.width, "input_height": into.height, **settings}.items():
-        if name in names:
-            object.__setattr__(config, name, value)
-    pixels, back = datasets.to_input(picture, into)
-    wanted, placement = preprocess.input_array(picture, config)
-    assert (pixels == wanted).all()
-    boxes = np.random.default_rng(1).uniform(0, 1, (20, 4)).astype(np.float32)
-    ours = np.clip(boxes.reshape(-1, 2, 2) * back[0] + back[1], 0, picture.size).reshape(-1, 4)
-    np.testing.assert_allclose(ours, placement.to_image(boxes), atol=1e-3)
 
 
 # -- the audit and the gate --------------------------------------------------------------------------------------------
@@ -266,7 +242,7 @@ def test_sensitivity_finds_what_to_leave_out_and_writes_it(
     def breaks(source: Any, clips: Any, *, kind: str = "int8", exclude: Any = ()) -> qdq.Placed:
         return plain(source, {**clips, "ssd/front/div": 1e-3}, kind=kind, exclude=exclude)
 
-    monkeypatch.setattr(quantize, "quantize", breaks)
+    monkeypatch.setattr(qdq, "quantize", breaks)
     first = sensitivity.search(spec, tmp_path, budget=1e-6, count=20, console=silent())
     assert not first["done"]
     result = sensitivity.search(spec, tmp_path, count=20, console=silent())
@@ -280,7 +256,7 @@ def test_sensitivity_finds_what_to_leave_out_and_writes_it(
     assert "gate = 0.5  # of noise" in spec.path.read_text()
 
     # Again: everything is in the checkpoint, nothing is measured.
-    monkeypatch.setattr(audit, "score", lambda *a, **k: pytest.fail("it was measured again"))
+    monkeypatch.setattr(scoring, "score", lambda *a, **k: pytest.fail("it was measured again"))
     again = sensitivity.search(spec, tmp_path, count=20, console=silent())
     assert again["layers"] == result["layers"]
 
@@ -299,7 +275,7 @@ def test_exclude_nodes_are_written_and_the_rest_is_left(tmp_path: Path, before: 
     path = tiny_model.write(tmp_path / "tiny")
     path.write_text(f"# mine\n{path.read_text()}\n{before}")
     old = load(path)
-    sensitivity.write_exclude_nodes(path, ["a/b", 'c"d'])
+    edit(path, {"quantization.exclude_nodes": ["a/b", 'c"d']})
     new = load(path)
     assert new.quantization.exclude_nodes == ("a/b", 'c"d')
     assert dataclasses.replace(new.quantization, exclude_nodes=()) == dataclasses.replace(

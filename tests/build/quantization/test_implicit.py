@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,46 +72,48 @@ def test_it_feeds_the_pictures_in_whole_batches_and_gives_the_memory_back(
 ) -> None:
     device = HostOnly()
     trt = version("10.3.0", *implicit.BASES.values())
-    one = implicit.calibrator(spec, method, b"model", tmp_path, batch=8, trt=trt, cuda=Cuda(device))
-    assert isinstance(one, Base)
-    assert one.get_batch_size() == 8
+    settings = dataclasses.replace(spec.quantization, calibrator=method)
+    spec = dataclasses.replace(spec, quantization=settings)
+    calibrator = implicit.calibrator(spec, tmp_path, b"model", batch=8, trt=trt, cuda=Cuda(device))
+    assert isinstance(calibrator, Base)
+    assert calibrator.get_batch_size() == 8
     wanted = np.concatenate(list(datasets.arrays(datasets.calibration(spec, tmp_path), spec.input, 8)))
     names = ["images", "iou_threshold"]
     for start in (0, 8):
-        addresses = one.get_batch(names)
+        addresses = calibrator.get_batch(names)
         pixels = np.ctypeslib.as_array((ctypes.c_uint8 * wanted[:8].size).from_address(addresses[0]))
         assert (pixels.reshape(8, 8, 8, 3) == wanted[start : start + 8]).all()
         thresholds = np.ctypeslib.as_array((ctypes.c_float * 8).from_address(addresses[1]))
         assert (thresholds == np.float32(spec.nms.iou_threshold)).all()
-    assert one.get_batch(names) is None
+    assert calibrator.get_batch(names) is None
     assert not device.held
-    assert one.get_quantile() == pytest.approx(0.995)
+    assert calibrator.get_quantile() == pytest.approx(0.995)
 
 
 def test_its_cache_is_refused_when_anything_changed(spec: Spec, tmp_path: Path) -> None:
     trt = version("10.3.0", *implicit.BASES.values())
 
-    def made(model: bytes = b"model", spec: Spec = spec, trt: Any = trt) -> Any:
-        return implicit.calibrator(spec, "entropy", model, tmp_path, trt=trt, cuda=Cuda(HostOnly()))
+    def calibrator(model: bytes = b"model", spec: Spec = spec, trt: Any = trt) -> Any:
+        return implicit.calibrator(spec, tmp_path, model, trt=trt, cuda=Cuda(HostOnly()))
 
-    assert made().read_calibration_cache() is None
-    made().write_calibration_cache(memoryview(b"TRT-100300-EntropyCalibration2\nimages: 3c010a14\n"))
-    assert made().read_calibration_cache() == b"TRT-100300-EntropyCalibration2\nimages: 3c010a14\n"
-    assert made(model=b"another").read_calibration_cache() is None
-    assert made(trt=version("10.4.0", *implicit.BASES.values())).read_calibration_cache() is None
+    assert calibrator().read_calibration_cache() is None
+    calibrator().write_calibration_cache(memoryview(b"TRT-100300-EntropyCalibration2\nimages: 3c010a14\n"))
+    assert calibrator().read_calibration_cache() == b"TRT-100300-EntropyCalibration2\nimages: 3c010a14\n"
+    assert calibrator(model=b"another").read_calibration_cache() is None
+    assert calibrator(trt=version("10.4.0", *implicit.BASES.values())).read_calibration_cache() is None
     (spec.path.parent / "pictures" / "0000.png").unlink()
-    assert made().read_calibration_cache() is None
+    assert calibrator().read_calibration_cache() is None
 
 
 def test_where_it_cannot_be(spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeUnavailableError, match=r"TensorRT 11\.1\.0 has no IInt8EntropyCalibrator2"):
-        implicit.calibrator(spec, "entropy", b"", tmp_path, trt=version("11.1.0"))
+        implicit.calibrator(spec, tmp_path, b"", trt=version("11.1.0"))
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(RuntimeUnavailableError, match="the Python package tensorrt"):
-        implicit.calibrator(spec, "entropy", b"", tmp_path)
+        implicit.calibrator(spec, tmp_path, b"")
     with pytest.raises(DataError, match="holds 19 pictures, but TensorRT calibrates on whole batches of 20"):
-        implicit.calibrator(spec, "entropy", b"", tmp_path, batch=20, trt=version("10.3.0", *implicit.BASES.values()))
+        implicit.calibrator(spec, tmp_path, b"", batch=20, trt=version("10.3.0", *implicit.BASES.values()))
     for picture in (spec.path.parent / "pictures").glob("*.png"):
         picture.unlink()
     with pytest.raises(DataError, match="holds no pictures"):
-        implicit.calibrator(spec, "entropy", b"", tmp_path, trt=version("10.3.0", *implicit.BASES.values()))
+        implicit.calibrator(spec, tmp_path, b"", trt=version("10.3.0", *implicit.BASES.values()))

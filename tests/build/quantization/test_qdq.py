@@ -14,14 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from build import contract
-from build.errors import DataError, PublishError, QuantizeError
+from build.errors import DataError, QuantizeError, WriteError
 from build.gate import datasets
 from build.graph.attach import attach, before_nms, load_source
-from build.quantization import quantize
+from build.quantization import calibration, qdq
 from build.spec import Spec, load
 from tests.build import pictures, tiny_model
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def tiny(folder: Path, data: str = 'calibration = "pictures"', count: int = 120) -> Spec:
@@ -234,7 +232,7 @@ def test_a_full_disk_leaves_nothing_half_written(spec: Spec, tmp_path: Path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "savez_compressed", full)
-    with pytest.raises(PublishError, match="the disk is full"):
+    with pytest.raises(WriteError, match="the disk is full"):
         calibration.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
     assert not (tmp_path / "cache" / "tiny" / "calibration.npz").exists()
 
