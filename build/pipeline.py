@@ -308,7 +308,7 @@ def _build(
     # Where TensorRT calibrates, no graph is quantised: the gate judges the plan.
     chosen = audit.approved(spec, contract.BASELINE if target.implicit else target.precision, artifacts, show)
     graph = chosen.runs if artifact.name == "onnxruntime.onnx" else chosen.graph
-    self_check(chosen.runs, spec)
+    self_check(chosen.runs, spec, literal=chosen.kind.literal)
     for path, written in {artifact.with_name("model.onnx"): chosen.graph, artifact: graph}.items():
         files.write(path, written.SerializeToString(deterministic=True))
     show.print(

@@ -17,9 +17,9 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 from rich.console import Console
-from tests.build.fake_tensorrt import VERSIONS, FakeTensorRT
 
-from build import pipeline
+from build import contract, pipeline, session
+from build.contract import Target
 from build.errors import (
     DataError,
     GraphError,
@@ -31,12 +31,15 @@ from build.errors import (
 )
 from build.files import ROOT
 from build.gate import verify
+from build.gate.self_check import self_check
 from build.graph.attach import attach
+from build.graph.precision import widened
 from build.publish import repository
+from build.session import runner
 from build.spec import Spec, load
-from build.tensorrt import compat as tensorrt_compat
-from build.tensorrt import plan
+from build.tensorrt import compat, timing
 from tests.build import pictures, tiny_model
+from tests.build.tensorrt.fake_tensorrt import VERSIONS, FakeTensorRT
 
 
 class Place:
@@ -133,7 +136,11 @@ def test_tensorrt_says_all_that_is_missing(place: Place, monkeypatch: pytest.Mon
     ("options", "error", "message"),
     [
         ({"runtime": "tensort"}, OptionError, "runtime is 'tensort', but must be one of auto, onnxruntime, tensorrt"),
-        ({"precision": "bf16"}, OptionError, "precision is 'bf16', but .* builds fp32, fp16, int8 only for onnx"),
+        (
+            {"precision": "bf16"},
+            OptionError,
+            "precision is 'bf16', but the runtime onnxruntime has fp32, fp16, int8 only",
+        ),
         ({"calibration": "implict"}, OptionError, "calibration is 'implict', but must be one of explicit, implicit"),
         (
             {"calibration": "implicit", "precision": "int8", "runtime": "onnxruntime"},
@@ -185,7 +192,7 @@ def test_nothing_heavy_is_imported_with_the_modules() -> None:
     assert not {"onnx", "onnxruntime", "onnxscript", "tritonclient", "numpy", "rich", "google.protobuf"} & set(found)
 
 
-def swapped(run: verify.Runner) -> verify.Runner:
+def swapped(run: session.Runner) -> session.Runner:
     """A runner that answers the first two rows of a batch in the other's place."""
 
     def wrong(feeds: Any) -> dict[str, np.ndarray]:
@@ -205,11 +212,10 @@ def test_the_gate_is_in_the_manifest(place: Place) -> None:
 
 def test_what_fails_its_gate_is_not_published(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.build()
-    right = verify.onnxruntime_runner
     monkeypatch.setattr(
-        verify,
-        "onnxruntime_runner",
-        lambda model, optimised=True: swapped(right(model)) if optimised else right(model, optimised=False),
+        pipeline,
+        "runner",
+        lambda model, optimised=True: swapped(runner(model)) if optimised else runner(model, optimised=False),
     )
     with pytest.raises(VerifyError, match=r"tiny \(fp32, onnxruntime\) failed its gate \(rows[\s\S]*another: look at"):
         place.build(force=True)
@@ -253,23 +259,25 @@ def test_what_is_published_can_be_verified_again(place: Place) -> None:
 
 
 class StandInPlan:
-    """A plan that is the ONNX file itself, run by ONNX Runtime."""
+    """A plan that is the ONNX file itself, run by ONNX Runtime: in FP32 where it has no kernels for the types."""
 
     max_batch = 4
     wrong = False
 
     def __init__(self, path: Path, facts: Any, plugin: Path, cuda_graphs: bool = False) -> None:
-        run = verify.onnxruntime_runner(onnx.load(path))
+        model = onnx.load(path)
+        kinds = {node.op_type for node in model.graph.node}
+        run = runner(widened(model), literal="QuantizeLinear" in kinds)
         self.run = swapped(run) if self.wrong else run
         self.cuda_graphs = cuda_graphs
 
-    def benchmark(self, inputs: Any, *, seconds: float) -> plan.Timing:
+    def benchmark(self, inputs: Any, *, seconds: float) -> timing.Timing:
         rows = len(self.run(inputs)["num_detections"])
-        runs = [plan.Run(compute=2.0, h2d=0.25, d2h=0.25, enqueue=0.5)] * 4
-        return plan.Timing.of(runs, rows, seconds, self.cuda_graphs)
+        runs = [timing.Run(compute=2.0, h2d=0.25, d2h=0.25, enqueue=0.5)] * 4
+        return timing.Timing.of(runs, rows, seconds, self.cuda_graphs)
 
     def layer_times(self, inputs: Any) -> list[dict[str, Any]]:
-        return plan.profile_rows({"conv": [1.0, 3.0], "ssd/nms": [1.0, 1.0]})
+        return timing.profile_rows({"conv": [1.0, 3.0], "ssd/nms": [1.0, 1.0]})
 
     def layers(self) -> dict[str, Any]:
         return {"Layers": []}
@@ -284,35 +292,48 @@ class StandInPlan:
         pass
 
 
-def test_the_way_of_a_plan(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stages' order and what goes from one to the next; the stages themselves are stand-ins here."""
-    here = {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.13.2", "plugin_sha256": "ab"}
-    built = []
+HERE = {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.13.2", "plugin_sha256": "ab"}
+
+
+def in_place_of_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, version: str = HERE["tensorrt"]
+) -> list[tuple[Target, str, bool]]:
+    """Stands in for the GPU and the builder; returns what each build got: target, operators, whether a calibrator."""
+    built: list[tuple[Target, str, bool]] = []
 
     def build(
-        spec: Spec, model: onnx.ModelProto, precision: str, target: Path, calibration: Path | None, console: Console
+        spec: Spec, model: onnx.ModelProto, target: Target, plan: Path, calibrator: Any, console: Console
     ) -> dict[str, Any]:
-        assert calibration is None
-        built.append(precision)
+        built.append((target, " ".join(sorted({node.op_type for node in model.graph.node})), calibrator is not None))
         data = model.SerializeToString(deterministic=True)
-        target.write_bytes(data)
+        plan.write_bytes(data)
         return tiny_model.engine_of(spec) | {"onnx_sha256": hashlib.sha256(data).hexdigest(), "build_seconds": 1.0}
 
     monkeypatch.setattr(pipeline, "choose_runtime", lambda runtime: ("tensorrt", "a stand-in"))
-    monkeypatch.setattr(pipeline.engine, "target", lambda: here)
+    monkeypatch.setattr(pipeline.engine, "built_for", lambda: HERE | {"tensorrt": version})
     monkeypatch.setattr(pipeline.engine, "build", build)
     monkeypatch.setattr(pipeline.plan, "Plan", StandInPlan)
+    monkeypatch.setattr(compat, "load", lambda: FakeTensorRT(version))
+    return built
+
+
+def test_the_way_of_a_plan(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages' order and what goes from one to the next; the stages themselves are stand-ins here."""
+    built = in_place_of_tensorrt(monkeypatch)
     assert place.build(runtime="tensorrt", precision="tf32")[0] == {"tiny": 1}
     assert "for NVIDIA H200 with TensorRT 10.13.2" in place.build(runtime="tensorrt", force=True)[1]
     folder = place.repository / "tiny" / "2"
     assert {path.name for path in folder.iterdir()} == {"config.pbtxt", "labels.txt", "manifest.json", "model.plan"}
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["target"], manifest["engine"]["tensorrt"], manifest["verified"]["passed"]) == (
-        here,
+        HERE,
         "10.13.2",
         True,
     )
-    assert built == ["tf32", "fp32"]
+    assert [(target, calibrated) for target, _, calibrated in built] == [
+        (Target("tensorrt", "tf32"), False),
+        (Target("tensorrt"), False),
+    ]
     assert "nothing changed, version 2 stays" in place.build(runtime="tensorrt")[1]
     assert [report.passed for report in checked(place)] == [True]
 
@@ -339,33 +360,12 @@ def test_the_way_of_a_plan(place: Place, monkeypatch: pytest.MonkeyPatch) -> Non
             "tiny", place.repository, batch=0, sources=place.sources, artifacts=place.artifacts
         )
 
-    here["tensorrt"] = "11.1"  # stale: built again, for what is here now
+    in_place_of_tensorrt(monkeypatch, "11.1")  # stale: built again, for what is here now
     assert place.build(runtime="tensorrt")[0] == {"tiny": 3}
     monkeypatch.setattr(StandInPlan, "wrong", True)
     with pytest.raises(VerifyError, match="rows"):
         place.build(runtime="tensorrt", force=True)
     assert repository.served_version(place.repository, "tiny") == 3
-
-
-def in_place_of_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str) -> list[tuple[str, str, Path | None]]:
-    """Stands in for the GPU and the builder; gets what each build was given: precision, operators, calibration."""
-    built: list[tuple[str, str, Path | None]] = []
-
-    def build(
-        spec: Spec, model: onnx.ModelProto, precision: str, target: Path, calibration: Path | None, console: Console
-    ) -> dict[str, Any]:
-        built.append((precision, " ".join(sorted({node.op_type for node in model.graph.node})), calibration))
-        data = model.SerializeToString(deterministic=True)
-        target.write_bytes(data)
-        return tiny_model.engine_of(spec) | {"onnx_sha256": hashlib.sha256(data).hexdigest(), "build_seconds": 1.0}
-
-    here = {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": version, "plugin_sha256": "ab"}
-    monkeypatch.setattr(pipeline, "choose_runtime", lambda runtime: ("tensorrt", "a stand-in"))
-    monkeypatch.setattr(pipeline.engine, "target", lambda: here)
-    monkeypatch.setattr(pipeline.engine, "build", build)
-    monkeypatch.setattr(pipeline.plan, "Plan", StandInPlan)
-    monkeypatch.setattr(tensorrt_compat, "load", lambda: FakeTensorRT(version))
-    return built
 
 
 def with_pictures(place: Place) -> Path:
@@ -394,28 +394,26 @@ def test_implicit_and_explicit_plans_are_not_taken_for_each_other(
     assert place.build(**kind, calibration="implicit")[0] == {"tiny": 1}
     manifest = json.loads((place.repository / "tiny" / "1" / "manifest.json").read_text())
     assert manifest["calibration"] == {"way": "implicit", "method": "entropy"}
-    assert "build/implicit.py" in manifest["inputs"]
+    assert "build/quantization/implicit.py" in manifest["inputs"]
     assert {"parity", "mAP"} < set(manifest["verified"]["checks"])
     assert looked_at == [40, 40]  # all that there are, not only the gate's few
-    assert built[0][2] == place.artifacts
+    assert built[0][2]
     assert "BatchNormalization" in built[0][1]  # FP32 as it is
     assert "QuantizeLinear" not in built[0][1]
     assert "nothing changed" in place.build(**kind, calibration="implicit")[1]
     assert [report.passed for report in checked(place, judge=judge)] == [True]
 
-    assert repository.fresh_manifest(load(path), place.repository, "int8", "tensorrt") is None
+    assert repository.fresh_manifest(load(path), place.repository, Target("tensorrt", "int8")) is None
     path.write_text(path.read_text() + 'calibrator = "minmax"\n')
     assert place.build(**kind, calibration="implicit")[0] == {"tiny": 2}
     manifest = json.loads((place.repository / "tiny" / "2" / "manifest.json").read_text())
     assert manifest["calibration"] == {"way": "implicit", "method": "minmax"}
 
-    monkeypatch.setattr(
-        pipeline.audit, "_judged", lambda *_: (SimpleNamespace(accuracy=SimpleNamespace(map=0.5)), None)
-    )
+    monkeypatch.setattr(pipeline.audit, "judged", lambda *_: (SimpleNamespace(accuracy=SimpleNamespace(map=0.5)), None))
     assert place.build(**kind)[0] == {"tiny": 3}
     manifest = json.loads((place.repository / "tiny" / "3" / "manifest.json").read_text())
     assert manifest["calibration"] == {"way": "explicit", "method": "minmax"}
-    assert built[-1][2] is None
+    assert not built[-1][2]
     assert "QuantizeLinear" in built[-1][1]
     assert place.build(**kind, calibration="implicit")[0] == {"tiny": 4}
     artifacts = place.artifacts / "tiny"
@@ -438,11 +436,58 @@ def test_what_implicit_calibration_needs(place: Place, monkeypatch: pytest.Monke
         place.build(**kind | {"precision": "fp16"})
     with pytest.raises(RuntimeUnavailableError, match=r"TensorRT 11\.4\.0\.106 has no IInt8[\s\S]*explicit"):
         place.build(**kind)
-    monkeypatch.setattr(tensorrt_compat, "load", lambda: FakeTensorRT(VERSIONS[2]))
+    monkeypatch.setattr(compat, "load", lambda: FakeTensorRT(VERSIONS[2]))
     with pytest.raises(DataError, match="names no held-out pictures"):
         place.build(**kind)
     with_pictures(place)
     with pytest.raises(VerifyError, match="is judged by mAP"):
         place.build(**kind)
     assert not built
+    assert not place.repository.exists()
+
+
+@pytest.mark.parametrize("precision", contract.precisions_of("tensorrt"))
+def test_every_precision_reaches_the_repository_and_a_wrong_plan_does_not(
+    place: Place, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Up to the plan's runner, whose stand-in computes the graph's own types; the gate compares with the same graph."""
+    in_place_of_tensorrt(monkeypatch)
+    with_pictures(place)
+    monkeypatch.setattr(pipeline.audit, "judged", lambda *_: (SimpleNamespace(accuracy=SimpleNamespace(map=0.5)), None))
+    kind: dict[str, Any] = {"runtime": "tensorrt", "precision": precision, "judge": lambda *_: 0.5}
+    assert place.build(**kind)[0] == {"tiny": 1}
+    manifest = json.loads((place.repository / "tiny" / "1" / "manifest.json").read_text())
+    assert manifest["verified"]["passed"]
+    assert {"parity", "mAP"} < set(manifest["verified"]["checks"])
+    assert Target.of(manifest) == Target("tensorrt", precision)
+    assert [report.passed for report in checked(place)] == [True]
+
+    monkeypatch.setattr(StandInPlan, "wrong", True)
+    (report,) = checked(place)
+    assert "rows" in {check.name for check in report.checks if not check.passed}
+    with pytest.raises(VerifyError, match=rf"tiny \({precision}, tensorrt\) failed its gate"):
+        place.build(**kind, force=True)
+    assert repository.served_version(place.repository, "tiny") == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_plan_of_other_numbers_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """A plan whose weights are a tenth off fails parity in the precisions whose reference is not the graph as it is."""
+    in_place_of_tensorrt(monkeypatch)
+    with_pictures(place)
+    monkeypatch.setattr(pipeline.audit, "judged", lambda *_: (SimpleNamespace(accuracy=SimpleNamespace(map=0.5)), None))
+    right = pipeline.engine.build
+
+    def off(spec: Spec, model: onnx.ModelProto, target: Target, plan: Path, **options: Any) -> dict[str, Any]:
+        facts: dict[str, Any] = right(spec, model, target, plan, **options)
+        other = onnx.load(plan)
+        weights = next(item for item in other.graph.initializer if item.name == "w_box")
+        values = (numpy_helper.to_array(weights).astype(np.float32) * 1.1).astype(numpy_helper.to_array(weights).dtype)
+        weights.CopyFrom(numpy_helper.from_array(values, "w_box"))
+        onnx.save(other, plan)
+        return facts
+
+    monkeypatch.setattr(pipeline.engine, "build", off)
+    with pytest.raises(VerifyError, match=r"failed its gate \(.*parity"):
+        place.build(runtime="tensorrt", precision=precision)
     assert not place.repository.exists()

@@ -48,7 +48,9 @@ def good(model: onnx.ModelProto) -> session.Runner:
     return runner(model)
 
 
-def report(spec: Spec, model: onnx.ModelProto, candidate: session.Runner, tmp_path: Path, **options: Any) -> verify.Report:
+def report(
+    spec: Spec, model: onnx.ModelProto, candidate: session.Runner, tmp_path: Path, **options: Any
+) -> verify.Report:
     reference, within = runner(model, optimised=False), verify.tolerance(Target("onnxruntime"))
     return verify.gate(spec, "tiny", candidate, reference=reference, within=within, cache=tmp_path, **options)
 
@@ -265,7 +267,9 @@ def labelled(path: Path, count: int = 3) -> Spec:
     return load(other)
 
 
-def test_accuracy_is_judged_on_coco_results(path: Path, model: onnx.ModelProto, good: session.Runner, tmp_path: Path) -> None:
+def test_accuracy_is_judged_on_coco_results(
+    path: Path, model: onnx.ModelProto, good: session.Runner, tmp_path: Path
+) -> None:
     spec, seen = labelled(path), []
 
     def judge(truth: dict[str, Any], results: list[dict[str, Any]]) -> float:
@@ -283,7 +287,9 @@ def test_accuracy_is_judged_on_coco_results(path: Path, model: onnx.ModelProto, 
     assert "3 pictures of" in found.pictures
 
 
-def test_accuracy_passes_and_cannot_be_nan(path: Path, model: onnx.ModelProto, good: session.Runner, tmp_path: Path) -> None:
+def test_accuracy_passes_and_cannot_be_nan(
+    path: Path, model: onnx.ModelProto, good: session.Runner, tmp_path: Path
+) -> None:
     spec = labelled(path)
     assert report(spec, model, good, tmp_path, judge=lambda *_: 0.5).passed
     assert not report(spec, model, good, tmp_path, judge=lambda *_: float("nan")).passed
