@@ -58,6 +58,10 @@ class PublishError(SSDError):
     """The model repository could not be written; what was published before is untouched."""
 
 
+class ImportModelError(SSDError):
+    """A model cannot be imported; nothing was written."""
+
+
 class WriteError(SSDError):
     """A file could not be written; it is as it was."""
 

@@ -7,12 +7,9 @@ one with raw heads, and what to export instead is said.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
-import importlib
 import json
-import math
 import os
 import re
 import shutil
@@ -23,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build import contract, spec
-from build.errors import OptionError, RuntimeUnavailableError, SSDError
+from build.errors import ImportModelError, OptionError
 from build.files import MODELS
 from build.gate.self_check import self_check
 from build.graph.attach import attach, rename
+from build.sources.torchvision import TORCHVISION, write_torchvision
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,22 +32,13 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
-    from numpy.typing import NDArray
-
-TORCHVISION = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
-OPSET = 17
 
 # Operators that do (a part of) the post-processing: the standard one, TensorRT's plugins, and exporters' own.
 _POST_PROCESSING = re.compile(
     r"NonMaxSuppression|(Efficient|Batched|EfficientIdx|Multiclass)\w*NMS\w*|NMS_TRT|TRTBatched\w*NMS\w*|"
     r"\w*DetectionOutput\w*|DetectionPostProcess|\w*NMS"
 )
-
-
-class ImportModelError(SSDError):
-    """A model cannot be imported; nothing was written."""
 
 
 def import_model(
@@ -90,8 +79,9 @@ def import_model(
     if source in TORCHVISION:
         if spec_file or anchors or boxes or logits:
             raise OptionError(f"{source} brings its own spec, anchors and heads", fix="leave those options out")
+        names = None if labels is None else _lines(labels)
         return _write(
-            models, name or source, force, lambda folder: _torchvision(folder, source, weights, labels, settings)
+            models, name or source, settings, force, lambda folder: write_torchvision(folder, source, weights, names)
         )
     path = Path(source)
     if path.suffix != ".onnx":
@@ -102,12 +92,15 @@ def import_model(
     return _write(
         models,
         name or path.stem,
+        settings,
         force,
-        lambda folder: _onnx(folder, path, spec_file, labels, anchors, boxes, logits, settings),
+        lambda folder: _onnx(folder, path, spec_file, labels, anchors, boxes, logits),
     )
 
 
-def _write(models: Path, name: str, force: bool, fill: Callable[[Path], dict[str, dict[str, Any]]]) -> Path:
+def _write(
+    models: Path, name: str, settings: Sequence[str], force: bool, fill: Callable[[Path], dict[str, dict[str, Any]]]
+) -> Path:
     """Fills a folder beside `models`, checks what is in it as the build would, and only then renames it into place."""
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise OptionError(f"name is {name!r}, but must be of letters, digits, - and _", fix="give another one: --name")
@@ -120,6 +113,7 @@ def _write(models: Path, name: str, force: bool, fill: Callable[[Path], dict[str
     try:
         content.mkdir()
         tables = fill(content)
+        _apply(tables, settings)
         tables.setdefault("model", {})["name"] = name
         (content / "spec.toml").write_text(_toml(name, tables), encoding="utf-8")
         checked = spec.load(content)
@@ -176,184 +170,11 @@ def _apply(tables: dict[str, dict[str, Any]], settings: Sequence[str]) -> None:
         tables.setdefault(found[1], {})[found[2]] = value
 
 
-# -- torchvision -------------------------------------------------------------------------------------------------------
-
-
-def load_torchvision() -> Any:
-    """The package torchvision, also beside a torch for which its compiled operators were not built.
-
-    Structure, weights and heads need none of those operators; torchvision only asks that some be declared.
-
-    Raises:
-        RuntimeUnavailableError: torch or torchvision is not installed, or they do not fit together.
-    """
-    torch = _torch()
+def _lines(path: Path) -> list[str]:
     try:
-        with contextlib.suppress(RuntimeError):
-            return importlib.import_module("torchvision")
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            with contextlib.suppress(RuntimeError):
-                library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torchvision: Any = importlib.import_module("torchvision")
-        torchvision._ssd_declared_operators = library  # they go when the library object goes
-    except ImportError as error:
-        raise RuntimeUnavailableError(
-            f"torchvision cannot be imported: {error}", fix="pip install torchvision"
-        ) from None
-    except RuntimeError as error:
-        raise RuntimeUnavailableError(
-            f"torchvision does not fit this torch {torch.__version__}: {error}",
-            fix="install the two versions that belong together",
-        ) from None
-    return torchvision
-
-
-def _torch() -> Any:
-    try:
-        return importlib.import_module("torch")
-    except ImportError:
-        raise RuntimeUnavailableError(
-            "torch is not installed", fix="install the extra: pip install torch torchvision onnxscript"
-        ) from None
-
-
-def torchvision_model(architecture: str, weights: str, labels: Sequence[str] | None = None) -> tuple[Any, list[str]]:
-    """A torchvision detector in evaluation mode, and its foreground labels.
-
-    Args:
-        architecture: one of `TORCHVISION`.
-        weights: default, none, or a file with a state dict.
-        labels: the foreground labels where they are not COCO's.
-
-    Raises:
-        ImportModelError: the weights cannot be had, or do not fit.
-    """
-    models = load_torchvision().models
-    torch = _torch()
-
-    if weights == "default" and labels is not None:
-        raise OptionError("the default weights have COCO's labels", fix="leave --labels out, or name a weights file")
-    published = models.get_model_weights(architecture).DEFAULT
-    names = list(labels) if labels is not None else _unique(published.meta["categories"][1:])
-    make = getattr(models.detection, architecture)
-    options: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": len(names) + 1}
-    try:
-        if weights == "default":
-            model = make(weights=published)
-        elif weights == "none":
-            model = make(**options)
-        else:
-            model = make(**options)
-            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except OSError as error:
-        raise ImportModelError(
-            f"the weights {weights!r} of {architecture} cannot be read: {error}",
-            why="there is no way from here to torchvision's download server" if weights == "default" else "",
-            fix=f"download {published.url} elsewhere and name the file: --weights FILE"
-            if weights == "default"
-            else "name a file with a state dict, or `none` for random weights",
-        ) from None
-    except Exception as error:  # torch names many: of unpickling, of keys, of shapes
-        text = str(error).strip().splitlines()
-        raise ImportModelError(
-            f"the weights {weights!r} do not fit {architecture} with {len(names)} labels: {text[0] if text else error}",
-            why="they are of another architecture or of other classes",
-            fix="name the labels of the classes that it was trained on: --labels FILE",
-        ) from None
-    return model.eval(), names
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """COCO's list has gaps, all called N/A; labels.txt wants every label once."""
-    return [f"{name} {i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
-
-
-def raw_heads(model: Any) -> Any:
-    """A torch module: FP32 [B,3,H,W], normalised → box_deltas [B,N,4], class_logits [B,N,C].
-
-    torchvision limits the logarithms of width and height before it decodes; the same limit stands here on the deltas.
-    """
-    torch = _torch()
-
-    class RawHeads(torch.nn.Module):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone, self.head = model.backbone, model.head
-            limit = [math.inf, math.inf, *(model.box_coder.bbox_xform_clip * w for w in model.box_coder.weights[2:])]
-            self.register_buffer("limit", torch.tensor(limit).clamp(max=torch.finfo(torch.float32).max))
-
-        def forward(self, pixels: Any) -> tuple[Any, Any]:
-            found = self.head(list(self.backbone(pixels).values()))
-            return torch.minimum(found["bbox_regression"], self.limit), found["cls_logits"]
-
-    return RawHeads().eval()
-
-
-def torchvision_anchors(model: Any) -> NDArray[np.float32]:
-    """FP32 [N,4]: the default boxes as cx,cy,w,h in 0..1, in the order of the heads."""
-    torch = _torch()
-    image_list = load_torchvision().models.detection.image_list
-    width, height = model.transform.fixed_size
-    images = torch.zeros(1, 3, height, width)
-    with torch.no_grad():
-        features = list(model.backbone(images).values())
-    corners = model.anchor_generator(image_list.ImageList(images, [(height, width)]), features)[0].double()
-    size = torch.tensor([width, height], dtype=torch.float64)
-    low, high = corners[:, :2] / size, corners[:, 2:] / size
-    found: NDArray[np.float32] = torch.cat([(low + high) / 2, high - low], 1).float().numpy()
-    return found
-
-
-def _torchvision(
-    folder: Path, architecture: str, weights: str, labels: Path | None, settings: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    import numpy as np
-
-    model, names = torchvision_model(architecture, weights, None if labels is None else _lines(labels))
-    torch = _torch()
-    width, height = model.transform.fixed_size
-    batch = {0: "batch"}
-    torch.onnx.export(
-        raw_heads(model),
-        (torch.zeros(2, 3, height, width),),
-        str(folder / "model.onnx"),
-        input_names=["pixels"],
-        output_names=list(contract.HEADS),
-        dynamic_axes={"pixels": batch, **dict.fromkeys(contract.HEADS, batch)},
-        opset_version=OPSET,
-        dynamo=False,
-        do_constant_folding=False,
-        training=torch.onnx.TrainingMode.PRESERVE,  # BatchNormalization stays a node: fusing is the runtime's work
-    )
-    np.save(folder / "anchors.npy", torchvision_anchors(model))
-    (folder / "labels.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
-    tables: dict[str, dict[str, Any]] = {
-        "model": {},
-        "input": {
-            "width": width,
-            "height": height,
-            "color_order": "RGB",
-            "resize": "stretch",
-            "mean": [255 * value for value in model.transform.image_mean],
-            "std": [255 * value for value in model.transform.image_std],
-        },
-        "nms": {
-            "score_threshold": model.score_thresh,
-            "iou_threshold": model.nms_thresh,
-            "max_detections": model.detections_per_img,
-            "topk_per_class": model.topk_candidates,
-            "background_class": 0,
-            "score_activation": "softmax",
-            "box_coding": "center_size",
-            "box_scales": list(model.box_coder.weights),
-            "clip_boxes": True,
-            "class_agnostic": False,
-            "runtime_thresholds": True,
-        },
-    }
-    _apply(tables, settings)
-    return tables
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImportModelError(f"{path}: cannot be read: {error}", fix="one foreground label per line, UTF-8") from None
 
 
 # -- any ONNX with raw heads -------------------------------------------------------------------------------------------
@@ -367,7 +188,6 @@ def _onnx(
     anchors: Path | None,
     boxes: str,
     logits: str,
-    settings: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
     import onnx
     from google.protobuf.message import DecodeError
@@ -410,16 +230,8 @@ def _onnx(
             shutil.copyfile(file, folder / to)
         except OSError as error:
             raise ImportModelError(f"{file}: cannot be read: {error.strerror}", fix="correct the path") from None
-    _apply(tables, settings)
     onnx.save(model, folder / "model.onnx")  # external data becomes part of the one file
     return tables
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ImportModelError(f"{path}: cannot be read: {error}", fix="one foreground label per line, UTF-8") from None
 
 
 def _rename_heads(model: onnx.ModelProto, path: Path, names: Mapping[str, str]) -> None:
