@@ -45,7 +45,6 @@ _GRPC_OPTIONS = [
     # By default a channel does not look again for a second and more after a refused connection, and fails what it is
     # given meanwhile; pauses are the retries' business.
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 100),
 ]
 
