@@ -1,7 +1,7 @@
 """`SSDClient` and `AsyncSSDClient`: pictures in, detections in the pictures' own pixels out.
 
-Both are thin: what is to be done is written once, in `_Session`, as generators that yield the steps a client has to
-take (send a message, sleep, work on pixels). The two classes differ only in how they take them.
+`_Session` holds the logic of both, as generators. A generator yields the steps that a client has to take: send a
+message, sleep, work on pixels. The two classes differ only in how they take these steps.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ class _Session:
                     yield _Send(self._codec.unregister(region.name), _CLOSE_TIMEOUT)
                     break
                 except (ServerUnavailableError, RequestTimeoutError):
-                    return  # it went away, and its mappings with it
-                except SSDClientError:  # it still works on a request whose answer nobody waits for
+                    return  # without a server there are no mappings
+                except SSDClientError:  # the server still works on a request that was given up
                     if time.monotonic() > deadline:
                         break
                     yield _Sleep(_FIRST_BACKOFF)
@@ -250,7 +250,7 @@ class _Session:
         return outputs
 
     def _region(self, byte_size: int, fresh: bool) -> _Steps[Region]:
-        """A region of at least this size that the server knows; with `fresh` one that was made just now."""
+        """A region of at least this size that is registered with the server. With `fresh` it is a new one."""
         region = None if fresh else self._regions.take()
         if region is not None:
             if region.byte_size >= byte_size:
@@ -429,7 +429,10 @@ async def _in_thread(step: _Work) -> Any:
 
 
 def _abandon(session: _Session, transport: Transport | None) -> None:
-    """Release what a client that was never closed still holds. Opens nothing, and raises nothing.
+    """Release what a client that was never closed still holds. Opens no connection and raises nothing.
+
+    Shared memory has no name in /dev/shm any more, and its mapping here goes with the session. The server keeps its own
+    mapping unless a blocking client's connection is still open to tell it.
 
     Args:
         session: of the client.
@@ -500,13 +503,13 @@ class SSDClient(_Client):
         self._finalizer = weakref.finalize(self, _abandon, self._session, self._transport)
 
     def model_config(self, *, refresh: bool = False) -> ModelConfig:
-        """What the model says of itself; asked for once, or again with `refresh`.
+        """The model's configuration. It is requested once, and again with `refresh`.
 
         Raises:
             ModelNotFoundError: the server does not have the model.
             ModelConfigError: the model does not obey this client's contract.
-            ServerUnavailableError: nobody answers.
-            RequestTimeoutError: not in time.
+            ServerUnavailableError: no server answers.
+            RequestTimeoutError: the answer did not come within `timeout`.
         """
         return _take(self._session.config(refresh), self._transport.send)
 

@@ -1,4 +1,4 @@
-"""How messages look on the wire and how they travel: gRPC and HTTP, each blocking and asyncio.
+"""The messages of gRPC and HTTP, and the connections that carry them, blocking and asyncio.
 
 A codec turns what the client wants into a `Message` and an answer into values, without any I/O; a transport only
 carries messages. The gRPC messages and stubs are tritonclient's; HTTP is KServe v2 with Triton's binary tensors, over
