@@ -413,7 +413,6 @@ def test_deadline(server: TritonServer) -> None:
 # -- a server that goes away and comes back ----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_killed_in_mid_request_and_started_again(repository: Path) -> None:
     """Every client at once: few retries give an error, many bridge the restart, and all of them recover."""
     images = noise(2)
