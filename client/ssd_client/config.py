@@ -1,6 +1,6 @@
-"""What a served model says of itself: the `parameters` of its Triton configuration, checked, as one dataclass.
+"""The `parameters` of a served model's Triton configuration, checked, as one dataclass.
 
-Nothing here is a default that stands in for a missing parameter, and text from the server is parsed, never evaluated.
+No default stands in for a missing parameter. Text from the server is parsed, never evaluated.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class ModelConfig:
             parameters: of the model's Triton configuration, name to string value.
 
         Raises:
-            ModelConfigError: a parameter is missing or wrong, or the contract is another one.
+            ModelConfigError: a parameter is missing or wrong, or the contract has another version.
         """
         read = _Reader(name, parameters)
         contract = read("contract", str)

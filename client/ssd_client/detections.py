@@ -79,7 +79,7 @@ class Detections:
             A new RGB image of `image_size`.
 
         Raises:
-            InvalidInputError: there is no picture, or it has another size than the one that was looked at.
+            InvalidInputError: there is no picture, or its size differs from `image_size`.
             ImageError: the picture cannot be read.
         """
         source = self.source if image is None else image

@@ -1,4 +1,4 @@
-"""What can go wrong, as types: each message says what happened, the likely cause and what to do about it."""
+"""The errors of this package. Each message states what happened, the likely cause and what to do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ImageError(InvalidInputError):
 
 
 class ServerUnavailableError(SSDClientError, ConnectionError):
-    """Nobody answers, the connection broke, or the server says that it cannot take requests now."""
+    """No server answers, the connection broke, or the server cannot take requests now."""
 
 
 class RequestTimeoutError(SSDClientError, TimeoutError):
@@ -43,7 +43,7 @@ class ModelNotReadyError(ModelNotFoundError):
 
 
 class ModelConfigError(SSDClientError):
-    """The server's model does not say what this client needs, or speaks another version of the contract."""
+    """The model's configuration lacks a parameter, has a wrong one, or follows another version of the contract."""
 
 
 class InferenceError(SSDClientError):

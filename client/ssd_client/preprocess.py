@@ -328,7 +328,7 @@ def _check_tiff(image: Image.Image, tags: Mapping[int, Any], name: str) -> None:
 
 
 def _refuse_unknown_tiff(stream: IO[bytes], name: str) -> None:
-    """Raise an error that says what a TIFF holds, if it is one whose pixels Pillow does not know."""
+    """Raise an error that describes the pixels, if this is a TIFF with pixels that Pillow does not know."""
     try:
         stream.seek(0)
         header = stream.read(8)

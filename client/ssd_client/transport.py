@@ -1,4 +1,4 @@
-"""How messages look on the wire and how they travel: gRPC and HTTP, each blocking and asyncio.
+"""The messages of gRPC and HTTP, and the connections that carry them, blocking and asyncio.
 
 A codec turns what the client wants into a `Message` and an answer into values, without any I/O; a transport only
 carries messages. The gRPC messages and stubs are tritonclient's; HTTP is KServe v2 with Triton's binary tensors, over
@@ -45,7 +45,6 @@ _GRPC_OPTIONS = [
     # By default a channel does not look again for a second and more after a refused connection, and fails what it is
     # given meanwhile; pauses are the retries' business.
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 100),
 ]
 

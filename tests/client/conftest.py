@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import json
 import shutil
+import socket
+import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 from numpy.typing import NDArray
+from ssd_client import AsyncSSDClient, SSDClient
 from tritonclient.grpc import model_config_pb2
 
 from build.serve import TritonServer
@@ -97,6 +103,54 @@ def order(what: int, tenths: int = 0, batch: int = 1) -> NDArray[np.uint8]:
     images = np.zeros((batch, HEIGHT, WIDTH, 3), np.uint8)
     images[:, 0, 0] = (what, 1, tenths)
     return images
+
+
+@contextlib.contextmanager
+def listening(handle: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A TCP server on a free port that hands every connection to `handle` in a thread of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=handle, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+@functools.cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """One that runs in a thread of its own until the tests end."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run_coroutine_threadsafe(coroutine, event_loop()).result()
+
+
+class Blocking:
+    """AsyncSSDClient with SSDClient's methods, so that a test can use either. Safe from several threads."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._client = AsyncSSDClient(*args, **options)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **options: run(getattr(self._client, name)(*args, **options))
+
+    def __enter__(self) -> Blocking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+CLIENTS = [SSDClient, Blocking]
 
 
 @pytest.fixture(scope="session")

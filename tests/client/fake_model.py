@@ -54,10 +54,10 @@ class TritonPythonModel:
         scores = np.zeros((batch, K), np.float32)
         classes = np.full((batch, K), -1, np.int32)
         for row in range(batch):
-            found = find(images[row], thresholds[1][row, 0], self.channels)
-            found = sorted((f for f in found if f[0] > thresholds[0][row, 0]), key=lambda f: -f[0])
-            count[row] = len(found)
-            for k, (score, index, box) in enumerate(found):
+            patches = find(images[row], thresholds[1][row, 0], self.channels)
+            patches = sorted((f for f in patches if f[0] > thresholds[0][row, 0]), key=lambda f: -f[0])
+            count[row] = len(patches)
+            for k, (score, index, box) in enumerate(patches):
                 scores[row, k], classes[row, k], boxes[row, k] = score, index, box
         outputs = {
             "num_detections": count,
@@ -73,12 +73,12 @@ def find(image, iou_threshold, channels=(0, 2)):
     """(score, class, box) of the coloured patches of one UINT8 [H,W,3] image, and its checksum."""
     height, width, _ = image.shape
     checksum = np.frombuffer(zlib.crc32(image.tobytes()).to_bytes(4, "big"), np.uint8) / np.float32(255)
-    found = [(np.float32(iou_threshold), 2, checksum)]
+    patches = [(np.float32(iou_threshold), 2, checksum)]
     for index, (channel, score) in enumerate(zip(channels, (0.9, 0.6), strict=True)):
         others = [c for c in range(3) if c != channel]
         patch = (image[..., channel] > 200) & (image[..., others] < 60).all(axis=-1)
         ys, xs = np.nonzero(patch)
         if len(xs):
             box = [xs.min() / width, ys.min() / height, (xs.max() + 1) / width, (ys.max() + 1) / height]
-            found.append((np.float32(score), index, np.float32(box)))
-    return found
+            patches.append((np.float32(score), index, np.float32(box)))
+    return patches

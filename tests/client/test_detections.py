@@ -26,22 +26,22 @@ def detections(boxes: list[list[float]], size: tuple[int, int], source: Any = No
 
 
 def test_to_coco() -> None:
-    found = detections([[10, 20, 40, 80.5], [0, 0, 5, 5]], (100, 100))
-    assert found.to_coco(7) == [
+    result = detections([[10, 20, 40, 80.5], [0, 0, 5, 5]], (100, 100))
+    assert result.to_coco(7) == [
         {"image_id": 7, "category_id": 1, "bbox": [10, 20, 30, 60.5], "score": pytest.approx(0.9)},
         {"image_id": 7, "category_id": 2, "bbox": [0, 0, 5, 5], "score": 0.5},
     ]
-    assert json.loads(json.dumps(found.to_coco("a"))) == found.to_coco("a")
-    assert [r["category_id"] for r in found.to_coco(7, {0: 44, 1: 90})] == [44, 90]
+    assert json.loads(json.dumps(result.to_coco("a"))) == result.to_coco("a")
+    assert [r["category_id"] for r in result.to_coco(7, {0: 44, 1: 90})] == [44, 90]
     with pytest.raises(InvalidInputError, match=r"no entry for class 1; it has \[0\]"):
-        found.to_coco(7, {0: 44})
+        result.to_coco(7, {0: 44})
     assert detections([], (5, 5)).to_coco(1) == []
 
 
 def test_iteration_and_length() -> None:
-    found = detections([[1, 2, 3, 4], [5, 6, 7, 8]], (10, 10))
-    assert len(found) == 2
-    box, score, label = next(iter(found))
+    result = detections([[1, 2, 3, 4], [5, 6, 7, 8]], (10, 10))
+    assert len(result) == 2
+    box, score, label = next(iter(result))
     assert (box.tolist(), score, label) == ([1, 2, 3, 4], pytest.approx(0.9), "thing 0")
 
 

@@ -1,4 +1,4 @@
-"""What travels encrypted, and what a client makes of servers that answer nonsense."""
+"""TLS, and servers that answer nonsense, hang up or never answer."""
 
 from __future__ import annotations
 
@@ -8,32 +8,24 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ssd_client import TLS, InvalidInputError, ServerUnavailableError, SSDClient, SSDClientError
+from ssd_client import (
+    TLS,
+    InvalidInputError,
+    RequestTimeoutError,
+    ServerUnavailableError,
+    SSDClient,
+    SSDClientError,
+    transport,
+)
 
-from tests.client.conftest import scene, server_on
-from tests.client.test_client import FACES
-
-
-@contextlib.contextmanager
-def listening(handle: Callable[[socket.socket], None]) -> Iterator[int]:
-    """A TCP server on a free port that hands every connection to `handle` in a thread of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    threading.Thread(target=handle, args=(listener.accept()[0],), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
+from build.serve import TritonServer
+from tests.client.conftest import CLIENTS, listening, scene, server_on, url_of
 
 
 def pump(source: socket.socket, target: socket.socket) -> None:
@@ -92,22 +84,22 @@ def encrypted(repository: Path, certificate: tuple[Path, Path]) -> Iterator[dict
 
 @pytest.mark.triton
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-@pytest.mark.parametrize("face", FACES, ids=["sync", "asyncio"])
-def test_tls(encrypted: dict[str, str], certificate: tuple[Path, Path], protocol: Any, face: Any) -> None:
+@pytest.mark.parametrize("client_type", CLIENTS, ids=["sync", "asyncio"])
+def test_tls(encrypted: dict[str, str], certificate: tuple[Path, Path], protocol: Any, client_type: Any) -> None:
     url = encrypted[protocol]
-    with face(url, model="fake", protocol=protocol, ssl=TLS(root_certificates=certificate[0])) as client:
+    with client_type(url, model="fake", protocol=protocol, ssl=TLS(root_certificates=certificate[0])) as client:
         assert client.detect(scene()).labels == ("red", "blue", "checksum")
     for trust in (TLS(), None):  # an authority nobody knows; no encryption at all
         refusal = pytest.raises(SSDClientError, match=rf"{url}(.|\n)*what to do")
-        with face(url, model="fake", protocol=protocol, ssl=trust, retries=0, timeout=10) as client, refusal:
+        with client_type(url, model="fake", protocol=protocol, ssl=trust, retries=0, timeout=10) as client, refusal:
             client.detect(scene())
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-@pytest.mark.parametrize("face", FACES, ids=["sync", "asyncio"])
-def test_tls_files_that_cannot_be_used(tmp_path: Path, protocol: Any, face: Any) -> None:
+@pytest.mark.parametrize("client_type", CLIENTS, ids=["sync", "asyncio"])
+def test_tls_files_that_cannot_be_used(tmp_path: Path, protocol: Any, client_type: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"cannot read the TLS file .*none\.pem: No such file"):
-        face("localhost", model="m", protocol=protocol, ssl=TLS(tmp_path / "none.pem")).model_config()
+        client_type("localhost", model="m", protocol=protocol, ssl=TLS(tmp_path / "none.pem")).model_config()
 
 
 @pytest.mark.parametrize(
@@ -124,22 +116,22 @@ def test_tls_files_that_cannot_be_used(tmp_path: Path, protocol: Any, face: Any)
         b'HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n{"parameters": 1}',
     ],
 )
-@pytest.mark.parametrize("face", FACES, ids=["sync", "asyncio"])
-def test_nonsense_over_http(face: Any, answer: bytes) -> None:
+@pytest.mark.parametrize("client_type", CLIENTS, ids=["sync", "asyncio"])
+def test_nonsense_over_http(client_type: Any, answer: bytes) -> None:
     def handle(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             connection.recv(1 << 16)
             connection.sendall(answer)
 
     with listening(handle) as port:
-        client = face(f"127.0.0.1:{port}", model="m", protocol="http", retries=1, timeout=5)
+        client = client_type(f"127.0.0.1:{port}", model="m", protocol="http", retries=1, timeout=5)
         with client, pytest.raises(SSDClientError):
             client.model_config()
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-@pytest.mark.parametrize("face", FACES, ids=["sync", "asyncio"])
-def test_a_server_that_hangs_up_is_asked_again(face: Any, protocol: Any) -> None:
+@pytest.mark.parametrize("client_type", CLIENTS, ids=["sync", "asyncio"])
+def test_a_server_that_hangs_up_is_asked_again(client_type: Any, protocol: Any) -> None:
     calls = []
 
     def handle(connection: socket.socket) -> None:
@@ -147,10 +139,59 @@ def test_a_server_that_hangs_up_is_asked_again(face: Any, protocol: Any) -> None
         connection.close()
 
     with listening(handle) as port:
-        client = face(f"127.0.0.1:{port}", model="m", protocol=protocol, retries=2)
+        client = client_type(f"127.0.0.1:{port}", model="m", protocol=protocol, retries=2)
         with client, pytest.raises(ServerUnavailableError):
             client.model_config()
     assert len(calls) >= 2, "a gRPC channel may answer one attempt from the failure of the one before"
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("client_type", CLIENTS, ids=["sync", "asyncio"])
+def test_a_deadline_is_not_retried(client_type: Any, protocol: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for kind in (
+        transport.GrpcTransport,
+        transport.AsyncGrpcTransport,
+        transport.HttpTransport,
+        transport.AsyncHttpTransport,
+    ):
+
+        def counted(self: Any, *arguments: Any, send: Any = kind.send) -> Any:
+            calls.append(1)
+            return send(self, *arguments)
+
+        monkeypatch.setattr(kind, "send", counted)
+
+    def handle(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while connection.recv(1 << 16):
+                pass
+
+    with listening(handle) as port:
+        client = client_type(f"127.0.0.1:{port}", model="m", protocol=protocol, timeout=0.3, retries=3)
+        with client, pytest.raises(RequestTimeoutError, match=r"no answer .* within 0\.3 s"):
+            client.model_config()
+    assert len(calls) == 1
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("client_type", CLIENTS, ids=["sync", "asyncio"])
+def test_a_slow_connection_is_waited_for(server: TritonServer, client_type: Any, protocol: Any) -> None:
+    """As to a server far away: the first bytes of an answer take half a second."""
+    host, _, port = url_of(server, protocol).rpartition(":")
+
+    def forward(outer: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            time.sleep(0.5)
+            inner = socket.create_connection((host, int(port)))
+            threading.Thread(target=pump, args=(outer, inner), daemon=True).start()
+            pump(inner, outer)
+
+    with listening(forward) as proxy:
+        client = client_type(f"127.0.0.1:{proxy}", model="fake", protocol=protocol, retries=0)
+        with client:
+            assert client.model_config().name == "fake"
 
 
 def test_ipv6_and_default_ports() -> None:

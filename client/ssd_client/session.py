@@ -1,0 +1,353 @@
+"""What both clients do for a request, without any I/O: checks, retries, shared memory and results.
+
+The methods of `Session` are generators. A generator yields the steps that a client has to take: send a message, sleep,
+work on pixels. It is resumed with a step's result, or with its error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import ModelConfig
+from .detections import Detections
+from .exceptions import (
+    ImageError,
+    InferenceError,
+    InvalidInputError,
+    ModelNotReadyError,
+    RequestTimeoutError,
+    ServerUnavailableError,
+    SharedMemoryError,
+    SSDClientError,
+)
+from .preprocess import ImageSource, Placement, load_image, preprocess
+from .shared_memory import Region, RegionPool
+from .transport import Endpoint, Input, Message, codec_for
+
+Arrays: TypeAlias = "dict[str, NDArray[Any]]"
+_OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
+_FIRST_BACKOFF, _LONGEST_BACKOFF = 0.1, 2.0  # seconds
+_CLOSE_TIMEOUT = 2.0  # seconds for making the server let go of shared memory
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send the message and wait for its answer, at most `timeout` seconds."""
+
+    message: Message
+    timeout: float
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """Wait."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Let `function` write to `images`, UINT8 [B,H,W,3]. It takes long enough to be worth a thread."""
+
+    function: Callable[[NDArray[np.uint8]], Any]
+    images: NDArray[np.uint8]
+
+
+Step: TypeAlias = Send | Sleep | Work
+Steps: TypeAlias = "Generator[Step, Any, T]"
+
+
+class Session:
+    """Everything that both clients do, without I/O."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        shared_memory: str | None,
+        timeout: float,
+        retries: int,
+        max_in_flight: int,
+        max_pixels: int,
+    ) -> None:
+        if shared_memory not in (None, "system"):
+            raise InvalidInputError(f"shared_memory is {shared_memory!r}", fix="give None or 'system'")
+        if not 0 < timeout < math.inf:
+            raise InvalidInputError(f"timeout is {timeout!r}", fix="give seconds, more than 0")
+        if retries < 0 or max_in_flight < 1 or max_pixels < 1:
+            raise InvalidInputError(
+                f"retries is {retries}, max_in_flight {max_in_flight}, max_pixels {max_pixels}",
+                fix="give retries of at least 0, and at least 1 for the others",
+            )
+        self.endpoint = endpoint
+        self.max_in_flight = max_in_flight
+        self.closed = False
+        self._codec = codec_for(endpoint)
+        self._shared = shared_memory is not None
+        self._timeout, self._retries, self._max_pixels = timeout, retries, max_pixels
+        self._config: ModelConfig | None = None
+        self._regions = RegionPool()
+        self.process = os.getpid()
+
+    def config(self, refresh: bool = False) -> Steps[ModelConfig]:
+        """The model's configuration, asked for once."""
+        if self._config is None or refresh:
+            self._config = self._codec.read_config((yield from self._call(self._codec.config())))
+        return self._config
+
+    def infer(
+        self,
+        images: NDArray[np.uint8],
+        score_threshold: NDArray[np.float32] | float | None,
+        iou_threshold: NDArray[np.float32] | float | None,
+    ) -> Steps[Arrays]:
+        config = yield from self.config()
+        row = (config.input_height, config.input_width, 3)
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != row:
+            got = f"{images.dtype}{list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
+            raise InvalidInputError(
+                f"images is {got}, model {config.name!r} takes uint8[batch, {row[0]}, {row[1]}, 3]",
+                fix="see preprocess.input_array, or let detect() do it",
+            )
+        if not 1 <= len(images) <= config.max_batch_size:
+            raise InvalidInputError(
+                f"the batch has {len(images)} images, model {config.name!r} takes 1 to {config.max_batch_size}",
+                fix="send it in parts; detect() does",
+            )
+        thresholds = _threshold_inputs(config, len(images), score_threshold, iou_threshold)
+        if not self._shared:
+            return (yield from self._request(images, None, thresholds))
+
+        def fill(out: NDArray[np.uint8]) -> None:
+            out[...] = images
+
+        outputs, _ = yield from self._infer_filled(images.shape, fill, thresholds)
+        return outputs
+
+    def detect(
+        self,
+        sources: Sequence[ImageSource],
+        score_threshold: float | None,
+        iou_threshold: float | None,
+        first: int | None,
+    ) -> Steps[list[Detections]]:
+        """One request's worth of pictures; `first` is the number of the first one in the caller's list."""
+        config = yield from self.config()
+        keep_above = None
+        if not config.runtime_thresholds:
+            keep_above, score_threshold = _fixed_thresholds(config, score_threshold, iou_threshold), None
+            iou_threshold = None
+        thresholds = _threshold_inputs(config, len(sources), score_threshold, iou_threshold)
+
+        def fill(out: NDArray[np.uint8]) -> list[Placement]:
+            return [self._prepare(source, config, out, k, first) for k, source in enumerate(sources)]
+
+        shape = (len(sources), config.input_height, config.input_width, 3)
+        outputs, placements = yield from self._infer_filled(shape, fill, thresholds, heavy=True)
+        return [
+            _detections(config, outputs, k, placement, source, keep_above)
+            for k, (placement, source) in enumerate(zip(placements, sources, strict=True))
+        ]
+
+    def split(self, count: int, config: ModelConfig) -> list[slice]:
+        """Requests for `count` pictures: none above the model's batch, and enough to keep `max_in_flight` busy."""
+        size = min(config.max_batch_size, math.ceil(count / self.max_in_flight))
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+    def close(self) -> Steps[None]:
+        """Make the server let go of the shared memory. The transport is closed by its owner."""
+        self.closed = True
+        if os.getpid() != self.process:  # a fork must not take its parent's regions away
+            return
+        deadline = time.monotonic() + _CLOSE_TIMEOUT
+        regions = self._regions.clear()
+        for region in regions:
+            region.hide()
+        for region in regions:
+            while True:
+                try:
+                    yield Send(self._codec.unregister(region.name), _CLOSE_TIMEOUT)
+                    break
+                except (ServerUnavailableError, RequestTimeoutError):
+                    return  # without a server there are no mappings
+                except SSDClientError:  # the server still works on a request that was given up
+                    if time.monotonic() > deadline:
+                        break
+                    yield Sleep(_FIRST_BACKOFF)
+
+    def _prepare(
+        self, source: ImageSource, config: ModelConfig, out: NDArray[np.uint8], k: int, first: int | None
+    ) -> Placement:
+        try:
+            return preprocess(load_image(source, max_pixels=self._max_pixels), config.preprocessing, out[k])
+        except ImageError as error:
+            if first is None:
+                raise
+            raise ImageError(f"picture {first + k} of the list: {error}") from error
+
+    def _infer_filled(
+        self,
+        shape: tuple[int, ...],
+        fill: Callable[[NDArray[np.uint8]], T],
+        thresholds: Sequence[Input],
+        heavy: bool = False,
+    ) -> Steps[tuple[Arrays, T]]:
+        """Let `fill` write the images to where they are sent from, and send them."""
+        if not self._shared:
+            images = np.empty(shape, np.uint8)
+            filled: T = (yield Work(fill, images)) if heavy else fill(images)
+            return (yield from self._request(images, None, thresholds)), filled
+        for last in (False, True):
+            region = yield from self._region(math.prod(shape), fresh=last)
+            known = True
+            try:
+                images = region.images(shape)
+                filled = (yield Work(fill, images)) if heavy else fill(images)
+                return (yield from self._request(images, region.name, thresholds)), filled
+            except SharedMemoryError:
+                known = False  # a server that was started again does not know the regions of its predecessor
+                self._regions.forget(region)
+                if last:
+                    raise
+            finally:
+                if known:
+                    self._regions.give_back(region)
+        raise AssertionError("unreachable")
+
+    def _request(self, images: NDArray[np.uint8], region: str | None, thresholds: Sequence[Input]) -> Steps[Arrays]:
+        answer = yield from self._call(self._codec.infer([Input("images", images, region), *thresholds]))
+        outputs = self._codec.read_outputs(answer)
+        batch, most = len(images), self._config.max_detections if self._config else 0
+        shapes = dict(zip(_OUTPUTS, ((batch, 1), (batch, most, 4), (batch, most), (batch, most)), strict=True))
+        if {name: array.shape for name, array in outputs.items()} != shapes:
+            raise InferenceError(
+                f"model {self.endpoint.model!r} answered { ({name: array.shape for name, array in outputs.items()}) }, "
+                f"its configuration promises {shapes}",
+                why="the model was replaced since its configuration was read",
+                fix="read it again: model_config(refresh=True)",
+            )
+        return outputs
+
+    def _region(self, byte_size: int, fresh: bool) -> Steps[Region]:
+        """A region of at least this size that is registered with the server. With `fresh` it is a new one."""
+        region = None if fresh else self._regions.take()
+        if region is not None:
+            if region.byte_size >= byte_size:
+                return region
+            with contextlib.suppress(SSDClientError):  # in use by a request that was given up: close() sees to it
+                yield Send(self._codec.unregister(region.name), self._timeout)
+                self._regions.forget(region)
+        region = Region(byte_size)
+        # Before it is registered: a task that is cancelled in between does not know whether it was.
+        self._regions.add(region)
+        try:
+            yield from self._call(self._codec.register(region.name, region.key, byte_size))
+        except (InferenceError, InvalidInputError, SharedMemoryError) as error:
+            self._regions.forget(region)
+            if isinstance(error, SharedMemoryError):
+                raise
+            raise SharedMemoryError(  # the wording of some versions names no region
+                f"the server at {self.endpoint} does not take shared memory: {error}",
+                why="Triton 2.68 and newer must be started with --allow-client-shm=true",
+                fix="start it accordingly, or use shared_memory=None",
+            ) from error
+        finally:
+            region.hide()
+        return region
+
+    def _call(self, message: Message) -> Steps[Any]:
+        """Send, and send again while the server is away and there is time; inference may be repeated without harm."""
+        if self.closed:
+            raise SSDClientError("the client is closed", fix="make a new one")
+        deadline = time.monotonic() + self._timeout
+        for attempt in range(self._retries + 1):
+            try:
+                return (yield Send(message, max(deadline - time.monotonic(), 0.001)))
+            except (ServerUnavailableError, ModelNotReadyError):
+                backoff = min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2**attempt) * random.uniform(0.5, 1.0)
+                if attempt == self._retries or time.monotonic() + backoff >= deadline:
+                    raise
+                yield Sleep(backoff)
+        raise AssertionError("unreachable")
+
+
+def _threshold_inputs(config: ModelConfig, batch: int, score: Any, iou: Any) -> list[Input]:
+    """The inputs FP32 [batch,1] of a model with run-time thresholds; none for any other."""
+    inputs = []
+    for name, given, default in (
+        ("score_threshold", score, config.score_threshold),
+        ("iou_threshold", iou, config.iou_threshold),
+    ):
+        if not config.runtime_thresholds:
+            if given is not None:
+                raise InvalidInputError(
+                    f"{name} is given, but model {config.name!r} has its thresholds built in",
+                    fix="leave it out, or build the model with runtime_thresholds = true",
+                )
+            continue
+        values = np.asarray(default if given is None else given)
+        if values.dtype.kind not in "iuf" or values.shape not in ((), (batch, 1)):
+            raise InvalidInputError(
+                f"{name} is {values.dtype}{list(values.shape)}", fix=f"give a number, or float32[{batch}, 1]"
+            )
+        if not ((values >= 0) & (values <= 1)).all():  # false for NaN, too
+            raise InvalidInputError(f"{name} is {values.tolist()}", fix="give numbers in 0..1")
+        inputs.append(Input(name, np.ascontiguousarray(np.broadcast_to(values.astype(np.float32), (batch, 1)))))
+    return inputs
+
+
+def _fixed_thresholds(config: ModelConfig, score: Any, iou: Any) -> float | None:
+    """What a model with built-in thresholds can still do: drop what lies below a higher score.
+
+    That is exact: a better box is never suppressed by a worse one.
+    """
+    for name, given in (("score_threshold", score), ("iou_threshold", iou)):
+        if given is not None and not 0 <= given <= 1:
+            raise InvalidInputError(f"{name} is {given!r}", fix="give a number in 0..1")
+    if (iou is not None and iou != config.iou_threshold) or (score is not None and score < config.score_threshold):
+        raise InvalidInputError(
+            f"score_threshold {score}, iou_threshold {iou}: model {config.name!r} has {config.score_threshold} and "
+            f"{config.iou_threshold} built in",
+            fix="leave them out, give a higher score_threshold, or build the model with runtime_thresholds = true",
+        )
+    return None if score is None else float(score)
+
+
+def _detections(
+    config: ModelConfig,
+    outputs: Arrays,
+    row: int,
+    placement: Placement,
+    source: ImageSource,
+    keep_above: float | None,
+) -> Detections:
+    count, boxes, scores, classes = (outputs[name][row] for name in _OUTPUTS)
+    number = int(count[0])
+    if not 0 <= number <= len(scores) or not ((classes[:number] >= 0) & (classes[:number] < len(config.labels))).all():
+        raise InferenceError(
+            f"model {config.name!r} answered {number} detections of classes {classes[: max(number, 0)].tolist()}; "
+            f"it has room for {len(scores)} and {len(config.labels)} labels",
+            fix="check that its labels belong to its weights, and publish it again",
+        )
+    if keep_above is not None:
+        number = int((scores[:number] > keep_above).sum())  # best first
+    ids = classes[:number].astype(np.int32)
+    return Detections(
+        boxes=placement.to_image(boxes[:number]),
+        scores=scores[:number].astype(np.float32),
+        class_ids=ids,
+        labels=tuple(config.labels[k] for k in ids.tolist()),
+        image_size=placement.image_size,
+        source=source,
+    )
