@@ -18,8 +18,6 @@ from PIL import Image, features
 from ssd_client import ImageError, InvalidInputError, ModelConfig
 from ssd_client.preprocess import (
     FORMATS,
-    RESAMPLES,
-    RESIZES,
     SUFFIXES,
     ImageSource,
     Preprocessing,
@@ -28,6 +26,7 @@ from ssd_client.preprocess import (
     place,
     preprocess,
 )
+from ssd_client.rule import RESAMPLES, RESIZES
 
 from tests.client.conftest import LETTERBOX, PARAMETERS
 
