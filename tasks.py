@@ -324,7 +324,7 @@ def import_model(
     from build.import_model import import_model as run
 
     folder = run(
-        source if source.isidentifier() else _given(source),
+        _given(source) if "." in source or "/" in source else source,  # a name has neither
         name,
         weights=weights if weights in ("default", "none") else _given(weights),
         spec_file=_path(spec),
@@ -335,7 +335,7 @@ def import_model(
         settings=settings,
         force=force,
     )
-    print(f"{folder.relative_to(ROOT)}/ is ready; next: ./invoke build-engines --model {folder.name}")
+    print(f"models/{folder.name}/ is ready; next: ./invoke build-engines --model {folder.name}")
 
 
 @task(

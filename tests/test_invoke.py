@@ -125,7 +125,7 @@ def test_paths_are_relative_to_the_caller_and_names_stay_names(tmp_path: Path, m
     assert "SSD_CALLER_DIR" not in os.environ, "what the tasks start must not inherit it"
 
 
-@pytest.mark.parametrize("name", ["ssd300_vgg16", "ssdlite320_mobilenet_v3_large"])
+@pytest.mark.parametrize("name", ["ssd300_vgg16", "ssdlite320_mobilenet_v3_large", "mistyped-name"])
 def test_names_of_sources_and_weights_stay_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = recorded_import(monkeypatch, tmp_path, source=name, weights="none", labels="labels.txt")
     assert given["source"] == name
