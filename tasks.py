@@ -122,6 +122,7 @@ def build_engines(
             judge=mean_average_precision,
             calibration=calibration,
         )
+    print("next: ./invoke serve (a server that runs already takes it up when it polls)")
 
 
 @task(
@@ -247,6 +248,9 @@ def audit(
         judged.audit(spec, ARTIFACTS, precisions=[precision])
     else:
         judged.audit(spec, ARTIFACTS)
+    print(
+        f"written: artifacts/audit/; next, to publish a precision: ./invoke build-engines --model {model} --precision NAME"
+    )
 
 
 @task
