@@ -53,7 +53,7 @@ def _models(model: str) -> list[str] | None:
 
 def _given(text: str) -> str:
     """A path that a task was given: a relative one is relative to the caller's folder."""
-    return str(CALLER / Path(text).expanduser()) if text else ""
+    return str(CALLER / text) if text else ""
 
 
 def _given_or_name(text: str) -> str:
@@ -248,9 +248,7 @@ def audit(
         judged.audit(spec, ARTIFACTS, precisions=[precision])
     else:
         judged.audit(spec, ARTIFACTS)
-    print(
-        f"written: artifacts/audit/; next, to publish a precision: ./invoke build-engines --model {model} --precision NAME"
-    )
+    print(f"written: artifacts/audit/; next: ./invoke build-engines --model {model} --precision NAME")
 
 
 @task
@@ -420,7 +418,7 @@ def lint(c: Context) -> None:
 def lock(c: Context) -> None:
     """Resolve the groups of pyproject.toml into the hashed files under requirements/ (needs uv)."""
     if shutil.which("uv") is None:
-        raise Exit("error: uv is not on PATH\nwhat to do: pip install uv", code=1)
+        raise Exit("error: uv is not on PATH\nwhat to do: pipx install uv", code=1)
     for group in ("runtime", "dev", "train"):
         c.run(
             f"uv pip compile pyproject.toml --group {group} --universal --generate-hashes --python-version 3.10 "
