@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,10 @@ from invoke.tasks import task
 ROOT = Path(__file__).parent
 REPOSITORY = ROOT / "model_repository"
 ARTIFACTS = ROOT / "artifacts"
+PYTHON = shlex.quote(sys.executable)
+# The folder that the wrapper was called in, before it went to ROOT; taken out of the environment, since it holds for
+# this process only.
+CALLER = Path(os.environ.pop("SSD_CALLER_DIR", "") or Path.cwd())
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,15 +51,26 @@ def _models(model: str) -> list[str] | None:
     return [model] if model else None
 
 
+def _given(text: str) -> str:
+    """A path that a task was given: a relative one is relative to the caller's folder."""
+    return str(CALLER / text) if text else ""
+
+
+def _given_or_name(text: str) -> str:
+    """The same for a value that may be a name, a URL or a path below ROOT: it stays as it is if no such path exists."""
+    path, separator, test = text.partition("::")  # pytest's path::test
+    return _given(path) + separator + test if path and Path(_given(path)).exists() else text
+
+
 def _path(text: str) -> Path | None:
-    return Path(text) if text else None
+    return Path(_given(text)) if text else None
 
 
 def _need(c: Context, module: str, group: str) -> None:
     """Installs a group of pyproject.toml from its lock when its tools are not there yet."""
     if importlib.util.find_spec(module) is None:
         print(f"installing the '{group}' group ...", flush=True)
-        c.run(f"{sys.executable} -m pip install --quiet --no-deps --require-hashes -r requirements/{group}.lock")
+        c.run(f"{PYTHON} -m pip install --quiet --no-deps --require-hashes -r requirements/{group}.lock")
 
 
 @task
@@ -104,6 +122,7 @@ def build_engines(
             judge=mean_average_precision,
             calibration=calibration,
         )
+    print("next: ./invoke serve (a server that runs already takes it up when it polls)")
 
 
 @task(
@@ -135,10 +154,11 @@ def perf(
     from perf.run import perf as run
 
     if compare:
-        compare_runs(compare.split(","), ARTIFACTS)
+        compare_runs([_given_or_name(run) for run in compare.split(",")], ARTIFACTS)
         return
     precisions = tuple(precision.split(",")) if precision else (("fp32",) if quick or tune else ("fp32", "int8"))
-    run(Settings(model, precisions, quick, slo, tune, images), resume=_path(resume), artifacts=ARTIFACTS)
+    settings = Settings(model, precisions, quick, slo, tune, _given(images))
+    run(settings, resume=Path(_given_or_name(resume)) if resume else None, artifacts=ARTIFACTS)
 
 
 @task(help={"model": "one model (default: all of them)", "count": "how many pictures"})
@@ -153,6 +173,7 @@ def verify(c: Context, model: str = "", count: int = 0) -> None:
         _models(model), REPOSITORY, artifacts=ARTIFACTS, judge=mean_average_precision, count=count or PICTURES
     ):
         report.require()
+    print("what is served answers as its source does; next: ./invoke serve")
 
 
 @task(
@@ -227,6 +248,7 @@ def audit(
         judged.audit(spec, ARTIFACTS, precisions=[precision])
     else:
         judged.audit(spec, ARTIFACTS)
+    print(f"written: artifacts/audit/; next: ./invoke build-engines --model {model} --precision NAME")
 
 
 @task
@@ -303,10 +325,10 @@ def import_model(
     """Make models/<name>/ out of a torchvision SSD or any ONNX with raw heads."""
     from build.sources.import_model import import_model as run
 
-    run(
-        source,
+    folder = run(
+        _given(source) if "." in source or "/" in source else source,  # a name has neither
         name,
-        weights=weights,
+        weights=weights if weights in ("default", "none") else _given(weights),
         spec_file=_path(spec),
         labels=_path(labels),
         anchors=_path(anchors),
@@ -315,6 +337,7 @@ def import_model(
         settings=settings,
         force=force,
     )
+    print(f"models/{folder.name}/ is ready; next: ./invoke build-engines --model {folder.name}")
 
 
 @task(
@@ -332,15 +355,19 @@ def build_plugins(
     """Build the NMS plugin as far as nvcc and TensorRT's headers are at hand; says what is missing."""
     from build.tensorrt.plugins import build_plugins as run
 
-    built = run(tensorrt_source=tensorrt_source, tensorrt_ref=tensorrt_ref, architectures=architectures, stage=stage)
+    source = _given_or_name(tensorrt_source)
+    built = run(tensorrt_source=source, tensorrt_ref=tensorrt_ref, architectures=architectures, stage=stage)
     print(built)
+    if built.stage == "plugin":
+        print("the plugin is ready; next, where there is a GPU: ./invoke build-engines --runtime tensorrt")
 
 
 @task
 def train(c: Context) -> None:
     """Train models/shapes again on the CPU (about an hour on two cores; installs torch first)."""
     _need(c, "torch", "train")
-    c.run(f"{sys.executable} -m models.shapes.train")
+    c.run(f"{PYTHON} -m models.shapes.train")
+    print("models/shapes/model.onnx is trained; next: ./invoke build-engines --model shapes")
 
 
 @task(
@@ -363,17 +390,19 @@ def serve(
 
 @task(
     help={
-        "path": "file or folder under tests/",
+        "path": "file or folder, relative to your folder or to the project's (default: tests)",
         "keyword": "pytest's -k",
         "marker": "pytest's -m, for example 'not slow'",
     }
 )
-def test(c: Context, path: str = "tests", keyword: str = "", marker: str = "") -> None:
+def test(c: Context, path: str = "", keyword: str = "", marker: str = "") -> None:
     """All tests, those on a real Triton server included; what cannot run here is skipped with its reason."""
-    options = (f" -k '{keyword}'" if keyword else "") + (f" -m '{marker}'" if marker else "")
-    done = c.run(f"{sys.executable} -m pytest {path}{options}", warn=True)
+    options = [*(("-k", keyword) if keyword else ()), *(("-m", marker) if marker else ())]
+    arguments = shlex.join(["--durations=30", *options, "--", _given_or_name(path) or "tests"])
+    done = c.run(f"{PYTHON} -m pytest {arguments}", warn=True)
     if done.exited:
         raise Exit("tests failed (see above)", code=done.exited)
+    print("tests passed; the reason of every skipped one is above")
 
 
 @task
@@ -381,14 +410,18 @@ def lint(c: Context) -> None:
     """ruff (lint and format) and mypy --strict."""
     _need(c, "ruff", "dev")
     for command in ("ruff check .", "ruff format --check .", "mypy"):
-        c.run(f"{sys.executable} -m {command}")
+        c.run(f"{PYTHON} -m {command}")
+    print("lint passed; next: ./invoke test")
 
 
 @task
 def lock(c: Context) -> None:
     """Resolve the groups of pyproject.toml into the hashed files under requirements/ (needs uv)."""
+    if shutil.which("uv") is None:
+        raise Exit("error: uv is not on PATH\nwhat to do: pipx install uv", code=1)
     for group in ("runtime", "dev", "train"):
         c.run(
             f"uv pip compile pyproject.toml --group {group} --universal --generate-hashes --python-version 3.10 "
             f"--no-header --no-annotate --quiet -o requirements/{group}.lock"
         )
+    print("requirements/ is locked; next: ./invoke test (.venv is made again where what it holds has changed)")

@@ -1,0 +1,214 @@
+"""`./invoke` in odd folders, from other folders and with odd arguments: the wrapper, and the commands of the tasks."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+ROOT = Path(__file__).resolve().parent.parent
+ODD_NAMES = ("mein projekt ü", "it's", 'a "b" $HOME `c` \\d', "  -n")
+
+IMPORTER = "build.sources.import_model" if importlib.util.find_spec("build.sources") else "build.import_model"
+
+
+def load_tasks(monkeypatch: pytest.MonkeyPatch, caller: Path) -> ModuleType:
+    """tasks.py as the wrapper runs it for somebody in the folder `caller`."""
+    monkeypatch.setenv("SSD_CALLER_DIR", str(caller))
+    spec = importlib.util.spec_from_file_location("tasks_under_test", ROOT / "tasks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tasks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tasks)
+    return tasks
+
+
+@dataclass
+class Recorder(Context):
+    """A context that runs nothing and keeps the command lines, as their shell would split them."""
+
+    status: int = 0
+    commands: list[list[str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        Context.__init__(self)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def run(self, command: str, **_: object) -> object:
+        self.commands.append(shlex.split(command))
+        return type("Result", (), {"exited": self.status})()
+
+
+# -- the tasks' command lines ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_tasks_quote_the_interpreter(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = str(tmp_path / name / ".venv/bin/python")
+    monkeypatch.setattr(sys, "executable", python)
+    tasks = load_tasks(monkeypatch, tmp_path)
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda _: None)  # so that groups are installed, too
+    context = Recorder()
+    for run in (tasks.test, tasks.lint, tasks.train):
+        run.body(context)
+    assert len(context.commands) == 7
+    assert {command[0] for command in context.commands} == {python}
+    assert {command[1] for command in context.commands} == {"-m"}
+
+
+def test_test_quotes_its_options_and_shows_the_slowest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = Recorder()
+    load_tasks(monkeypatch, tmp_path).test.body(context, keyword="it's or that", marker="not slow")
+    command = context.commands[0]
+    assert command[command.index("-k") + 1] == "it's or that"
+    assert command[command.index("-m", 3) + 1] == "not slow"
+    assert "--durations=30" in command
+    assert command[-1] == "tests"
+
+
+def test_failed_tests_keep_their_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Exit) as left:
+        load_tasks(monkeypatch, tmp_path).test.body(Recorder(status=5))
+    assert left.value.code == 5
+
+
+# -- the caller's folder -----------------------------------------------------------------------------------------------
+
+
+def test_test_path_is_the_callers_or_else_the_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = tmp_path / "it's" / "test_mine.py"
+    mine.parent.mkdir()
+    mine.touch()
+    tasks = load_tasks(monkeypatch, mine.parent)
+    for given, expected in {
+        "test_mine.py": str(mine),
+        "test_mine.py::test_it": f"{mine}::test_it",
+        str(mine): str(mine),
+        "tests/test_tree.py": "tests/test_tree.py",
+        "": "tests",
+    }.items():
+        context = Recorder()
+        tasks.test.body(context, path=given)
+        assert context.commands[0][-1] == expected
+
+
+def test_tests_of_the_caller_are_not_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests").mkdir()
+    context = Recorder()
+    load_tasks(monkeypatch, tmp_path).test.body(context)
+    assert context.commands[0][-1] == "tests"
+
+
+def test_paths_are_relative_to_the_caller_and_names_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    tasks = load_tasks(monkeypatch, tmp_path)
+    assert tasks._path("") is None
+    assert tasks._path("labels.txt") == tmp_path / "labels.txt"
+    assert tasks._path("/labels.txt") == Path("/labels.txt")
+    assert tasks._given_or_name("") == ""
+    assert tasks._given_or_name("run") == str(tmp_path / "run")
+    assert tasks._given_or_name("2026-01-31T12-00-00") == "2026-01-31T12-00-00"
+    assert tasks._given_or_name("https://example.com/a.git") == "https://example.com/a.git"
+    assert "SSD_CALLER_DIR" not in os.environ, "what the tasks start must not inherit it"
+
+
+@pytest.mark.parametrize("name", ["ssd300_vgg16", "ssdlite320_mobilenet_v3_large", "mistyped-name"])
+def test_names_of_sources_and_weights_stay_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = recorded_import(monkeypatch, tmp_path, source=name, weights="none", labels="labels.txt")
+    assert given["source"] == name
+    assert given["weights"] == "none"
+    assert given["labels"] == tmp_path / "labels.txt"
+
+
+def test_files_to_import_are_the_callers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = recorded_import(
+        monkeypatch,
+        tmp_path,
+        source="model.onnx",
+        weights="weights.pth",
+        spec="spec.toml",
+        labels="labels.txt",
+        anchors="sub/anchors.npy",
+    )
+    assert given["source"] == str(tmp_path / "model.onnx")
+    assert given["weights"] == str(tmp_path / "weights.pth")
+    assert given["spec_file"] == tmp_path / "spec.toml"
+    assert given["labels"] == tmp_path / "labels.txt"
+    assert given["anchors"] == tmp_path / "sub/anchors.npy"
+    assert capsys.readouterr().out == "models/mine/ is ready; next: ./invoke build-engines --model mine\n"
+
+
+def recorded_import(monkeypatch: pytest.MonkeyPatch, caller: Path, source: str, **options: str) -> dict[str, object]:
+    """What the task import-model gives to the function that imports."""
+    given: dict[str, object] = {}
+
+    def import_model(source: str, name: str, **rest: object) -> Path:
+        given.update(rest, source=source, name=name)
+        return ROOT / "models" / "mine"
+
+    monkeypatch.setattr(f"{IMPORTER}.import_model", import_model)
+    load_tasks(monkeypatch, caller).import_model.body(Recorder(), source, settings=[], **options)
+    return given
+
+
+# -- the wrapper -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=ODD_NAMES)
+def checkout(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkout in an odd folder, whose .venv is this interpreter's and is up to date."""
+    root = tmp_path / request.param
+    (root / ".venv/bin").mkdir(parents=True)
+    for name in ("invoke", "tasks.py"):
+        shutil.copy(ROOT / name, root)
+    shutil.copytree(ROOT / "requirements", root / "requirements")
+    python = root / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    locks = (root / f"requirements/{name}.lock" for name in ("runtime", "tritonserver", "perf_analyzer"))
+    content = b"".join(lock.read_bytes() for lock in locks) + f"{root}\n".encode()
+    stamp = subprocess.run(["sha256sum"], input=content, stdout=subprocess.PIPE, check=True).stdout.split()[0]
+    (root / ".venv/.stamp").write_bytes(stamp + b"\n")
+    return root
+
+
+def test_wrapper_runs_a_task_in_an_odd_folder_for_a_caller_elsewhere(checkout: Path, tmp_path: Path) -> None:
+    caller = tmp_path / "caller's ü"
+    caller.mkdir()
+    (tmp_path / "link").symlink_to(checkout / "invoke")
+    (checkout / "tasks.py").write_text(
+        (checkout / "tasks.py").read_text()
+        + "\n\n@task\ndef where(c: Context, path: str) -> None:\n    c.run('pwd')\n    print(_path(path))\n"
+    )
+    for command in (checkout / "invoke", Path(os.path.relpath(checkout / "invoke", caller)), tmp_path / "link"):
+        done = subprocess.run(
+            [command, "where", "--path", "x.onnx"], cwd=caller, capture_output=True, text=True, check=False
+        )
+        assert done.stderr == ""
+        assert done.stdout.splitlines() == [str(checkout), str(caller / "x.onnx")]
+
+
+def test_wrapper_refuses_a_folder_that_no_environment_can_be_in(tmp_path: Path) -> None:
+    root = tmp_path / "a:b"
+    root.mkdir()
+    shutil.copy(ROOT / "invoke", root)
+    shutil.copytree(ROOT / "requirements", root / "requirements")
+    done = subprocess.run([root / "invoke", "--list"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "has a colon in its name" in done.stderr
+    assert "what to do: rename the folder" in done.stderr
+    assert not (root / ".venv").exists()
