@@ -140,7 +140,7 @@ class Precision:
     Attributes:
         name: its name.
         runtimes: those that can run it.
-        made: how its graph comes from the source model: `source` (it is the source's own graph; TF32 is a choice of the
+        derived: how its graph comes from the source model: `source` (it is the source's own graph; TF32 is a choice of the
             engine build), `half` (every float is cast) or `quantised` (Q/DQ pairs on calibrated activations).
         widened: ONNX Runtime has no CPU kernels for its graph, so the gate compares with the same graph in FP32 with
             every result rounded (build/graph/precision.py: widened).
@@ -150,7 +150,7 @@ class Precision:
 
     name: str
     runtimes: tuple[str, ...]
-    made: str
+    derived: str
     widened: bool = False
     literal: bool = False
     opset: int = 0
@@ -158,12 +158,12 @@ class Precision:
     @property
     def typed(self) -> bool:
         """Whether its graph differs from the source's, so that its accuracy must be measured."""
-        return self.made != "source"
+        return self.derived != "source"
 
     @property
     def quantised(self) -> bool:
         """Whether its activations are calibrated."""
-        return self.made == "quantised"
+        return self.derived == "quantised"
 
 
 PRECISIONS: Mapping[str, Precision] = {

@@ -232,8 +232,8 @@ class Spec:
             ) from None
         good_kind = isinstance(anchors, np.ndarray) and anchors.dtype.kind == "f"
         if not good_kind or anchors.ndim != 2 or anchors.shape[1] != 4 or not len(anchors):
-            found = f"{anchors.dtype} {list(anchors.shape)}" if isinstance(anchors, np.ndarray) else "an archive"
-            raise SpecError(f"{self.anchors_path}: anchors must be a float array [N,4] of cx,cy,w,h, got {found}")
+            actual = f"{anchors.dtype} {list(anchors.shape)}" if isinstance(anchors, np.ndarray) else "an archive"
+            raise SpecError(f"{self.anchors_path}: anchors must be a float array [N,4] of cx,cy,w,h, got {actual}")
         if not np.isfinite(anchors).all() or not (anchors[:, 2:] > 0).all():
             bad = int(np.argmax(~(np.isfinite(anchors).all(1) & (anchors[:, 2:] > 0).all(1))))
             raise SpecError(

@@ -19,7 +19,7 @@ from invoke.exceptions import Exit
 ROOT = Path(__file__).resolve().parent.parent
 ODD_NAMES = ("mein projekt ü", "it's", 'a "b" $HOME `c` \\d', "  -n")
 
-IMPORTER = "build.sources.import_model" if importlib.util.find_spec("build.sources") else "build.import_model"
+IMPORTER = "build.sources.import_model"
 
 
 def load_tasks(monkeypatch: pytest.MonkeyPatch, caller: Path) -> ModuleType:

@@ -80,8 +80,8 @@ def judge(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) ->
         truth = COCO()
         truth.dataset = {"info": {}, **ground_truth}
         truth.createIndex()
-        found = COCO()
-        found.dataset = {
+        results = COCO()
+        results.dataset = {
             "info": {},
             "images": ground_truth["images"],
             "categories": ground_truth["categories"],
@@ -90,8 +90,8 @@ def judge(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) ->
                 for i, d in enumerate(detections, start=1)
             ],
         }
-        found.createIndex()
-        done = COCOeval(truth, found, "bbox")
+        results.createIndex()
+        done = COCOeval(truth, results, "bbox")
         done.evaluate()
         done.accumulate()
         done.summarize()

@@ -227,18 +227,18 @@ def _compare(path: object, info: onnx.ValueInfoProto, shape: tuple[int | str, ..
     tensor = info.type.tensor_type
     names = [TensorProto.DataType.Name(kind) for kind in kinds]
     if tensor.elem_type not in kinds:
-        found = TensorProto.DataType.Name(tensor.elem_type)
-        raise GraphError(f"{path}: {info.name!r} is of type {found}, but must be {' or '.join(names)}")
+        actual = TensorProto.DataType.Name(tensor.elem_type)
+        raise GraphError(f"{path}: {info.name!r} is of type {actual}, but must be {' or '.join(names)}")
     if not tensor.HasField("shape"):
         return
-    found_shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim]
-    differs = len(found_shape) != len(shape) or any(
-        isinstance(found, int) and isinstance(wanted, int) and found != wanted
-        for found, wanted in zip(found_shape, shape, strict=True)
+    shape_here = [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim]
+    differs = len(shape_here) != len(shape) or any(
+        isinstance(actual, int) and isinstance(wanted, int) and actual != wanted
+        for actual, wanted in zip(shape_here, shape, strict=True)
     )
     if differs:
         raise GraphError(
-            f"{path}: {info.name!r} has the shape {found_shape}, but must have {list(shape)}",
+            f"{path}: {info.name!r} has the shape {shape_here}, but must have {list(shape)}",
             why="spec.toml, labels.txt, anchors.npy and the model are not of one kind",
             fix="the spec gives height and width, anchors.npy gives N, labels.txt (and a background) gives C",
         )

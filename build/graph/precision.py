@@ -147,13 +147,13 @@ def sort(model: onnx.ModelProto) -> None:
         QuantizeError: they form a circle.
     """
     graph = model.graph
-    made = {name for node in graph.node for name in node.output}
+    produced = {name for node in graph.node for name in node.output}
     ready = {""}
     left, nodes = list(graph.node), []
     while left:
         later = []
         for node in left:
-            if all(name in ready or name not in made for name in _reads(node)):
+            if all(name in ready or name not in produced for name in _reads(node)):
                 nodes.append(node)
                 ready.update(node.output)
             else:

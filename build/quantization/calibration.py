@@ -170,10 +170,10 @@ def calibrate(spec: Spec, source: onnx.ModelProto, cache: Path, console: Console
     from rich.console import Console
     from rich.progress import Progress
 
-    say = console or Console(stderr=True, soft_wrap=True)
+    show = console or Console(stderr=True, soft_wrap=True)
     pictures = datasets.calibration(spec, cache / "datasets")
     if len(pictures) < FEW_PICTURES:
-        say.print(
+        show.print(
             f"warning: {pictures.name} holds {len(pictures)} pictures; with fewer than {FEW_PICTURES} the clipping is "
             "a guess, 500 are usual",
             markup=False,
@@ -188,13 +188,13 @@ def calibrate(spec: Spec, source: onnx.ModelProto, cache: Path, console: Console
         return read_calibration(file, key)
     except QuantizeError as stale:
         if file.exists():
-            say.print(f"{stale.what}: calibrating anew", markup=False)
+            show.print(f"{stale.what}: calibrating anew", markup=False)
     del whole.graph.output[:]
     whole.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     runs = session(whole)
     histograms = {name: Histogram(np.zeros(BINS, np.int64)) for name in names}
     read = 0
-    with Progress(console=say, transient=True, disable=not say.is_terminal) as progress:
+    with Progress(console=show, transient=True, disable=not show.is_terminal) as progress:
         task = progress.add_task(f"calibrating {spec.model.name} on {len(pictures)} pictures", total=len(pictures))
         for batch in datasets.arrays(pictures, spec.input, _BATCH):
             for name, values in zip(names, runs.run(names, {contract.IMAGES: batch}), strict=True):

@@ -158,16 +158,16 @@ def _toml(name: str, tables: Mapping[str, Mapping[str, Any]]) -> str:
 def _apply(tables: dict[str, dict[str, Any]], settings: Sequence[str]) -> None:
     """`table.key=value` into the tables; spec.load says what is unknown or out of range."""
     for setting in settings:
-        found = re.fullmatch(r"\s*(\w+)\.(\w+)\s*=(.*)", setting, re.S)
-        if not found:
+        parts = re.fullmatch(r"\s*(\w+)\.(\w+)\s*=(.*)", setting, re.S)
+        if not parts:
             raise OptionError(f"setting {setting!r} is not of the form table.key=value")
         try:
-            value = tomllib.loads(f"value ={found[3]}")["value"]
+            value = tomllib.loads(f"value ={parts[3]}")["value"]
         except (tomllib.TOMLDecodeError, KeyError):
             raise OptionError(
                 f"setting {setting!r} has no TOML value", fix='quote a text: nms.score_activation="sigmoid"'
             ) from None
-        tables.setdefault(found[1], {})[found[2]] = value
+        tables.setdefault(parts[1], {})[parts[2]] = value
 
 
 def _lines(path: Path) -> list[str]:
@@ -272,11 +272,11 @@ def _explain_post_processing(model: onnx.ModelProto, path: str) -> None:
     Raises:
         ImportModelError: it has such a node.
     """
-    found = next(_post_processing(model), None)
-    if found is None:
+    selecting = next(_post_processing(model), None)
+    if selecting is None:
         return
-    node, graph_ = found
-    makers = {name: item for item in graph_.node for name in item.output if name}
+    node, graph = selecting
+    makers = {name: item for item in graph.node for name in item.output if name}
     inputs = [name for name in node.input if name]
     why = f"its node {node.name or '(unnamed)'!r} ({node.op_type}) selects the boxes inside the model"
     ends = []
@@ -296,11 +296,11 @@ def _explain_post_processing(model: onnx.ModelProto, path: str) -> None:
 def _post_processing(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, onnx.GraphProto]]:
     """Nodes that select boxes, those inside subgraphs included; a TopK counts when an output depends on its indices."""
     graphs = [model.graph]
-    for graph_ in graphs:
-        for node in graph_.node:
+    for graph in graphs:
+        for node in graph.node:
             graphs += [inner for item in node.attribute for inner in (item.g, *item.graphs) if inner.node]
             if _POST_PROCESSING.fullmatch(node.op_type):
-                yield node, graph_
+                yield node, graph
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -314,12 +314,12 @@ def _post_processing(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, o
 
 def _after(name: str, users: Mapping[str, list[onnx.NodeProto]]) -> list[onnx.NodeProto]:
     """The nodes that use a tensor, also behind changes of shape and type."""
-    found = []
+    behind = []
     for node in users.get(name, []):
-        found.append(node)
+        behind.append(node)
         if node.op_type in _PASSING:
-            found += _after(node.output[0], users)
-    return found
+            behind += _after(node.output[0], users)
+    return behind
 
 
 _PASSING = frozenset(("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Slice", "Concat", "Flatten"))

@@ -125,8 +125,8 @@ def raw_heads(model: Any) -> Any:
             self.register_buffer("limit", torch.tensor(limit).clamp(max=torch.finfo(torch.float32).max))
 
         def forward(self, pixels: Any) -> tuple[Any, Any]:
-            found = self.head(list(self.backbone(pixels).values()))
-            return torch.minimum(found["bbox_regression"], self.limit), found["cls_logits"]
+            heads = self.head(list(self.backbone(pixels).values()))
+            return torch.minimum(heads["bbox_regression"], self.limit), heads["cls_logits"]
 
     return RawHeads().eval()
 
@@ -142,8 +142,8 @@ def torchvision_anchors(model: Any) -> NDArray[np.float32]:
     corners = model.anchor_generator(image_list.ImageList(images, [(height, width)]), features)[0].double()
     size = torch.tensor([width, height], dtype=torch.float64)
     low, high = corners[:, :2] / size, corners[:, 2:] / size
-    found: NDArray[np.float32] = torch.cat([(low + high) / 2, high - low], 1).float().numpy()
-    return found
+    anchors: NDArray[np.float32] = torch.cat([(low + high) / 2, high - low], 1).float().numpy()
+    return anchors
 
 
 def write_torchvision(
