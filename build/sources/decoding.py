@@ -1,0 +1,128 @@
+"""How a graph decodes its boxes, found out by asking it.
+
+A decoding moves each anchor by four numbers. Whatever nodes compute it, zeros give the anchors themselves, and a small
+step in one of the four shows which side of the box it moves, by how much, and whether linearly or exponentially. What was
+concluded is then held against the graph on random numbers: it must give the same boxes, or it is not used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from build.errors import ImportModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from build.sources.editor import Editor
+
+# What a network is made of: behind the last of these, encodings are decoded.
+NETWORK = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Loop", "Scan", "If", "Shape")
+_STEP = 0.25
+_CLOSE = 1e-5
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What turns encodings into boxes.
+
+    Attributes:
+        encodings: the tensor with the raw numbers.
+        order: places of the numbers for x, y, width and height among the encodings' four.
+        scales: what those four are divided by.
+        anchors: FP32 [N,4], cx,cy,w,h in the unit of the decoded boxes.
+        error: the largest difference between these boxes and the graph's, on random encodings.
+    """
+
+    encodings: ir.Value
+    order: tuple[int, int, int, int]
+    scales: tuple[float, float, float, float]
+    anchors: NDArray[np.float32]
+    error: float
+
+
+def find_decoding(
+    editor: Editor, boxes: ir.Value, count: int, box_order: str, image: dict[str, NDArray[np.generic]]
+) -> Decoding | None:
+    """The SSD decoding (Liu et al. 2016, eq. 2) between raw encodings and decoded corners, if there is one.
+
+    Args:
+        editor: the graph.
+        boxes: the decoded boxes.
+        count: N.
+        box_order: of the decoded corners: xyxy or yxyx.
+        image: the feeds for one picture, for the sizes of tensors.
+
+    Returns:
+        The one that starts nearest to the network; None where the boxes are decoded otherwise, or not at all.
+    """
+    import numpy as np
+
+    farthest = None
+    candidates = editor.ancestors(boxes, until=NETWORK)[1:]
+    for candidate, numbers in zip(candidates, editor.measure(image, candidates), strict=True):
+        size = numbers.shape
+        if int(np.prod(size)) == 4 * count and size[-1] in (4, 4 * count):
+            farthest = _probe(editor, candidate, boxes, size, count, box_order) or farthest
+    return farthest
+
+
+def _probe(
+    editor: Editor, encodings: ir.Value, boxes: ir.Value, size: tuple[int, ...], count: int, box_order: str
+) -> Decoding | None:
+    import numpy as np
+
+    places = [0, 1, 2, 3] if box_order == "xyxy" else [1, 0, 3, 2]
+
+    def decode(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[N,4] encodings → [N,4] x1,y1,x2,y2."""
+        feeds = {str(encodings.name): numbers.astype(np.float32).reshape(size)}
+        (answer,) = editor.measure(feeds, [boxes])
+        return answer.astype(np.float64).reshape(count, 4)[:, places]
+
+    try:
+        at_zero = decode(np.zeros((count, 4)))
+        moved = [decode(np.eye(4)[place] * np.full((count, 1), _STEP)) for place in range(4)]
+    except ImportModelError:
+        return None  # more than these numbers goes into the boxes
+    extent = at_zero[:, 2:] - at_zero[:, :2]
+    centre = (at_zero[:, :2] + at_zero[:, 2:]) / 2
+    if not (extent > 0).all():
+        return None
+    order, scales = [-1] * 4, [0.0] * 4
+    for place, corners in enumerate(moved):
+        shift = (corners[:, :2] + corners[:, 2:]) / 2 - centre
+        growth = (corners[:, 2:] - corners[:, :2]) / extent
+        for axis in range(2):
+            moves = np.median(shift[:, axis] / extent[:, axis])
+            grows = np.median(growth[:, axis])
+            if abs(moves) > 1e-4 and abs(grows - 1) < 1e-3:
+                order[axis], scales[axis] = place, _STEP / moves
+            elif grows > 1 + 1e-4 and abs(moves) < 1e-3:
+                order[2 + axis], scales[2 + axis] = place, _STEP / float(np.log(grows))
+    if sorted(order) != [0, 1, 2, 3] or min(scales) <= 0:
+        return None
+    scales = [float(f"{scale:.5g}") for scale in scales]
+    anchors = np.concatenate([centre, extent], 1)
+    random = np.random.default_rng(0).normal(0, 1, (count, 4))
+    ours, theirs = corners_of(random[:, order], anchors, scales), decode(random)
+    error = float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))
+    if not error < _CLOSE:
+        return None
+    ordered = (order[0], order[1], order[2], order[3])
+    return Decoding(encodings, ordered, (scales[0], scales[1], scales[2], scales[3]), anchors.astype(np.float32), error)
+
+
+def corners_of(
+    deltas: NDArray[np.float64], anchors: NDArray[np.float64], scales: list[float]
+) -> NDArray[np.float64]:
+    """SSDNMS's `center_size` (docs/design.md) in FP64: [N,4] deltas → x1,y1,x2,y2."""
+    import numpy as np
+
+    moves = deltas / scales
+    centre = moves[:, :2] * anchors[:, 2:] + anchors[:, :2]
+    half = 0.5 * np.exp(moves[:, 2:]) * anchors[:, 2:]
+    return np.concatenate([centre - half, centre + half], 1)
