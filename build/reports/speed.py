@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +14,9 @@ from build.gate import datasets
 from build.graph.attach import before_nms
 from build.quantization import qdq
 from build.quantization.candidates import Candidate, all_calibrators, candidates
-from build.session import runner, session
+from build.reports import cpu
+from build.reports.profiling import profile
+from build.session import runner
 from build.spec import Spec
 
 if TYPE_CHECKING:
@@ -78,15 +78,15 @@ def measure(
         result[kind] = {f"{part}_ms": statistics.median(times[kind, part]) for part in ("whole", "before_nms")}
         for part in ("whole", "before_nms"):
             result[kind][f"{part}_ratio"] = result[first][f"{part}_ms"] / result[kind][f"{part}_ms"]
-    before, after = (layer_times(spec, chosen[kind], pixels[0]) for kind in (first, precisions[-1]))
+    before, after = (layer_times(chosen[kind], pixels[0]) for kind in (first, precisions[-1]))
     result["layers"] = _compared(chosen[precisions[-1]], before, after)
-    result["cpu"] = _cpu()
+    result["cpu"] = cpu.int8()
     files.write_json(artifacts / "audit" / "speed.json", result)
     show.print(_table(precisions, result))
     return result
 
 
-def layer_times(spec: Spec, candidate: Candidate, pixels: NDArray[np.uint8], runs: int = 20) -> dict[str, float]:
+def layer_times(candidate: Candidate, pixels: NDArray[np.uint8], runs: int = 20) -> dict[str, float]:
     """Median milliseconds of each Conv in ONNX Runtime, one thread, by its name; "other" is the rest."""
     model = before_nms(candidate.runs)
     owners: dict[str, str] = {}
@@ -98,13 +98,8 @@ def layer_times(spec: Spec, candidate: Candidate, pixels: NDArray[np.uint8], run
             names += [node.name, node.output[0]]
             node = readers.get(node.output[0])
         owners |= dict.fromkeys(filter(None, names), owner)
-    with tempfile.TemporaryDirectory() as folder:
-        runs_here = session(model, threads=1, profile=Path(folder) / "profile")
-        for _ in range(runs):
-            runs_here.run(None, {contract.IMAGES: pixels})
-        events = json.loads(Path(runs_here.end_profiling()).read_text())
     times: dict[str, list[float]] = {}
-    for event in events:
+    for event in profile(model, {contract.IMAGES: pixels}, runs, threads=1):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             label = re.sub(r"(_nchwc|_token_\d+|_nhwc|_quant)+$", "", event["name"].removesuffix("_kernel_time"))
             is_conv = event["args"]["op_name"] in ("Conv", "FusedConv", "QLinearConv", "NhwcFusedConv")
@@ -160,18 +155,3 @@ def _table(precisions: Sequence[str], result: Mapping[str, Any]) -> Table:
             f"{row['before_nms_ratio']:.2f}",
         )
     return table
-
-
-def _cpu() -> str:
-    """The CPU's name, and which of the instructions that INT8 depends on it has."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown CPU"
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    has = [
-        name
-        for name in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
-        if name in found.get("flags", "").split()
-    ]
-    return f"{found.get('model name', 'unknown CPU')}; {', '.join(has) or 'none of its INT8 instructions'}"
