@@ -69,11 +69,9 @@ def _anchor(title: str) -> str:
 
 
 def _picture(plot: Plot) -> str:
-    """The plot; empty without matplotlib."""
-    from markupsafe import Markup
-
+    """The plot as SVG; empty without matplotlib."""
     try:
-        return Markup(svg(plot))
+        return svg(plot)
     except ImportError:
         return ""
 

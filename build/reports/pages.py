@@ -46,8 +46,8 @@ def number(value: float | None, digits: int = 3) -> str:
 def render(template: Path, **values: Any) -> str:
     """A page of a template, which may extend `base.html` and use its macros.
 
-    Every value is escaped, but for those that are `markupsafe.Markup`. A value that the template names and `values`
-    lacks is an error.
+    Every value is escaped unless the template calls it `safe`. A value that the template names and `values` lacks is
+    an error.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
