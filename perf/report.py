@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from build.reports.pages import Table, number
+from build.reports.html import Table, number
 from perf import report_html as plots
 from perf.report_html import Line, Plot, Row, Section
 from perf.statistics import curves, saturation

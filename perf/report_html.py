@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from io import StringIO
-from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from build.reports.pages import Table, render
+from build.reports import html
+from build.reports.html import Html, Table, scroll, tag
 from perf.statistics import amount, curves, saturation
 
 if TYPE_CHECKING:
@@ -54,26 +55,53 @@ class Section:
 
 # -- the page ----------------------------------------------------------------------------------------------------------
 
-_TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
+_STYLE = """
+.verdict{list-style:none;margin:18px 0;padding:6px 18px}
+.verdict li{display:flex;gap:12px;padding:7px 0;border-bottom:1px solid var(--line)}.verdict li:last-child{border:0}
+.verdict b{flex:none;width:20px;height:20px;margin-top:1px;border-radius:50%;color:var(--card);background:var(--single);
+font-size:13px;line-height:20px;text-align:center}
+.verdict .good{background:var(--expansion)}.verdict .bad{background:var(--unmapped)}
+/* darker than the look's own: words stand on them in white */
+@media(prefers-color-scheme:light){:root{--added:#9a5f00;--pointwise:#0b7a70;--expansion:#477812;--single:#69717e}}
+nav{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px}a{color:var(--vertical)}
+figure{margin:0 0 12px}.scroll+.scroll,figure+.scroll{margin-top:12px}
+figure svg{width:100%;min-width:700px;height:auto}figure svg *{stroke-linejoin:round;stroke-linecap:butt}
+figure svg text{font-family:system-ui,-apple-system,"Segoe UI",sans-serif}
+"""
+_MARKS = {True: ("good", "✓", "good"), False: ("bad", "✗", "bad"), None: ("", "–", "no target")}
 
 
 def page(title: str, subtitle: str, lines: Sequence[Line], sections: Sequence[Section]) -> str:
     """The whole page; without matplotlib it has its tables and says what is missing."""
-    return render(
-        _TEMPLATE, title=title, subtitle=subtitle, lines=lines, sections=sections, anchor=_anchor, picture=_picture
-    )
+    verdict = []
+    for line in lines:
+        kind, mark, meaning = _MARKS[line.good]
+        badge = tag("b", mark, class_=kind, role="img", aria_label=meaning)
+        verdict.append(tag("li", badge, tag("span", line.text)))
+    links = (tag("a", section.title, href=f"#{_anchor(section.title)}") for section in sections)
+    parts = [
+        tag("h1", title),
+        tag("p", subtitle, class_="dim"),
+        tag("ul", *verdict, class_="card verdict", aria_label="verdict"),
+        tag("nav", *links, aria_label="sections"),
+    ]
+    for section in sections:
+        parts.append(tag("h2", section.title, id=_anchor(section.title)))
+        parts += [_picture(plot) for plot in section.plots]
+        parts += [tag("p", text) for text in section.text]
+        parts += [table.html(section.title) for table in section.tables]
+    return html.page(title, _STYLE, parts, '<link rel="icon" href="data:,">')
 
 
 def _anchor(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
-def _picture(plot: Plot) -> str:
-    """The plot as SVG; empty without matplotlib."""
+def _picture(plot: Plot) -> Html:
     try:
-        return svg(plot)
+        return tag("figure", scroll(Html(svg(plot)), plot.alt))
     except ImportError:
-        return ""
+        return tag("p", f"{plot.alt}: drawing it needs the package matplotlib.", class_="dim")
 
 
 # -- matplotlib --------------------------------------------------------------------------------------------------------
@@ -103,28 +131,17 @@ def _settings(name: str) -> Iterator[None]:
         "axes.titlesize": 10,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
-        "axes.edgecolor": _GRID,
-        "axes.labelcolor": _DIM,
-        "axes.titlecolor": _INK,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": _GRID,
-        "grid.linewidth": 0.8,
-        "text.color": _INK,
-        "xtick.color": _GRID,
-        "ytick.color": _GRID,
-        "xtick.labelcolor": _DIM,
-        "ytick.labelcolor": _DIM,
-        "xtick.minor.size": 0,
-        "ytick.minor.size": 0,
-        "legend.frameon": False,
         "legend.fontsize": 8.5,
         "legend.handlelength": 3,
+        "grid.linewidth": 0.8,
         "lines.linewidth": 1.8,
         "lines.markersize": 5,
-        "figure.constrained_layout.use": True,
+        **dict.fromkeys(("axes.titlecolor", "text.color"), _INK),
+        **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _DIM),
+        **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _GRID),
+        **dict.fromkeys(("axes.grid", "axes.axisbelow", "figure.constrained_layout.use"), True),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+        **dict.fromkeys(("xtick.minor.size", "ytick.minor.size"), 0),
     }
     with matplotlib.rc_context(look):
         yield
@@ -193,8 +210,6 @@ def served(
         targets: likewise, one figure each.
         transports: {transport: its name}.
     """
-    from statistics import median
-
     figure, (axes,) = _figure(3.4)
     place, names = 0.0, []
     for precision, rounds in ratios.items():
@@ -407,8 +422,6 @@ def distributions(rows: Sequence[Row]) -> Figure:
 
 def peers(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """A bar for each peer, a dot for each repeat."""
-    from statistics import median
-
     figure, (axes,) = _figure(0.7 + 0.27 * len(rows))
     names = list(dict.fromkeys(row["name"] for row in rows))
     for place, row in enumerate(rows):

@@ -22,7 +22,7 @@ from build.reports import fusion_html, fusion_text
 from build.reports.fusion_model import Report
 from build.reports.fusion_onnxruntime import onnxruntime_report
 from build.reports.fusion_tensorrt import record_layers, tensorrt_report
-from build.reports.pages import number
+from build.reports.html import number
 from build.reports.roofline import FusionError, measure_ceilings, read_ceilings
 from build.spec import load
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from build.reports.fusion_model import Kernel, Node, Report
-from build.reports.pages import Table, number
+from build.reports.html import Table, number
 from build.reports.roofline import Ceilings
 
 KINDS = {
