@@ -10,54 +10,56 @@ _INT8_LIKE = frozenset(("INT8", "UINT8"))
 
 
 def finish(report: Report, source: Source) -> None:
-    """Fates of the nodes, kinds of the kernels, work, bounds and shares."""
+    """Fills in what follows from the kernels' nodes: fates, edges, kinds, work, bounds, shares."""
     report.nodes = [Node(op.name, op.op_type) for op in source.ops]
     for k, kernel in enumerate(report.kernels):
         for i in kernel.nodes:
             report.nodes[i].kernels.append(k)
+    report.edges = [
+        (source.producer[name], i) for i, op in enumerate(source.ops) for name in reads(op) if name in source.producer
+    ]
+    _decide_fates(report, source)
+    whole = sum(kernel.milliseconds or 0 for kernel in report.kernels)
+    for kernel in report.kernels:
+        _classify(kernel, source)
+        _measure(kernel, source, report.ceilings)
+        if kernel.milliseconds is not None and whole:
+            kernel.share = kernel.milliseconds / whole
+    siblings: dict[str, list[int]] = {}
+    for i, op in enumerate(source.ops):
+        if op.op_type == "Conv":
+            siblings.setdefault(op.input[0], []).append(i)
+    for nodes in siblings.values():
+        if len(nodes) > 1 and len({k for i in nodes for k in report.nodes[i].kernels}) > 1:
+            report.not_merged.append([report.nodes[i].name for i in nodes])
+
+
+def _decide_fates(report: Report, source: Source) -> None:
+    """What became of every node; notes the kernels that run for nothing."""
     needed = source.between(source.outputs, source.inputs) or set()
     mapped = {i for kernel in report.kernels for i in kernel.nodes}
-    everything_else_known = all(kernel.evidence != "unmapped" for kernel in report.kernels)
+    every_kernel_known = all(kernel.evidence != "unmapped" for kernel in report.kernels)
     for i, (node, op) in enumerate(zip(report.nodes, source.ops, strict=True)):
+        twin = source.producer.get(source.alias.get(op.output[0], ""))
         if i in mapped:
             node.fate = "kernel"
         elif all(name in source.constant for name in op.output if name):
             node.fate = "folded"
-        elif op.output[0] in source.alias and source.producer[source.alias[op.output[0]]] in mapped:
-            node.fate = "merged"
-            node.kernels = list(report.nodes[source.producer[source.alias[op.output[0]]]].kernels)
+        elif twin in mapped:
+            node.fate, node.kernels = "merged", list(report.nodes[twin].kernels)
         elif i not in needed:
             node.fate = "dead"
         elif _only_shapes(source, i):
             node.fate = "folded"
-        elif everything_else_known and op.op_type in LAYOUT | {"Identity", "Dropout", "Cast"}:
+        elif every_kernel_known and op.op_type in LAYOUT | {"Identity", "Dropout", "Cast"}:
             node.fate = "eliminated"
     wasted = [source.ops[i].name for i in sorted(mapped - needed) if source.ops[i].output[0] not in source.alias]
     if wasted:
         report.notes.append(f"No output needs {', '.join(wasted)}, and yet a kernel runs for it.")
-    for kernel in report.kernels:
-        _classify(kernel, source)
-        _measure(kernel, source, report.ceilings)
-    times = [kernel.milliseconds for kernel in report.kernels if kernel.milliseconds is not None]
-    whole = sum(time for time in times)
-    for kernel in report.kernels:
-        if kernel.milliseconds is not None and whole:
-            kernel.share = kernel.milliseconds / whole
-    report.edges = [
-        (source.producer[name], i) for i, op in enumerate(source.ops) for name in reads(op) if name in source.producer
-    ]
-    by_source: dict[str, list[int]] = {}
-    for i, op in enumerate(source.ops):
-        if op.op_type == "Conv":
-            by_source.setdefault(op.input[0], []).append(i)
-    for siblings in by_source.values():
-        kernels = {k for i in siblings for k in report.nodes[i].kernels}
-        if len(siblings) > 1 and len(kernels) > 1:
-            report.not_merged.append([report.nodes[i].name for i in siblings])
 
 
 def _only_shapes(source: Source, index: int) -> bool:
-    """Whether a node works on shapes alone: on the way from a Shape node."""
+    """Whether everything that a node reads comes from a Shape node or a constant."""
     todo, seen = [index], set()
     while todo:
         i = todo.pop()

@@ -51,13 +51,17 @@ class Ceilings:
 
 
 def measure_ceilings(threads: int, seconds: float = 1.0) -> Ceilings:
-    """The best that ONNX Runtime and a copy reach here with so many threads: FP32, INT8, bytes per second.
+    """Measures the best that ONNX Runtime (FP32, INT8) and a copy of memory reach here.
 
-    Every timed piece of work takes well under a millisecond, so that some pass undisturbed on a busy machine, too.
+    Every timed piece of work takes well under a millisecond: even on a busy machine some pass undisturbed.
+
+    Args:
+        threads: as in the report's runs.
+        seconds: for each ceiling.
     """
     operations = int8 = 0.0
     bandwidth = dict.fromkeys(WORKING_SETS, 0.0)
-    for _ in range(_ROUNDS):  # apart in time, so that a disturbance does not lower one ceiling alone
+    for _ in range(_ROUNDS):  # apart in time: a disturbance then does not lower a single ceiling
         operations = max(operations, _throughput(threads, seconds / _ROUNDS, int8=False))
         int8 = max(int8, _throughput(threads, seconds / _ROUNDS, int8=True))
         for size, best in bandwidth.items():

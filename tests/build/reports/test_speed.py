@@ -46,7 +46,7 @@ def test_a_conv_that_is_not_faster_has_a_reason(tiny: spec.Spec, tmp_path: Path)
     reasons = {row["conv"]: row["why"] for row in slower}
     assert list(reasons) == ["left", "other", name]  # the longest first
     assert reasons["left"] == "left unquantised"
-    assert reasons[name].startswith("3 channels in: too few")
+    assert reasons[name].startswith("3 input channels: too few")
     assert reasons["other"].startswith("layout changes")
     (faster,) = speed._compared(candidate, {name: 2.0}, {name: 1.0})
     assert faster == {"conv": name, "before_ms": 2.0, "after_ms": 1.0, "why": ""}
