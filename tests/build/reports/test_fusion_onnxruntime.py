@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from build import spec
 from build.errors import GraphError
 from build.files import MODELS
 from build.graph.attach import attach
-from build.reports import fusion_text
+from build.reports import fusion_onnxruntime, fusion_text
 from build.reports.fusion_model import Report
 from build.reports.fusion_onnxruntime import map_optimised, onnxruntime_report
 from build.reports.source_graph import Source
@@ -150,3 +151,13 @@ def test_a_model_that_cannot_run_is_an_error() -> None:
     source = network([node("Relu", ["pixels"], "relu")], ["relu_out"])
     with pytest.raises(GraphError, match="ONNX Runtime cannot run the model"):
         onnxruntime_report("test", source, "fp32", {"other": np.zeros(1)}, threads=1, runs=1, ceilings=None)
+
+
+def test_a_busy_machine_is_noted(shapes: Report) -> None:
+    kernel = dataclasses.replace(shapes.kernels[0], bound="compute", efficiency=1.2)
+    busy = dataclasses.replace(shapes, kernels=[kernel], milliseconds=10.0)
+    interrupted, low_ceiling = fusion_onnxruntime._doubts(busy, 14.0)
+    assert interrupted.startswith("A whole call took 14.0 ms at the median, its kernels 10.0 ms")
+    assert low_ceiling.startswith("A kernel reaches 120% of the compute ceiling")
+    idle = dataclasses.replace(busy, kernels=[dataclasses.replace(kernel, efficiency=1.1)])
+    assert fusion_onnxruntime._doubts(idle, 12.0) == []
