@@ -162,12 +162,14 @@ def _scores(
         kind, source = node.op_type.lower(), node.inputs[0]
         assert source is not None
         (before,) = editor.measure(front.example(), [source])
-        logits, _ = _three(editor, source, before.shape, columns, "scores")
+        wide = _columns(editor, source, before.shape, count)
+        logits, _ = _three(editor, source, before.shape, wide, "scores")
         raw, activated = editor.measure(front.example(), [logits, rows])
-        if np.abs(_activate(raw, kind) - activated).max() < 1e-5:
+        ours = _activate(raw, kind)[..., wide - columns :]  # exports cut the background off behind the activation
+        if ours.shape == activated.shape and np.abs(ours - activated).max() < 1e-5:
             nms["score_activation"] = kind
             reading.fact("score_activation", kind, f"{node.op_type} {node.name!r}, left to SSDNMS")
-            return logits, columns
+            return logits, wide
         reading.scores_are = "probabilities"  # activated along another axis than the classes: taken as they are
     if reading.scores_are == "probabilities":
         nms["score_activation"] = "none"

@@ -149,6 +149,7 @@ class Editor:
         import onnx_ir as ir
 
         try:
+            self.graph.sort()
             graph = ir.convenience.extract(self.graph, list(inputs), list(outputs))
             graph.name = graph.name or "part"
             model = ir.Model(graph, ir_version=max(self.model.ir_version, 8))

@@ -31,6 +31,7 @@ class Front:
         dtype: NumPy's name of its type.
         normalised: whether the graph normalises behind it, so that it takes plain pixel values.
         cut: the operator that the graph was cut behind; empty where `pixels` is the graph's input.
+        picture: the graph's own input, before the cut.
     """
 
     pixels: ir.Value
@@ -40,6 +41,7 @@ class Front:
     dtype: str
     normalised: bool
     cut: str
+    picture: ir.Value
 
     def feeds(self, pixels: NDArray[np.generic]) -> dict[str, NDArray[Any]]:
         """Pictures [B,H,W,3] as the network takes them, values as they are."""
@@ -52,7 +54,12 @@ class Front:
         """The feeds of one picture of noise, for measuring sizes."""
         import numpy as np
 
-        return self.feeds(np.random.default_rng(0).uniform(0, 255, (1, self.height, self.width, 3)))
+        pixels = np.random.default_rng(0).uniform(0, 255, (1, self.height, self.width, 3))
+        if not self.cut:
+            return self.feeds(pixels)
+        last = list(self.picture.shape or ())[-1] == 3  # the whole graph, with the preprocessing that is cut off later
+        array = pixels if last else pixels.transpose(0, 3, 1, 2)
+        return {str(self.picture.name): np.ascontiguousarray(array.astype(self.picture.dtype.numpy()))}  # type: ignore[union-attr]
 
 
 def find_front(editor: Editor, width: int = 0, height: int = 0) -> Front:
@@ -114,7 +121,7 @@ def find_front(editor: Editor, width: int = 0, height: int = 0) -> Front:
     dtype = "uint8" if kind == ir.DataType.UINT8 else "float32"
     normalised = dtype == "uint8" or bool(producer) or any(n.op_type in _NORMALISING for n in passed)
     cut = f"{producer.op_type} {producer.name!r}" if producer else ""
-    return Front(pixels, channels_last, tall, wide, dtype, normalised, cut)
+    return Front(pixels, channels_last, tall, wide, dtype, normalised, cut, picture)
 
 
 def new_input(editor: Editor, front: Front) -> ir.Value:

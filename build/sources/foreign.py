@@ -1,0 +1,194 @@
+"""A detector's ONNX file, as its framework exported it → what the build takes, with a table of what was recognised."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from build.errors import ImportModelError, OptionError
+from build.sources import anchors as anchor_forms
+from build.sources.adapt import BOX_ORDERS, Adapted, adapt
+from build.sources.editor import Editor
+from build.sources.front import Front, find_front
+from build.sources.recognise import Reading, recognise
+from build.sources.symptoms import check_values
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    from numpy.typing import NDArray
+    from rich.table import Table
+
+BOXES_ARE = ("deltas", "decoded")
+SCORES_ARE = ("logits", "probabilities")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user says about a file; empty = the file itself tells.
+
+    Attributes:
+        family: of recognise.FAMILIES.
+        boxes, logits: tensors of the main graph.
+        anchors: a file or a generator (build/sources/anchors.py).
+        box_order: of BOX_ORDERS.
+        boxes_are: of BOXES_ARE.
+        scores_are: of SCORES_ARE.
+        width, height: of the input, in pixels.
+    """
+
+    family: str = ""
+    boxes: str = ""
+    logits: str = ""
+    anchors: str = ""
+    box_order: str = ""
+    boxes_are: str = ""
+    scores_are: str = ""
+    width: int = 0
+    height: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("box_order", BOX_ORDERS), ("boxes_are", BOXES_ARE), ("scores_are", SCORES_ARE)):
+            value = getattr(self, name)
+            if value and value not in known:
+                raise OptionError(f"--{name.replace('_', '-')} is {value!r}, but must be one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A file that was understood.
+
+    Attributes:
+        adapted: what the build takes.
+        reading: what it was recognised as.
+        front: where its pixels come in.
+        original: the graph as it was.
+    """
+
+    adapted: Adapted
+    reading: Reading
+    front: Front
+    original: onnx.ModelProto
+
+    def table(self) -> Table:
+        """What was recognised, and from which nodes."""
+        from rich.table import Table
+
+        table = Table(title=f"recognised: {self.reading.family}", title_justify="left", box=None)
+        for column in ("what", "value", "from"):
+            table.add_column(column, overflow="fold")
+        for fact in self.reading.facts:
+            table.add_row(*fact)
+        return table
+
+
+def understand(path: Path, labels: Sequence[str], wishes: Wishes = Wishes()) -> Foreign:  # noqa: B008
+    """Recognises a file and adapts it.
+
+    Args:
+        path: the ONNX file.
+        labels: the foreground labels.
+        wishes: what the user says.
+
+    Raises:
+        ImportModelError: it is not understood, or contradicts what was said.
+        OptionError: something that it does not say must be said; names the option.
+    """
+    model = load(path)
+    editor = Editor(path, model)
+    front = find_front(editor, wishes.width, wishes.height)
+    if wishes.boxes and wishes.logits and not wishes.family:
+        reading = Reading("named tensors", editor.value(wishes.boxes), editor.value(wishes.logits))
+        reading.fact("heads", f"{wishes.boxes}, {wishes.logits}", "--boxes, --logits")
+    else:
+        reading = recognise(editor, front, len(labels), wishes.family)
+        if wishes.boxes:
+            reading.boxes, reading.pick = editor.value(wishes.boxes), None
+        if wishes.logits:
+            reading.scores, reading.pick = editor.value(wishes.logits), None
+    where = front.cut or f"input {front.pixels.name!r}"
+    layout = "[B,H,W,3]" if front.channels_last else "[B,3,H,W]"
+    reading.fact("input", f"{front.width} x {front.height}, {layout}, {front.dtype}", f"behind {where}" if front.cut else where)
+    if wishes.boxes_are:
+        reading.boxes_are = wishes.boxes_are
+    if wishes.box_order:
+        reading.box_order = wishes.box_order
+    if wishes.scores_are:
+        reading.scores_are, reading.scores_stated = wishes.scores_are, True
+    given = None
+    if wishes.anchors:
+        given = _anchors(wishes.anchors, front, wishes.box_order)
+        reading.fact("anchors", anchor_forms.describe(given), f"--anchors {wishes.anchors}")
+        if wishes.boxes and not wishes.boxes_are and reading.family == "named tensors":
+            reading.boxes_are = "deltas"
+    adapted = adapt(editor, front, reading, len(labels), given)
+    if not (wishes.scores_are and wishes.boxes_are):
+        check_values(path, adapted, reading, wishes.scores_are, wishes.boxes_are)
+    for key, value in reading.picture.items():
+        if key in adapted.picture and adapted.picture[key] == value:
+            reading.fact(f"input.{key}", value, f"usual for {reading.family}: the file cannot say it (--set input.{key}=...)")
+    if front.normalised:
+        reading.fact("normalisation", "in the graph: plain pixel values go in", where)
+    return Foreign(adapted, reading, front, model)
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """The file.
+
+    Raises:
+        ImportModelError: it cannot be read, or is no ONNX model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(path)
+    except OSError as error:
+        raise ImportModelError(f"{path}: cannot be read: {error.strerror or error}", fix="correct the path") from None
+    except (DecodeError, ValueError) as error:
+        raise ImportModelError(
+            f"{path}: no ONNX model: {error}", why="the file is truncated or of another kind", fix="export it again"
+        ) from None
+
+
+def _anchors(text: str, front: Front, order: str) -> NDArray[np.float32]:
+    """The user's anchors as cx,cy,w,h in 0..1.
+
+    Raises:
+        OptionError: they cannot be had, or their order cannot be told.
+    """
+    rows = anchor_forms.from_text(text, front.width, front.height)
+    form, unit = documented = ("cxcywh", "fraction")
+    if Path(text).suffix in anchor_forms.SUFFIXES:
+        forms = anchor_forms.plausible_forms(rows, front.width, front.height)
+        if documented not in forms:
+            form, unit = anchor_forms.guess_form(rows, front.width, front.height)
+    size = (front.width, front.height) if unit == "pixel" else (1, 1)
+    return anchor_forms.corners_to_centers(rows, order or form, *size)
+
+
+def write(folder: Path, foreign: Foreign) -> dict[str, dict[str, Any]]:
+    """Writes model.onnx and, where there are any, anchors.npy; gives the tables of spec.toml."""
+    import numpy as np
+    import onnx
+
+    onnx.save(foreign.adapted.model, folder / "model.onnx")
+    if foreign.adapted.anchors is not None:
+        np.save(folder / "anchors.npy", foreign.adapted.anchors)
+    return {"model": {}, "input": dict(foreign.adapted.picture), "nms": dict(foreign.adapted.nms)}
+
+
+def copy_labels(file: Path, folder: Path) -> list[str]:
+    """Copies labels.txt; gives the labels.
+
+    Raises:
+        ImportModelError: it cannot be read.
+    """
+    try:
+        shutil.copyfile(file, folder / "labels.txt")
+        return file.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise ImportModelError(f"{file}: cannot be read: {error.strerror}", fix="correct the path") from None
