@@ -79,11 +79,15 @@ def outputs(max_detections: int) -> tuple[Tensor, ...]:
 # -- SSDNMS ------------------------------------------------------------------------------------------------------------
 
 OP_TYPE, DOMAIN, OP_VERSION = "SSDNMS", "ssd", 1
+BOX_CODINGS = ("center_size", "corner")
 
 
 @dataclass(frozen=True)
 class Nms(Table):
-    """[nms]: the attributes of the SSDNMS node (docs/design.md), and whether the thresholds are inputs, too."""
+    """The attributes of the SSDNMS node (docs/design.md), and whether the thresholds are inputs, too.
+
+    They are the keys of a spec's [nms], which allows more (build/spec.py).
+    """
 
     score_threshold: float = key(0.05, low=0, high=1)
     iou_threshold: float = key(0.45, low=0, high=1)
@@ -91,7 +95,7 @@ class Nms(Table):
     topk_per_class: int = key(0, low=0, high=INT32_MAX)
     background_class: int = key(0, low=-1, high=INT32_MAX)
     score_activation: str = key("softmax", choices=("softmax", "sigmoid", "none"))
-    box_coding: str = key("center_size", choices=("center_size", "corner"))
+    box_coding: str = key("center_size", choices=BOX_CODINGS)
     box_scales: Floats4 = key((10.0, 10.0, 5.0, 5.0), above=0)  # noqa: RUF009
     clip_boxes: bool = key(True)
     class_agnostic: bool = key(False)
@@ -140,8 +144,8 @@ class Precision:
     Attributes:
         name: its name.
         runtimes: those that can run it.
-        derived: how its graph comes from the source model: `source` (it is the source's own graph; TF32 is a choice of the
-            engine build), `half` (every float is cast) or `quantised` (Q/DQ pairs on calibrated activations).
+        derived: how its graph comes from the source model: `source` (it is the source's own graph; TF32 is a choice
+            of the engine build), `half` (every float is cast) or `quantised` (Q/DQ pairs on calibrated activations).
         widened: ONNX Runtime has no CPU kernels for its graph, so the gate compares with the same graph in FP32 with
             every result rounded (build/graph/precision.py: widened).
         literal: ONNX Runtime's optimisations give wrong answers for its graph: it runs as it is written.

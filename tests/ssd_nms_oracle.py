@@ -70,7 +70,9 @@ def decode(deltas: Array, anchor: Array, nms: Nms) -> list[np.float32]:
     acx, acy, aw, ah = anchor
     d = [delta / F(scale) for delta, scale in zip(deltas, nms.box_scales, strict=True)]
     half = F(0.5)
-    if nms.box_coding == "center_size":
+    if nms.box_coding == "decoded":
+        box = list(deltas)
+    elif nms.box_coding == "center_size":
         cx, cy = d[0] * aw + acx, d[1] * ah + acy
         w, h = np.exp(d[2]) * aw, np.exp(d[3]) * ah
         box = [cx - half * w, cy - half * h, cx + half * w, cy + half * h]

@@ -40,8 +40,9 @@ def self_check(model: onnx.ModelProto, spec: Spec, *, literal: bool = False) -> 
     size = (_ROWS, spec.input.height, spec.input.width, 3)
     images = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     heads = run(before_nms(model), {contract.IMAGES: images})
+    count = len(spec.load_anchors()) if spec.nms.needs_anchors else heads[contract.HEADS[1]].shape[1]
     for name, last in zip(contract.HEADS, (4, spec.classes), strict=True):
-        shape, wanted = heads[name].shape, (_ROWS, len(spec.load_anchors()), last)
+        shape, wanted = heads[name].shape, (_ROWS, count, last)
         if shape != wanted:
             raise GraphError(
                 f"{spec.onnx_path}: {name} has the shape {list(shape)}, but must have {list(wanted)}",

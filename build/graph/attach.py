@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from build import contract
 from build.errors import GraphError
 from build.graph import ssd_nms
+from build.session import runner
 from build.spec import Spec
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ OLDEST_OPSET = 13
 def attach(spec: Spec, source: onnx.ModelProto | None = None) -> onnx.ModelProto:
     """The served graph of a spec's source model, with the inputs and outputs of docs/design.md, "The served model".
 
-    The source takes FP32 [B,3,H,W] and answers `box_deltas` [B,N,4] and `class_logits` [B,N,C], FP32 or FP16.
+    The source takes FP32 [B,3,H,W] and answers `box_deltas` [B,N,4] and `class_logits` [B,N,C], FP32 or FP16. Boxes
+    that are decoded already are SSDNMS's corner deltas of anchors that are all 0: `(0 - 0.5 * 0) + box / 1` is the box.
 
     Args:
         spec: the spec.
@@ -37,11 +39,14 @@ def attach(spec: Spec, source: onnx.ModelProto | None = None) -> onnx.ModelProto
         GraphError: the source is no ONNX model, or not what its spec says.
         SpecError: the anchors cannot be read.
     """
+    import numpy as np
     import onnx
     from onnx import helper, numpy_helper
 
-    anchors = spec.load_anchors()
+    anchors = spec.load_anchors() if spec.nms.needs_anchors else None
     model = load_source(spec)
+    if anchors is None:
+        anchors = np.zeros((_count_boxes(model, spec), 4), np.float32)
     if source is not None:
         model.CopyFrom(source)
     _check(model, spec, len(anchors))
@@ -175,8 +180,37 @@ def _front(spec: Spec) -> tuple[list[onnx.NodeProto], dict[str, NDArray[np.gener
     return nodes, constants
 
 
-def _check(model: onnx.ModelProto, spec: Spec, anchors: int) -> None:
+def _count_boxes(model: onnx.ModelProto, spec: Spec) -> int:
+    """N, which no anchors tell: from shape inference or, where that does not know it, from one run.
+
+    Raises:
+        GraphError: the source is not what its spec says, or ONNX Runtime cannot run it.
+    """
+    import numpy as np
+
+    count = _check(model, spec, None)
+    if count:
+        return count
+    pixels = np.zeros((1, 3, spec.input.height, spec.input.width), np.float32)
+    try:
+        shape = runner(model)({model.graph.input[0].name: pixels})[contract.HEADS[0]].shape
+    except Exception as error:  # ONNX Runtime's own exceptions have no common type
+        raise GraphError(f"{spec.onnx_path}: ONNX Runtime cannot run it: {error}") from error
+    if len(shape) != 3:
+        raise GraphError(f"{spec.onnx_path}: box_deltas has the shape {list(shape)}, but must have [1, N, 4]")
+    return int(shape[1])
+
+
+def _check(model: onnx.ModelProto, spec: Spec, anchors: int | None) -> int:
     """Compares the source's one input and its heads with the spec, as far as their shapes are known.
+
+    Args:
+        model: the source.
+        spec: its spec.
+        anchors: how many there are; None = no anchors.
+
+    Returns:
+        N, or 0 where shape inference does not know it.
 
     Raises:
         GraphError: something differs.
@@ -216,9 +250,13 @@ def _check(model: onnx.ModelProto, spec: Spec, anchors: int) -> None:
     for output in probe.graph.output:
         output.type.tensor_type.ClearField("shape")
     probe = onnx.shape_inference.infer_shapes(probe, data_prop=True)
+    count = 0
     for output in probe.graph.output:
         last_size = 4 if output.name == "box_deltas" else spec.classes
-        _compare(path, output, ("B", anchors, last_size), (TensorProto.FLOAT, TensorProto.FLOAT16))
+        _compare(path, output, ("B", anchors or "N", last_size), (TensorProto.FLOAT, TensorProto.FLOAT16))
+        sizes = [dimension.dim_value for dimension in output.type.tensor_type.shape.dim]
+        count = count or (sizes[1] if sizes else 0)
+    return count
 
 
 def _compare(path: object, info: onnx.ValueInfoProto, shape: tuple[int | str, ...], kinds: tuple[int, ...]) -> None:
@@ -240,7 +278,8 @@ def _compare(path: object, info: onnx.ValueInfoProto, shape: tuple[int | str, ..
         raise GraphError(
             f"{path}: {info.name!r} has the shape {shape_here}, but must have {list(shape)}",
             why="spec.toml, labels.txt, anchors.npy and the model are not of one kind",
-            fix="the spec gives height and width, anchors.npy gives N, labels.txt (and a background) gives C",
+            fix="the spec gives height and width, anchors.npy gives N (where boxes are decoded, both heads "
+            "have the same N), labels.txt (and a background) gives C",
         )
 
 

@@ -59,7 +59,7 @@ def recipe(spec: Spec, target: Target, served_by: Backend | None = None) -> dict
     Raises:
         PublishError: an input cannot be read.
     """
-    sources = [spec.labels_path, spec.anchors_path]
+    sources = [spec.labels_path, spec.anchors_path] if spec.nms.needs_anchors else [spec.labels_path]
     sources += sorted(spec.onnx_path.parent.glob(f"{spec.onnx_path.name}*"))  # with the files of its external data
     instances, threads = instances_and_threads(spec, target.runtime)
     serving: dict[str, Any] = {"instances": instances, "threads": threads}

@@ -28,9 +28,9 @@ class ModelConfig:
         input_width: width of the model's input in pixels.
         input_height: height of the model's input in pixels.
         color_order: `RGB` or `BGR`, order of the channels of the input.
-        resize: `stretch`, or `letterbox` (aspect ratio kept, centred, padded with `pad_value`).
-        resample: Pillow's filter of that name.
-        pad_value: grey level of the letterbox's border, 0..255.
+        resize: one of `rule.RESIZES`; `rule.Preprocessing` explains them.
+        resample: one of `rule.RESAMPLES`; `rule.Preprocessing` explains them.
+        pad_value: grey level of the letterbox's padding, 0..255.
         labels: names of the foreground classes, in order.
         score_threshold: the model's own score threshold, 0..1.
         iou_threshold: the model's own IoU threshold of the suppression, 0..1.

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from .exceptions import ImageError
-from .rule import Preprocessing
+from .rule import BILINEAR_PLAIN, Preprocessing
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]"
 
@@ -52,6 +52,8 @@ _PHOTOMETRICS = {0: "WhiteIsZero", 1: "BlackIsZero", 2: "RGB", 3: "palette", 5: 
 _SAMPLE_FORMATS = {2: "signed values", 3: "floating-point values", 5: "complex values", 6: "complex values"}
 # Pillow's modes of PNG greys with fewer than 8 bits, and its factor from the file's levels to 8 bits.
 _PNG_LEVELS = {"L;2": 85, "L;4": 17}
+
+_ROWS_AT_ONCE = 32  # of the result of plain bilinear sampling: few enough for the processor's cache
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -158,7 +160,7 @@ def place(image_size: tuple[int, int], rule: Preprocessing) -> Placement:
         return Placement(image_size, (across / width, down / height), (0, 0), (across, down))
     scale = min(across / width, down / height)
     inner = (max(1, round(width * scale)), max(1, round(height * scale)))
-    offset = ((across - inner[0]) // 2, (down - inner[1]) // 2)
+    offset = (0, 0) if rule.resize == "letterbox_top_left" else ((across - inner[0]) // 2, (down - inner[1]) // 2)
     return Placement(image_size, (inner[0] / width, inner[1] / height), offset, (across, down))
 
 
@@ -179,11 +181,9 @@ def preprocess(image: Image.Image, rule: Preprocessing, out: NDArray[np.uint8]) 
         round(placement.scale[0] * placement.image_size[0]),
         round(placement.scale[1] * placement.image_size[1]),
     )
-    if image.size != inner:
-        image = image.resize(inner, Image.Resampling[rule.resample.upper()])
     if inner != (across, down):
         out[...] = rule.pad_value
-    pixels = np.asarray(image)
+    pixels = _resized(image, inner, rule.resample)
     out[top : top + inner[1], left : left + inner[0]] = pixels if rule.color_order == "RGB" else pixels[..., ::-1]
     return placement
 
@@ -203,6 +203,59 @@ def input_array(source: ImageSource, rule: Preprocessing) -> tuple[NDArray[np.ui
     """
     out = np.empty((rule.height, rule.width, 3), np.uint8)
     return out, preprocess(load_image(source), rule, out)
+
+
+def _resized(image: Image.Image, size: tuple[int, int], resample: str) -> NDArray[np.uint8]:
+    if image.size == size:
+        return np.asarray(image)
+    if resample == BILINEAR_PLAIN:
+        return _bilinear_plain(image, size)
+    return np.asarray(image.resize(size, Image.Resampling[resample.upper()]))
+
+
+def _bilinear_plain(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Bilinear sampling at half-pixel centres without antialiasing, in FP32, rounded to the nearest level (half: up).
+
+    This is what OpenCV's INTER_LINEAR, torch.nn.functional.interpolate (bilinear, align_corners=False) and ONNX's
+    Resize (linear, half_pixel) do. Pillow's `Image.transform` samples at the same places, but cuts the fractions off,
+    so its pictures are half a level too dark.
+    """
+    width, height = size
+    left, right, across = _neighbours(image.width, width)
+    above, below, down = _neighbours(image.height, height)
+    bands = np.arange(3)
+    left, right = ((3 * columns[:, None] + bands).ravel() for columns in (left, right))
+    across, down = np.repeat(across, 3), down[:, None]
+
+    def row_samples(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+        samples, further = rows.take(left, 1).astype(np.float32), rows.take(right, 1).astype(np.float32)
+        further -= samples
+        further *= across
+        samples += further
+        return samples
+
+    out = np.empty((height, 3 * width), np.uint8)
+    for start in range(0, height, _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        top, bottom = int(above[part][0]), int(below[part][-1]) + 1
+        rows = np.asarray(image.crop((0, top, image.width, bottom))).reshape(bottom - top, -1)
+        samples, further = row_samples(rows[above[part] - top]), row_samples(rows[below[part] - top])
+        further -= samples
+        further *= down[part]
+        samples += further
+        samples += 0.5
+        out[part] = samples
+    return out.reshape(height, width, 3)
+
+
+def _neighbours(count: int, samples: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
+    """The two of `count` pixels that each sample lies between, and how far it lies from the first to the second.
+
+    Sample i lies at (i + 0.5) * count / samples - 0.5. A sample outside of the outermost centres takes the edge pixel.
+    """
+    places = np.clip((np.arange(samples) + 0.5) * (count / samples) - 0.5, 0, count - 1)
+    first = places.astype(np.intp)
+    return first, np.minimum(first + 1, count - 1), (places - first).astype(np.float32)
 
 
 def _name(source: object) -> str:

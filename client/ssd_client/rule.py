@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from .exceptions import InvalidInputError
 
-RESIZES = ("stretch", "letterbox")
-RESAMPLES = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+RESIZES = ("stretch", "letterbox", "letterbox_top_left")
+BILINEAR_PLAIN = "bilinear_plain"
+RESAMPLES = ("nearest", "box", "bilinear", BILINEAR_PLAIN, "hamming", "bicubic", "lanczos")
 COLOR_ORDERS = ("RGB", "BGR")
 
 
@@ -18,9 +19,11 @@ class Preprocessing:
     Attributes:
         width: of the input, in pixels.
         height: of the input, in pixels.
-        resize: `stretch`, or `letterbox` (aspect ratio kept, centred, padded with `pad_value`).
-        resample: Pillow's filter of that name, one of `RESAMPLES`.
-        pad_value: grey level of the letterbox's border, 0..255.
+        resize: `stretch`, or `letterbox` (aspect ratio kept, centred, padded with `pad_value`), or `letterbox_top_left`
+            (the same, but in the top left corner).
+        resample: `bilinear_plain` (no antialiasing: OpenCV's INTER_LINEAR, torch's interpolate, ONNX's Resize), or the
+            Pillow filter of that name (antialiased when it shrinks); one of `RESAMPLES`.
+        pad_value: grey level of the letterbox's padding, 0..255.
         color_order: `RGB` or `BGR`, the order of the input's channels.
 
     Raises:

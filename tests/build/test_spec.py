@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from build import contract
 from build import spec as spec_module
 from build.errors import SpecError
 from build.files import ROOT
@@ -134,6 +135,48 @@ def test_wrong_anchors(path: Path, anchors: np.ndarray | None) -> None:
         np.save(spec.anchors_path, anchors)
     with pytest.raises(SpecError, match=r"anchors\.npy"):
         spec.load_anchors()
+
+
+def write_decoded(path: Path) -> None:
+    path.write_text(path.read_text().replace("[nms]\n", '[nms]\nbox_coding = "decoded"\n'))
+
+
+def test_decoded_boxes_need_no_anchors(path: Path) -> None:
+    assert load(path).nms.needs_anchors
+    write_decoded(path)
+    with_file = load(path)  # a file that nothing names is not looked at
+    with_file.anchors_path.unlink()
+    spec = load(path)
+    assert spec == with_file
+    assert not spec.nms.needs_anchors
+    with pytest.raises(SpecError, match=r'there are no anchors, as \[nms\] box_coding = "decoded"'):
+        spec.load_anchors()
+
+
+def test_the_node_of_decoded_boxes_has_corner_coding() -> None:
+    plain = Nms(score_threshold=0.3, clip_boxes=False).attributes()
+    decoded = Nms(score_threshold=0.3, clip_boxes=False, box_coding="decoded").attributes()
+    assert list(decoded) == list(plain) == list(contract.ATTRIBUTES)
+    assert decoded == {**plain, "box_coding": "corner", "box_scales": (1, 1, 1, 1)}
+    assert contract.Nms(**{**decoded, **dict.fromkeys(("clip_boxes", "class_agnostic"), False)}).attributes() == decoded
+    with pytest.raises(ValueError, match="box_coding is 'decoded', but must be one of center_size, corner"):
+        contract.Nms(box_coding="decoded")
+
+
+@pytest.mark.parametrize("scales", ["[1, 1, 1, 1]", "[10, 10, 5, 6]"])
+def test_decoded_boxes_have_no_scales(path: Path, scales: str) -> None:
+    write_decoded(path)
+    path.write_text(path.read_text().replace("[nms]\n", f"[nms]\nbox_scales = {scales}\n"))
+    with pytest.raises(SpecError, match=r"\[nms\] box_scales is .*, but must be left out: decoded boxes are not"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["anchors.npy", "gone.npy"])
+def test_decoded_boxes_with_anchors_are_refused(path: Path, name: str) -> None:
+    write_decoded(path)
+    path.write_text(path.read_text().replace("[model]\n", f'[model]\nanchors = "{name}"\n'))
+    with pytest.raises(SpecError, match=rf"\[model\] anchors names .*{name}, but must be left out"):
+        load(path)
 
 
 @pytest.mark.parametrize(("name", "table"), spec_module._TABLES.items())

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 from PIL import Image, features
 from ssd_client import ImageError, InvalidInputError, ModelConfig
 from ssd_client.preprocess import (
@@ -26,13 +29,14 @@ from ssd_client.preprocess import (
     place,
     preprocess,
 )
-from ssd_client.rule import RESAMPLES, RESIZES
+from ssd_client.rule import BILINEAR_PLAIN, RESAMPLES, RESIZES
 
 from tests.client.conftest import LETTERBOX, PARAMETERS
 
 STRETCH = ModelConfig.from_triton("m", 8, PARAMETERS).preprocessing
 BOXED = ModelConfig.from_triton("m", 8, LETTERBOX).preprocessing
 BOXED_RGB = dataclasses.replace(BOXED, color_order="RGB")
+TOP_LEFT = dataclasses.replace(BOXED_RGB, resize="letterbox_top_left")
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -575,11 +579,83 @@ def test_stretch_is_pillows_resize() -> None:
     assert placement.to_image(boxes).tolist() == [[0, 0, 200, 100], [50, 50, 150, 100]]
 
 
-@pytest.mark.parametrize("name", RESAMPLES)
+@pytest.mark.parametrize("name", [name for name in RESAMPLES if name != BILINEAR_PLAIN])
 def test_resample_is_the_configured_filter(name: str) -> None:
     picture = Image.fromarray(np.random.default_rng(4).integers(0, 256, (99, 77, 3), dtype=np.uint8))
     expected = np.asarray(picture.resize((64, 48), Image.Resampling[name.upper()]))
     assert np.array_equal(input_array(picture, dataclasses.replace(STRETCH, resample=name))[0], expected)
+
+
+@pytest.fixture(scope="module")
+def onnx_resize() -> onnxruntime.InferenceSession:
+    """ONNX's Resize (linear, half_pixel) of FP32 [1,3,H,W] to `sizes`."""
+    node = helper.make_node("Resize", ["x", "", "", "sizes"], ["y"], mode="linear")
+    graph = helper.make_graph(
+        [node],
+        "resize",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, "h", "w"]),
+            helper.make_tensor_value_info("sizes", TensorProto.INT64, [4]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3, "H", "W"])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model, full_check=True)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("content", ["noise", "ramp"])
+@pytest.mark.parametrize(
+    ("size", "to"),
+    [
+        ((64, 48), (32, 24)),  # every sample in the middle between two pixels
+        ((200, 100), (64, 48)),
+        ((1920, 1080), (300, 300)),
+        ((641, 479), (299, 301)),
+        ((13, 17), (64, 48)),
+        ((7, 101), (33, 5)),  # one side up, the other down
+        ((63, 47), (64, 48)),
+        ((65, 49), (64, 48)),
+        ((33, 300), (33, 48)),  # one side as it was
+        ((1, 1), (5, 7)),
+        ((1, 40), (5, 7)),
+        ((40, 1), (5, 7)),
+        ((40, 30), (1, 1)),
+        ((2, 3), (1, 5)),
+    ],
+)
+def test_bilinear_plain_is_onnx_resize(
+    onnx_resize: onnxruntime.InferenceSession, size: tuple[int, int], to: tuple[int, int], content: str
+) -> None:
+    """To the nearest level: never more than half a level from the FP32 sample, apart from the rounding of FP32."""
+    shape = (size[1], size[0], 3)
+    pixels = np.random.default_rng(7).integers(0, 256, shape, dtype=np.uint8)
+    if content == "ramp":
+        pixels = np.linspace(0, 255, pixels.size).astype(np.uint8).reshape(shape)
+    rule = dataclasses.replace(STRETCH, width=to[0], height=to[1], resample=BILINEAR_PLAIN)
+    array, _ = input_array(pixels, rule)
+    planes = pixels.transpose(2, 0, 1)[None].astype(np.float32)
+    (sampled,) = onnx_resize.run(None, {"x": planes, "sizes": np.array([1, 3, to[1], to[0]], np.int64)})
+    assert np.abs(array - sampled[0].transpose(1, 2, 0)).max() <= 0.5 + 0.02
+
+
+def test_bilinear_plain_by_hand() -> None:
+    picture = np.array([[0, 100]], np.uint8)
+    wide = dataclasses.replace(STRETCH, width=4, height=2, resample=BILINEAR_PLAIN)
+    assert input_array(picture, wide)[0][..., 0].tolist() == [[0, 25, 75, 100]] * 2, "edge pixels reach to the edge"
+    narrow = dataclasses.replace(wide, width=2)
+    stripes = np.array([[9, 10, 11, 99, 99, 99, 20, 23]], np.uint8)
+    assert input_array(stripes, narrow)[0][0, :, 0].tolist() == [11, 60], "no antialiasing"
+    halves = np.array([[10, 11, 20, 21]], np.uint8)
+    assert input_array(halves, narrow)[0][0, :, 0].tolist() == [11, 21], "half a level is rounded up"
+
+
+def test_bilinear_plain_in_a_letterbox() -> None:
+    picture = Image.fromarray(np.random.default_rng(8).integers(0, 256, (100, 200, 3), dtype=np.uint8))
+    whole = dataclasses.replace(STRETCH, width=64, height=32, resample=BILINEAR_PLAIN)
+    array, _ = input_array(picture, dataclasses.replace(TOP_LEFT, resample=BILINEAR_PLAIN))
+    assert np.array_equal(array[:32], input_array(picture, whole)[0])
+    assert (array[32:] == 114).all()
 
 
 def test_the_rule_of_a_served_model() -> None:
@@ -610,6 +686,7 @@ def test_wrong_rules_are_refused(name: str, value: Any) -> None:
         dataclasses.replace(STRETCH, **{name: value})
 
 
+@pytest.mark.parametrize("rule", [BOXED_RGB, TOP_LEFT], ids=["centred", "top left"])
 @pytest.mark.parametrize(
     ("size", "inner"),
     [
@@ -619,9 +696,11 @@ def test_wrong_rules_are_refused(name: str, value: Any) -> None:
         ((1000, 3), (0, 23, 64, 1)),
     ],
 )
-def test_letterbox_keeps_the_ratio_and_centres(size: tuple[int, int], inner: tuple[int, int, int, int]) -> None:
-    left, top, width, height = inner
-    array, placement = input_array(Image.new("RGB", size, (10, 20, 30)), BOXED_RGB)
+def test_letterbox_keeps_the_ratio(
+    rule: Preprocessing, size: tuple[int, int], inner: tuple[int, int, int, int]
+) -> None:
+    left, top, width, height = inner if rule == BOXED_RGB else (0, 0, *inner[2:])
+    array, placement = input_array(Image.new("RGB", size, (10, 20, 30)), rule)
     inside = np.zeros((48, 64), bool)
     inside[top : top + height, left : left + width] = True
     assert (array[inside] == (10, 20, 30)).all()
@@ -632,7 +711,7 @@ def test_letterbox_keeps_the_ratio_and_centres(size: tuple[int, int], inner: tup
     assert np.allclose(placement.to_image(everything), [[0, 0, *size]]), "the border is not part of the picture"
 
 
-@pytest.mark.parametrize("rule", [STRETCH, BOXED], ids=["stretch", "letterbox"])
+@pytest.mark.parametrize("rule", [STRETCH, BOXED, TOP_LEFT], ids=["stretch", "letterbox", "top left"])
 def test_boxes_are_mapped_back(rule: Preprocessing) -> None:
     rng = np.random.default_rng(5)
     for _ in range(200):

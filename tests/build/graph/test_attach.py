@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from build import contract
 from build.errors import GraphError, SpecError
+from build.gate.self_check import self_check
 from build.graph import ssd_nms
 from build.graph.attach import attach, before_nms
+from build.session import session
 from build.spec import Spec, load
 from tests import ssd_nms_oracle as oracle
 from tests.build import tiny_model
@@ -63,6 +66,102 @@ def test_detections_are_the_oracles(tmp_path: Path, thresholds: bool) -> None:
     got = run(model, images=pictures(), **extra)
     assert oracle.agree(case, tuple(got)) != "ambiguous"
     assert got[0].min() >= 1
+
+
+def decoded(folder: Path, source: onnx.ModelProto, nms: str = "") -> Spec:
+    """The tiny model whose boxes are decoded already, without anchors; `nms` are more keys of its [nms]."""
+    path = tiny_model.write(folder, source, thresholds=False)
+    (folder / "anchors.npy").unlink()
+    path.write_text(path.read_text().replace("[nms]\n", f'[nms]\nbox_coding = "decoded"\n{nms}\n'))
+    return load(path)
+
+
+def hide_number(source: onnx.ModelProto) -> None:
+    """Lets the heads go through a Compress that keeps every box: shape inference then cannot tell how many."""
+    source.graph.initializer.append(numpy_helper.from_array(np.ones(tiny_model.ANCHORS, bool), "all"))
+    for name in contract.HEADS:
+        next(node for node in source.graph.node if node.output[0] == name).output[0] = f"{name}_before"
+        source.graph.node.append(helper.make_node("Compress", [f"{name}_before", "all"], [name], axis=1))
+
+
+@pytest.mark.parametrize("clip", ["true", "false"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["inferred", "run"])
+def test_decoded_boxes_are_selected_as_they_are(tmp_path: Path, hidden: bool, clip: str) -> None:
+    source = tiny_model.source()
+    if hidden:
+        hide_number(source)
+    spec = decoded(tmp_path, source, f'score_activation = "none"\nclip_boxes = {clip}\niou_threshold = 0.2')
+    model = attach(spec)
+    anchors = next(item for item in model.graph.initializer if item.name == "ssd/anchors")
+    assert not numpy_helper.to_array(anchors).any()
+    assert list(anchors.dims) == [tiny_model.ANCHORS, 4]
+    boxes, scores = run(before_nms(model), images=pictures())
+    case = oracle.Case("decoded", spec.nms, boxes, scores, np.full((tiny_model.ANCHORS, 4), np.nan, np.float32))
+    got = run(model, images=pictures())
+    assert oracle.agree(case, tuple(got)) == "exact"
+    assert got[0].min() >= 2
+    self_check(model, spec)
+
+
+def constant_source(boxes: np.ndarray, scores: np.ndarray) -> onnx.ModelProto:
+    """A source that gives every picture the same boxes [N,4] and scores [N,C]."""
+    model = tiny_model.source()
+    del model.graph.node[:], model.graph.initializer[:]
+    nodes = [helper.make_node("Shape", ["images"], ["batch"], end=1)]
+    for name, values in zip(contract.HEADS, (boxes, scores), strict=True):
+        size = numpy_helper.from_array(np.array(values.shape, np.int64), f"{name}_size")
+        model.graph.initializer.extend([numpy_helper.from_array(values[None], f"{name}_values"), size])
+        nodes.append(helper.make_node("Concat", ["batch", size.name], [f"{name}_shape"], axis=0))
+        nodes.append(helper.make_node("Expand", [f"{name}_values", f"{name}_shape"], [name]))
+    model.graph.node.extend(nodes)
+    return model
+
+
+def test_zero_anchors_change_no_bit_of_a_box(tmp_path: Path) -> None:
+    """Infinite and subnormal values come through, too; -0.0 becomes 0.0, and NaN stays NaN."""
+    values = [0.1, -0.3, 1.5, 1e-45, -3e-39, 1e38, -1e38, np.finfo(np.float32).tiny, np.inf, -np.inf, np.nan, -0.0]
+    boxes = np.array([values, values[::-1], np.roll(values, 1)], np.float32).reshape(-1, 4)
+    scores = np.zeros((len(boxes), 3), np.float32)
+    scores[:, 1] = np.linspace(0.9, 0.5, len(boxes))
+    more = 'score_activation = "none"\nclip_boxes = false\niou_threshold = 1.0'
+    spec = decoded(tmp_path, constant_source(boxes, scores), more)
+    spec = dataclasses.replace(spec, nms=dataclasses.replace(spec.nms, max_detections=len(boxes)))
+    number, got, _, _ = run(attach(spec), images=pictures())
+    assert (number == len(boxes)).all()
+    wanted = np.where(boxes == 0, np.float32(0), boxes)
+    same = got.view(np.int32) == wanted.view(np.int32)
+    assert (same | (np.isnan(got) & np.isnan(wanted))).all()
+    assert np.signbit(boxes[boxes == 0]).all()
+
+
+def test_decoded_boxes_of_two_numbers_are_refused(tmp_path: Path) -> None:
+    source = constant_source(np.zeros((8, 4), np.float32), np.zeros((9, 3), np.float32))
+    with pytest.raises(GraphError, match=r"'class_logits' has the shape \[1, 9, 3\], but must have \['B', 8, 3\]"):
+        attach(decoded(tmp_path, source))
+
+
+def test_the_specs_own_source_tells_how_many_boxes(tmp_path: Path) -> None:
+    """What stands in for it may have types that ONNX Runtime cannot run."""
+    source = tiny_model.source()
+    hide_number(source)
+    spec = decoded(tmp_path, source)
+    source.graph.node[2].output[0] = "relu_full"
+    source.graph.node.insert(3, helper.make_node("Cast", ["relu_full"], ["half"], to=TensorProto.BFLOAT16))
+    source.graph.node.insert(4, helper.make_node("Relu", ["half"], ["half_relu"]))
+    source.graph.node.insert(5, helper.make_node("Cast", ["half_relu"], ["relu"], to=TensorProto.FLOAT))
+    with pytest.raises(GraphError, match="cannot run"):
+        session(source)
+    anchors = next(item for item in attach(spec, source).graph.initializer if item.name == "ssd/anchors")
+    assert list(anchors.dims) == [tiny_model.ANCHORS, 4]
+
+
+def test_a_decoded_source_that_does_not_run_is_refused(tmp_path: Path) -> None:
+    source = tiny_model.source()
+    hide_number(source)
+    weights = next(item for item in source.graph.initializer if item.name == "w_box")
+    weights.CopyFrom(numpy_helper.from_array(np.zeros((8, 5, 1, 1), np.float32), "w_box"))
+    with pytest.raises(GraphError, match="ONNX Runtime cannot run it"):
+        attach(decoded(tmp_path, source))
 
 
 @pytest.mark.parametrize("thresholds", [False, True])
