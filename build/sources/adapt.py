@@ -118,7 +118,8 @@ def adapt(editor: Editor, front: Front, reading: Reading, labels: int, anchors: 
         nms |= {"box_coding": "decoded"}
         nms.pop("box_scales", None)
     pixels = new_input(editor, front)
-    model = editor.finish(pixels, dict(zip(contract.HEADS, (boxes, heads), strict=True)), front.height, front.width)
+    tensors = ((boxes, count, 4), (heads, count, classes))
+    model = editor.finish(pixels, dict(zip(contract.HEADS, tensors, strict=True)), (front.height, front.width))
     picture = {"width": front.width, "height": front.height, **reading.picture}
     if front.normalised:
         picture |= {"mean": [0.0] * 3, "std": [1.0] * 3}

@@ -246,30 +246,30 @@ class Editor:
         assert source is not None
         node.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
 
-    def finish(
-        self, pixels: ir.Value, heads: Mapping[str, ir.Value], height: int, width: int
-    ) -> onnx.ModelProto:
-        """The adapted model: FP32 `pixels` [batch,3,H,W] → the heads, nothing else; the batch is open.
+    def finish(self, pixels: ir.Value, heads: Mapping[str, tuple[ir.Value, int, int]], size: Sequence[int]) -> onnx.ModelProto:
+        """The adapted model and nothing else; the batch is open.
+
+        Args:
+            pixels: the new input, FP32 [batch,3,H,W].
+            heads: name → (tensor [B,N,columns], N, columns).
+            size: (H, W).
 
         Raises:
-            ImportModelError: the heads depend on more than the pixels, or on a batch of one.
+            ImportModelError: the heads depend on more than the pixels.
         """
         import onnx_ir as ir
+        from onnx import TensorProto, helper
 
-        for name, value in heads.items():
+        for name, (value, _, _) in heads.items():
             output = self.op("Identity", value) if value is pixels or value.is_graph_output() else value
             self._take_name(output, name)
             output.type = ir.TensorType(ir.DataType.FLOAT)
         proto = self.part([pixels], [self.value(name) for name in heads])
-        del proto.graph.value_info[:]
-        dims: list[str | int] = ["batch", 3, height, width]
-        proto.graph.input[0].type.tensor_type.ClearField("shape")
-        for size in dims:
-            dim = proto.graph.input[0].type.tensor_type.shape.dim.add()
-            dim.dim_param, dim.dim_value = (size, 0) if isinstance(size, str) else ("", size)
-            dim.ClearField("dim_param" if isinstance(size, int) else "dim_value")
-        for output in proto.graph.output:
-            output.type.tensor_type.ClearField("shape")
+        del proto.graph.value_info[:], proto.graph.input[:], proto.graph.output[:]
+        real = TensorProto.FLOAT
+        proto.graph.input.append(helper.make_tensor_value_info(str(pixels.name), real, ["batch", 3, *size]))
+        for name, (_, rows, columns) in heads.items():
+            proto.graph.output.append(helper.make_tensor_value_info(name, real, ["batch", rows, columns]))
         open_batch(proto)
         return _swept(proto)
 
