@@ -355,7 +355,7 @@ def _pair(spec: Spec, answered: Arrays, wanted: Arrays, within: Tolerance) -> _P
         number = int(outputs["num_detections"][0])
         sides.append([outputs[name][:number].astype(np.float64) for name in contract.OUTPUTS[1:]])
     (boxes, scores, classes), (boxes_wanted, scores_wanted, classes_wanted) = sides
-    overlaps = _ious(boxes, boxes_wanted) * (classes[:, None] == classes_wanted)
+    overlaps = ious(boxes, boxes_wanted) * (classes[:, None] == classes_wanted)
     partner: dict[int, int] = {}
     for i in range(len(boxes)):
         free = [j for j in range(len(boxes_wanted)) if j not in partner.values() and overlaps[i, j] >= PAIRED_IOU]
@@ -376,7 +376,7 @@ def _pair(spec: Spec, answered: Arrays, wanted: Arrays, within: Tolerance) -> _P
     )
 
 
-def _ious(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
+def ious(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
     """[n,m] of boxes [n,4] and [m,4]; equal boxes without area count as the same."""
     import numpy as np
 

@@ -315,3 +315,13 @@ def _keras_rows(
     centre = editor.op("Add", editor.op("Mul", editor.columns(moves, 0, 2), size), editor.columns(anchor, 0, 2))
     extent = editor.op("Mul", editor.op("Exp", editor.columns(moves, 2, 4)), size)
     return editor.concat([centre, extent], 2), None, []
+
+
+def to_corners(boxes: NDArray[np.float64], order: str) -> NDArray[np.float64]:
+    """[n,4] of an order as x1,y1,x2,y2: what `_corners` writes into the graph."""
+    import numpy as np
+
+    if order in CORNERS:
+        return boxes[:, CORNERS[order]]
+    first, extent = boxes[:, :2], boxes[:, 2:]
+    return np.concatenate([first, first + extent] if order == "xywh" else [first - extent / 2, first + extent / 2], 1)
