@@ -2,8 +2,8 @@
 
 A text names a generator or a preset, and options over its own: `name:key=value;key=value`. `|` separates the values of
 levels and a comma those of a level (`min=16,32|64,128`); brackets do, too (`min=[16,32],[64,128]`). A list with commas
-alone has a value for each level (`feature=38,19,10`), ratios excepted, which then belong to every level. A feature map or
-step that is no square is height×width: `feature=12x20`. In a shell the text needs quotes.
+alone has a value for each level (`feature=38,19,10`), ratios excepted, which then belong to every level. A feature map
+or step that is no square is height×width: `feature=12x20`. In a shell the text needs quotes.
 """
 
 from __future__ import annotations
@@ -210,6 +210,7 @@ class Options:
 
 
 def by(pair: Pair) -> str:
+    """`30×40`."""
     return f"{pair[0]:g}×{pair[1]:g}"
 
 

@@ -1,6 +1,6 @@
 """Anchors of files, PriorBox nodes and arrays of any form.
 
-Where the environment variable SSD_DETECTORS names a folder with published detectors (pedestrians/, faces/ and blazeface/,
+Where the environment variable SSD_DETECTORS names a folder with published detectors (pedestrians/, faces/, blazeface/,
 each with anchors_by_hand.npy and as_exported.onnx), all of their anchors are compared.
 """
 
