@@ -17,12 +17,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from tests.build.fake_tensorrt import VERSIONS, FakeTensorRT
-from tests.build.test_plan import FakeCudart
 
 from build.errors import EngineError
 from build.tensorrt.cuda import Cuda
 from plugins.bench import efficient_nms as peer
+from tests.build.tensorrt.fake_tensorrt import VERSIONS, FakeTensorRT
+from tests.build.tensorrt.test_plan import FakeCudart
 from tests.plugins.test_tensorrt import python_with_tensorrt
 
 SETTINGS = SimpleNamespace(

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.build.test_ssd_nms import run as run_function
 
 from build.spec import Nms
 from tests import ssd_nms_oracle as oracle
+from tests.build.graph.test_ssd_nms import run as run_function
 from tests.plugins.library import Library
 from tests.ssd_nms_oracle import Case, Outputs
 
