@@ -1,4 +1,4 @@
-"""Checks SSDNMS on this machine's GPU against the gold, then measures it. Needs nvcc, a C++ compiler and torch alone.
+"""Checks SSDNMS on this machine's GPU against the reference, then measures it. Needs nvcc, a C++ compiler and torch.
 
     python plugins/bench/bench.py --out result.json            builds, checks, sanitizes, measures (a few minutes)
     python plugins/bench/bench.py --only check --core build/libssd_nms_core.so
@@ -152,18 +152,20 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def build(folder: Path) -> tuple[Path, Path]:
-    """Compiles gold and core as plugins/CMakeLists.txt does, the core for this GPU."""
-    gold, core = folder / "libssd_nms_gold.so", folder / "libssd_nms_core.so"
+    """Compiles reference and core as plugins/CMakeLists.txt does, the core for this GPU."""
+    reference, core = folder / "libssd_nms_reference.so", folder / "libssd_nms_core.so"
     checks = str(SOURCE / "checks.cpp")
     compiler = os.environ.get("CXX", "c++")
-    subprocess.run([compiler, *HOST_FLAGS, checks, str(SOURCE / "gold" / "gold.cpp"), "-o", str(gold)], check=True)
+    subprocess.run(
+        [compiler, *HOST_FLAGS, checks, str(SOURCE / "reference" / "reference.cpp"), "-o", str(reference)], check=True
+    )
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
         flags = ["-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{major}{minor}", "-lineinfo", "-shared"]
         host = "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"
         subprocess.run([nvcc, *flags, host, checks, str(SOURCE / "kernels.cu"), "-o", str(core)], check=True)
-    return gold, core
+    return reference, core
 
 
 #
@@ -285,8 +287,8 @@ def differences(got: list[torch.Tensor], want: list[torch.Tensor]) -> str:
     return ", ".join(name for name, a, b in zip(names, got, want, strict=True) if not same_bits(a, b))
 
 
-def check(gold: ctypes.CDLL, core: ctypes.CDLL, device: str, count: int) -> dict[str, Any]:
-    """Bits of the core against bits of the gold; repeats, rows and graphs against themselves."""
+def check(reference: ctypes.CDLL, core: ctypes.CDLL, device: str, count: int) -> dict[str, Any]:
+    """Bits of the core against bits of the reference; repeats, rows and graphs against themselves."""
     failures: list[str] = []
     done: dict[str, int] = {"cases": 0, "real sizes": 0, "repeats": 0, "rows": 0, "graph replays": 0}
 
@@ -299,7 +301,7 @@ def check(gold: ctypes.CDLL, core: ctypes.CDLL, device: str, count: int) -> dict
     detections = 0
     for index in range(count):
         name, settings, inputs = adversarial(index)
-        want = Call(gold, settings, inputs).result()
+        want = Call(reference, settings, inputs).result()
         detections += int(want[0].sum())
         compare("cases", name, Call(core, settings, inputs.to(device)).result(), want)
 
@@ -313,7 +315,7 @@ def check(gold: ctypes.CDLL, core: ctypes.CDLL, device: str, count: int) -> dict
         for threshold in (0.05,) if small or batch > 7 else (0.01, 0.05, 0.5):
             settings = Settings(score_threshold=threshold, max_detections=200, topk_per_class=400 if batch == 2 else 0)
             inputs = scene(model, batch, dtype, "cpu", batch, kind)
-            want = Call(gold, settings, inputs).result()
+            want = Call(reference, settings, inputs).result()
             name = f"{model} B={batch} {dtype} {kind} {threshold}"
             compare("real sizes", name, Call(core, settings, inputs.to(device)).result(), want)
 
@@ -341,11 +343,11 @@ def check(gold: ctypes.CDLL, core: ctypes.CDLL, device: str, count: int) -> dict
             graph.replay()
             torch.cuda.synchronize()
             got = [output.cpu() for output in static.outputs]
-            compare("graph replays", str(seed), got, Call(gold, settings, fresh).result())
+            compare("graph replays", str(seed), got, Call(reference, settings, fresh).result())
     return {"compared": done, "detections in cases": detections, "failures": failures[:20], "failed": len(failures)}
 
 
-def sanitize(core: Path, gold: Path) -> dict[str, Any]:
+def sanitize(core: Path, reference: Path) -> dict[str, Any]:
     """compute-sanitizer's tools over the small checks, every allocation one of its own."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
@@ -355,7 +357,7 @@ def sanitize(core: Path, gold: Path) -> dict[str, Any]:
         command = [tool, "--tool", name, "--error-exitcode", "9"]
         if name != "memcheck":  # torch's own kernels are not what is checked
             command += ["--kernel-regex", "kns=ssd_nms"]
-        check_only = ["--only", "check", "--small", "--core", str(core), "--gold", str(gold)]
+        check_only = ["--only", "check", "--small", "--core", str(core), "--reference", str(reference)]
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         try:
             run = subprocess.run(
@@ -559,7 +561,7 @@ def main() -> int:
     parser.add_argument("--only", choices=("check", "sanitize", "measure"), help="one part instead of all")
     parser.add_argument("--small", action="store_true", help="few and small checks, for the sanitizer")
     parser.add_argument("--core", type=Path, help="a built libssd_nms_core.so, not to compile it again")
-    parser.add_argument("--gold", type=Path, help="a built libssd_nms_gold.so, likewise")
+    parser.add_argument("--reference", type=Path, help="a built libssd_nms_reference.so, likewise")
     parser.add_argument("--device", default="cuda", help="cpu: checks alone, for a --core that runs on the CPU")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -568,20 +570,20 @@ def main() -> int:
     parts = [arguments.only] if arguments.only else ["check", "measure", "sanitize"]
     result: dict[str, Any] = {"environment": environment()}
     with tempfile.TemporaryDirectory() as folder:
-        gold, core = arguments.gold, arguments.core
-        if gold is None or core is None:
+        reference, core = arguments.reference, arguments.core
+        if reference is None or core is None:
             built = build(Path(folder))
-            gold, core = gold or built[0], core or built[1]
+            reference, core = reference or built[0], core or built[1]
         for part in parts:  # what is done is written, whatever comes after
             start = time.perf_counter()
             if part == "check":
-                result[part] = check(load(gold), load(core), arguments.device, 12 if arguments.small else 400)
+                result[part] = check(load(reference), load(core), arguments.device, 12 if arguments.small else 400)
             elif part == "measure":
                 with Peer(Path(folder) / "inputs") as peer:
                     result[part] = measure(load(core), peer)
                 print(table(result[part]["rows"]))
             else:
-                result[part] = sanitize(core, gold)
+                result[part] = sanitize(core, reference)
             result[part]["seconds"] = round(time.perf_counter() - start, 1)
             if part != "measure":
                 print(json.dumps(result[part], indent=1), flush=True)

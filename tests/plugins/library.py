@@ -1,4 +1,4 @@
-"""Calls a library that implements ssd_nms.h, over host memory: the gold, or the kernels in the emulator."""
+"""Calls a library that implements ssd_nms.h, over host memory: the reference, or the kernels in the emulator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The TensorRT faces, with every set of headers at hand, over the gold; and a real TensorRT takes the plugin.
+"""The TensorRT adapters, with every set of headers at hand, over the reference; and a real TensorRT takes the plugin.
 
 A real TensorRT is that of the running Python, or of the one that SSD_TENSORRT_PYTHON names. Registration, creation and
 serialisation need no GPU.
@@ -43,7 +43,7 @@ def cuda_include() -> Path:
 
 
 @pytest.mark.parametrize("root", header_sets() or [None], ids=lambda root: root.name if root else "none")
-def test_the_face_compiles_and_does_what_tensorrt_asks_of_it(root: Path | None, tmp_path: Path) -> None:
+def test_the_adapter_compiles_and_does_what_tensorrt_asks_of_it(root: Path | None, tmp_path: Path) -> None:
     if root is None:
         pytest.skip("needs TensorRT's headers (TENSORRT_ROOT, or once ./invoke build-plugins --tensorrt-ref v10.16)")
     definitions = [f'-DSSD_NMS_{name}="x"' for name in ("GIT", "CUDA_VERSION", "ARCHITECTURES")]
@@ -51,9 +51,9 @@ def test_the_face_compiles_and_does_what_tensorrt_asks_of_it(root: Path | None, 
     source = PLUGINS / "ssd_nms"
     flags = ["-Wno-deprecated-declarations", *definitions, *include, f"-I{source}"]
     compile_host(tmp_path / "plugin.o", *flags, "-c", source / "tensorrt" / "plugin.cpp")
-    library = [source / "checks.cpp", source / "gold" / "gold.cpp"]
-    faces = compile_host(tmp_path / "faces", "-O0", *flags, EMULATOR / "faces.cpp", *library)
-    done = subprocess.run([faces], capture_output=True, text=True, check=False)
+    library = [source / "checks.cpp", source / "reference" / "reference.cpp"]
+    adapters = compile_host(tmp_path / "adapters", "-O0", *flags, EMULATOR / "adapters.cpp", *library)
+    done = subprocess.run([adapters], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 
 

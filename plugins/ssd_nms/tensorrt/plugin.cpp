@@ -1,7 +1,7 @@
 //! \file plugin.cpp
 //! SSDNMS as a TensorRT plugin: IPluginV3 where TensorRT has it (10 and later), IPluginV2DynamicExt for 8.6.
 //!
-//! Both faces are thin: attributes, formats, shapes and messages are shared, the work is ssd_nms.h's.
+//! Both adapters are thin: attributes, formats, shapes and messages are shared, the work is ssd_nms.h's.
 
 #include "../ssd_nms.h"
 

@@ -1,5 +1,6 @@
-//! \file faces.cpp
-//! Drives the TensorRT face as TensorRT does, without TensorRT: from its headers alone, over the gold on host memory.
+//! \file adapters.cpp
+//! Drives the TensorRT adapter as TensorRT does, without TensorRT: from its headers alone, over the reference on host
+//! memory.
 //!
 //! Creator, shapes, formats, refusals, serialisation and enqueue. Prints what failed and ends with 1, or prints "ok".
 
