@@ -168,8 +168,8 @@ def _batch(
         attribute[name] = op.Constant(**{value_kind: ir.RefAttr(value_kind, name, ir.AttributeType[kind])})
     rows = [op.Cast(deltas, to=ir.DataType.FLOAT), op.Cast(logits, to=ir.DataType.FLOAT)]
     if nms.runtime_thresholds:
-        one = op.Constant(value_float=1.0)
-        rows += [score, op.Where(op.Less(iou, one), op.Max(iou, op.Constant(value_float=0.0)), one)]
+        most = op.Constant(value_float=1.0)
+        rows += [score, op.Where(op.Less(iou, most), op.Max(iou, op.Constant(value_float=0.0)), most)]
 
     def row(op: Any, deltas: Any, logits: Any, *thresholds: Any) -> Sequence[Any]:
         op.builder.push_module("row")  # names of its own: a subgraph must not repeat those around it
@@ -299,9 +299,9 @@ class _Row:
             size = op.Mul(half, size)
             boxes = op.Add(op.Concat(op.Sub(centre, size), op.Add(centre, size), axis=1), moves)
         if self.nms.clip_boxes:
-            zero, one = self.real(0.0), self.real(1.0)
-            boxes = op.Where(op.Greater(boxes, zero), boxes, zero)
-            boxes = op.Where(op.Less(boxes, one), boxes, one)
+            low, high = self.real(0.0), self.real(1.0)
+            boxes = op.Where(op.Greater(boxes, low), boxes, low)
+            boxes = op.Where(op.Less(boxes, high), boxes, high)
         return boxes
 
     def cap(self, scores: Any) -> Any:

@@ -129,9 +129,9 @@ def build_plugins(
 
 def find_nvcc() -> Path | None:
     """CUDA's compiler: on PATH, in CUDA_HOME or CUDA_PATH, in /usr/local/cuda, or installed as a Python package."""
-    found = shutil.which("nvcc")
-    if found:
-        return Path(found)
+    on_path = shutil.which("nvcc")
+    if on_path:
+        return Path(on_path)
     folders = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders += [
         _SYSTEM_CUDA,

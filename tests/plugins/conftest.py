@@ -18,10 +18,10 @@ WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]
 
 def cxx() -> str:
     """The host compiler."""
-    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not found:
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not compiler:
         pytest.skip("needs a C++ compiler (g++)")
-    return found
+    return compiler
 
 
 def need_cmake() -> None:

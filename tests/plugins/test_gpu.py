@@ -1,4 +1,4 @@
-"""The kernels on a GPU, by plugins/bench/bench.py: the reference's bits, repeats, rows, CUDA graphs, compute-sanitizer."""
+"""The kernels on a GPU, by plugins/bench/bench.py: bits of the reference, repeats, rows, CUDA graphs, the sanitizer."""
 
 from __future__ import annotations
 

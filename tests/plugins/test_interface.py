@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from build.spec import Nms
+from build.contract import Nms
 from tests.plugins.library import STATUS, Library, Params, Shape, Tensors, aligned, params_of
 
 SSD300 = {"batch": 1, "anchors": 8732, "classes": 81}

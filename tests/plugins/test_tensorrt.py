@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from build.contract import ATTRIBUTES
 from build.tensorrt.plugins import PLUGINS, PluginBuild, build_plugins, find_nvcc, find_tensorrt, plugin_info
 from tests.plugins.conftest import EMULATOR, compile_host, need_cmake
 
@@ -26,9 +27,9 @@ PROBE = Path(__file__).parent / "tensorrt_probe.py"
 def header_sets() -> list[Path]:
     """What `build-plugins` has fetched, and what TENSORRT_ROOT and the system give."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd-on-triton" / "tensorrt"
-    found = {include.parent.parent for include in cache.glob("*/include/NvInfer.h")}
+    fetched = {include.parent.parent for include in cache.glob("*/include/NvInfer.h")}
     configured = find_tensorrt()
-    return sorted(found | ({configured} if configured else set()))
+    return sorted(fetched | ({configured} if configured else set()))
 
 
 def cuda_include() -> Path:
@@ -122,18 +123,7 @@ def test_a_real_tensorrt_creates_and_serialises_the_plugin(
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["fields"] == [
-        "score_threshold",
-        "iou_threshold",
-        "max_detections",
-        "topk_per_class",
-        "background_class",
-        "score_activation",
-        "box_coding",
-        "box_scales",
-        "clip_boxes",
-        "class_agnostic",
-    ]
+    assert told["fields"] == list(ATTRIBUTES)
     assert told["refused"] == dict.fromkeys(told["refused"], True)
     assert len(told["refused"]) >= 10
     for words in (
