@@ -1,6 +1,6 @@
 """The plugin's C side says of the attributes, inputs and outputs of SSDNMS what build/contract.py says.
 
-Header, reference library, attributes of the TensorRT plugin (compiled without TensorRT) and the benchmark's settings are
+Header, reference library, the TensorRT plugin's attributes (compiled without TensorRT) and the benchmark's settings are
 asked. Only what needs TensorRT's own types is read from the source.
 """
 
