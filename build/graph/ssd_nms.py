@@ -204,12 +204,17 @@ class _Row:
 
     def __init__(self, op: Any, nms: Nms, attribute: Mapping[str, Any], score: Any, iou: Any) -> None:
         self.op, self.nms, self.attribute, self.score, self.iou = op, nms, attribute, score, iou
+        self._constants: dict[float | tuple[int, ...], Any] = {}
 
     def real(self, value: float) -> Any:
-        return self.op.Constant(value_float=value)
+        if value not in self._constants:
+            self._constants[value] = self.op.Constant(value_float=value)
+        return self._constants[value]
 
     def whole(self, *values: int) -> Any:
-        return self.op.Constant(value_ints=values)
+        if values not in self._constants:
+            self._constants[values] = self.op.Constant(value_ints=values)
+        return self._constants[values]
 
     def columns(self, table: Any, start: int, end: int = _EVERYTHING) -> Any:
         return self.op.Slice(table, self.whole(start), self.whole(end), self.whole(1))

@@ -22,17 +22,11 @@ from perf.ssd_nms import realistic
 from tests import ssd_nms_oracle as oracle
 
 
-def model_of(nms: Nms, *, half: bool = False, opset: int = 17) -> onnx.ModelProto:
+def model_of(nms: Nms, *, opset: int = 17) -> onnx.ModelProto:
     """A model of nothing but the SSDNMS node."""
-    kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     names = contract.NMS_INPUTS + (contract.THRESHOLDS if nms.runtime_thresholds else ())
     shapes = {"box_deltas": ["B", "N", 4], "class_logits": ["B", "N", "C"], "anchors": ["N", 4]}
-    inputs = [
-        helper.make_tensor_value_info(
-            name, kind if name in names[:2] else TensorProto.FLOAT, shapes.get(name, ["B", 1])
-        )
-        for name in names
-    ]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes.get(name, ["B", 1])) for name in names]
     kinds = (TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT32)
     outputs = [
         helper.make_tensor_value_info(name, kind, shape)
@@ -51,8 +45,8 @@ def session_of(model: onnx.ModelProto) -> Any:
 
 
 @functools.cache
-def authored(structure: Nms, half: bool) -> onnx.ModelProto:
-    return model_of(structure, half=half)
+def authored(structure: Nms) -> onnx.ModelProto:
+    return model_of(structure)
 
 
 @functools.cache
@@ -64,8 +58,10 @@ def run(case: oracle.Case) -> oracle.Outputs:
     numbers = {"score_threshold": 0.5, "iou_threshold": 0.5, "max_detections": 7, "box_scales": (1.0, 2.0, 3.0, 4.0)}
     capped = min(case.nms.topk_per_class, 1)
     model = onnx.ModelProto()
-    half = case.box_deltas.dtype == np.float16
-    model.CopyFrom(authored(replace(case.nms, **numbers, topk_per_class=capped), half))
+    model.CopyFrom(authored(replace(case.nms, **numbers, topk_per_class=capped)))
+    if case.box_deltas.dtype == np.float16:
+        for value in model.graph.input[:2]:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
     written = model.graph.node[0]
     written.CopyFrom(ssd_nms.node(case.nms, written.input))
     assert ssd_nms.find(model) == written
