@@ -4,8 +4,8 @@
         outputs = plan({"images": pictures})
         print(plan.benchmark({"images": pictures}))
 
-Never run on a GPU so far: what is tested without one is all but the calls of CUDA and TensorRT themselves, on a
-stand-in that keeps to the names that the real packages have.
+This has never run on a GPU. Without one, the tests cover all but the calls of CUDA and TensorRT themselves; those go to
+stand-ins that have the names of the real packages and no others.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _REFUSALS = (
 
 
 class Log:
-    """What TensorRT says: call it with severity and message."""
+    """Keeps the errors that TensorRT logs: call it with severity and message."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []

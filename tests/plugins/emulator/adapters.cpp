@@ -1,6 +1,5 @@
 //! \file adapters.cpp
-//! Drives the TensorRT adapter as TensorRT does, without TensorRT: from its headers alone, over the reference on host
-//! memory.
+//! Drives the TensorRT adapter as TensorRT does, from TensorRT's headers alone, over the reference on host memory.
 //!
 //! Creator, shapes, formats, refusals, serialisation and enqueue. Prints what failed and ends with 1, or prints "ok".
 
@@ -494,9 +493,6 @@ int main()
     copy->destroy();
     created->destroy();
 #endif
-    if (gFailures == 0)
-    {
-        std::printf("ok\n");
-    }
+    std::printf("%s", gFailures == 0 ? "ok\n" : "");
     return gFailures == 0 ? 0 : 1;
 }
