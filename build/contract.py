@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from build.errors import OptionError
-from build.tables import INT32_MAX, Floats4, Table, key
+from build.tables import INT32_MAX, Floats4, Table, WrongValueError, key
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,15 +79,12 @@ def outputs(max_detections: int) -> tuple[Tensor, ...]:
 # -- SSDNMS ------------------------------------------------------------------------------------------------------------
 
 OP_TYPE, DOMAIN, OP_VERSION = "SSDNMS", "ssd", 1
-BOX_CODINGS = ("center_size", "corner")
+BOX_CODINGS, DECODED = ("center_size", "corner"), "decoded"
 
 
 @dataclass(frozen=True)
 class Nms(Table):
-    """The attributes of the SSDNMS node (docs/design.md), and whether the thresholds are inputs, too.
-
-    They are the keys of a spec's [nms], which allows more (build/spec.py).
-    """
+    """The attributes of the SSDNMS node (docs/design.md), and whether the thresholds are inputs, too."""
 
     score_threshold: float = key(0.05, low=0, high=1)
     iou_threshold: float = key(0.45, low=0, high=1)
@@ -126,6 +123,29 @@ class Nms(Table):
     def feeds(self, images: NDArray[np.uint8], scores: NDArray[Any] | float | None = None) -> dict[str, NDArray[Any]]:
         """The served model's inputs for images UINT8 [n,H,W,3]; `scores` as for `thresholds`."""
         return {IMAGES: images, **self.thresholds(len(images), scores)}
+
+
+@dataclass(frozen=True)
+class SpecNms(Nms):
+    """[nms] of a spec: the same, but `box_coding` can also be `decoded`: boxes that no anchors move."""
+
+    box_coding: str = key("center_size", choices=(*BOX_CODINGS, DECODED))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.needs_anchors and self.box_scales != Nms.box_scales:
+            problem = f"is {list(self.box_scales)}, but must be left out: decoded boxes are not divided by anything"
+            raise WrongValueError("box_scales", problem)
+
+    @property
+    def needs_anchors(self) -> bool:
+        """Whether the model's boxes are deltas of anchors."""
+        return self.box_coding != DECODED
+
+    def attributes(self) -> dict[str, Any]:
+        """The node's attributes; decoded boxes are corner deltas of anchors that are all 0 (build/graph/attach.py)."""
+        values = super().attributes()
+        return values if self.needs_anchors else {**values, "box_coding": "corner", "box_scales": (1.0, 1.0, 1.0, 1.0)}
 
 
 ATTRIBUTES = tuple(item.name for item in dataclasses.fields(Nms) if item.name != "runtime_thresholds")

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ssd_client.rule import COLOR_ORDERS, RESAMPLES, RESIZES, Preprocessing
 
 from build import contract
+from build.contract import SpecNms as Nms
 from build.errors import SpecError
 from build.files import replacing
-from build.tables import INT32_MAX, Floats3, Floats4, Names, Table, WrongValueError, key, register
+from build.tables import INT32_MAX, Floats3, Names, Table, WrongValueError, key, register
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,35 +61,6 @@ class Input(Table):
     def preprocessing(self) -> Preprocessing:
         """How a picture becomes the served input: always RGB, since the graph reorders for a model that wants BGR."""
         return Preprocessing(self.width, self.height, self.resize, self.resample, self.pad_value, "RGB")
-
-
-DECODED = "decoded"
-
-
-@dataclass(frozen=True)
-class Nms(contract.Nms):
-    """[nms]: the attributes of the SSDNMS node. Only here `box_coding` can be `decoded`: boxes without anchors."""
-
-    box_coding: str = key("center_size", choices=(*contract.BOX_CODINGS, DECODED))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.box_coding == DECODED and self.box_scales != type(self).box_scales:
-            problem = f"is {list(self.box_scales)}, but must be left out: decoded boxes are not divided by anything"
-            raise WrongValueError("box_scales", problem)
-
-    @property
-    def needs_anchors(self) -> bool:
-        """Whether boxes are told as deltas of anchors."""
-        return self.box_coding != DECODED
-
-    def attributes(self) -> dict[str, Any]:
-        """The node's attributes; decoded boxes are corner deltas of anchors that are all 0."""
-        values = super().attributes()
-        return values if self.needs_anchors else {**values, "box_coding": "corner", "box_scales": _UNSCALED}
-
-
-_UNSCALED: Floats4 = (1.0, 1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -252,7 +224,7 @@ class Spec:
         import numpy as np
 
         if not self.nms.needs_anchors:
-            raise SpecError(f'{self.path}: there are no anchors, as [nms] box_coding = "{DECODED}" says')
+            raise SpecError(f'{self.path}: there are no anchors, as [nms] box_coding = "{contract.DECODED}" says')
         try:
             anchors = np.load(self.anchors_path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -314,7 +286,7 @@ def load(path: str | Path) -> Spec:
     if not spec.nms.needs_anchors and "anchors" in content["model"]:
         raise SpecError(
             f"{path}: [model] anchors names {spec.anchors_path}, but must be left out",
-            why=f'with [nms] box_coding = "{DECODED}" the model itself gives x1,y1,x2,y2 in 0..1',
+            why=f'with [nms] box_coding = "{contract.DECODED}" the model itself gives x1,y1,x2,y2 in 0..1',
             fix="remove the key, or set the box_coding by which the model's deltas move these anchors",
         )
     for name in ("onnx", "anchors") if spec.nms.needs_anchors else ("onnx",):

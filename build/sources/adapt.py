@@ -111,7 +111,10 @@ def adapt(editor: Editor, front: Front, reading: Reading, labels: int, anchors: 
                 fix="name them: --anchors FILE.npy, or have them generated: --anchors priorbox:..., ssd-grid:... (--family list)",
             )
         if len(given) != count:
-            raise OptionError(f"{editor.path}: has {count} boxes, but there are {len(given)} anchors", fix="name the anchors of this model")
+            raise OptionError(
+                f"{editor.path}: has {count} boxes, but there are {len(given)} anchors",
+                fix="name the anchors of this model",
+            )
         boxes = editor.pick(boxes, DELTAS[reading.box_order or "xy"])
     else:
         boxes, given = _decoded(editor, front, reading, boxes, given), None
@@ -143,7 +146,9 @@ def _three(editor: Editor, value: ir.Value, shape: tuple[int, ...], columns: int
     if total % columns == 0 and (shape[-1] == columns or len(size) == 1):
         # [N,columns], [B,N·columns], [B,N,1,columns]: the same numbers in the same order.
         first = 0 if len(shape) > 1 and shape[0] == 1 else -1
-        return editor.reshape(value, first, total // columns, columns) if first else editor.reshape(value, 0, -1, columns), total // columns
+        return editor.reshape(value, first, total // columns, columns) if first else editor.reshape(
+            value, 0, -1, columns
+        ), total // columns
     raise ImportModelError(
         f"{editor.path}: {what} {value.name!r} are {list(shape)}, which cannot be read as [B,N,{columns}]",
         fix="name another tensor: --boxes NAME --logits NAME",
@@ -151,7 +156,13 @@ def _three(editor: Editor, value: ir.Value, shape: tuple[int, ...], columns: int
 
 
 def _scores(
-    editor: Editor, front: Front, reading: Reading, scores: ir.Value, shape: tuple[int, ...], count: int, nms: dict[str, Any]
+    editor: Editor,
+    front: Front,
+    reading: Reading,
+    scores: ir.Value,
+    shape: tuple[int, ...],
+    count: int,
+    nms: dict[str, Any],
 ) -> tuple[ir.Value, int]:
     """The scores as [B,N,C], from before their activation where SSDNMS can do it, and C."""
     import numpy as np

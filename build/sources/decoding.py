@@ -116,9 +116,7 @@ def _probe(
     return Decoding(encodings, ordered, (scales[0], scales[1], scales[2], scales[3]), anchors.astype(np.float32), error)
 
 
-def corners_of(
-    deltas: NDArray[np.float64], anchors: NDArray[np.float64], scales: list[float]
-) -> NDArray[np.float64]:
+def corners_of(deltas: NDArray[np.float64], anchors: NDArray[np.float64], scales: list[float]) -> NDArray[np.float64]:
     """SSDNMS's `center_size` (docs/design.md) in FP64: [N,4] deltas → x1,y1,x2,y2."""
     import numpy as np
 

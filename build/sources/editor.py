@@ -15,7 +15,6 @@ from build.errors import ImportModelError
 from build.session import runner
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -24,7 +23,19 @@ OPSET = 17
 OLDEST_OPSET = 13
 # Operators that move numbers around and leave their values as they are.
 SHAPING = frozenset(
-    ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Concat", "Split", "Slice", "Gather")
+    (
+        "Transpose",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Identity",
+        "Cast",
+        "Concat",
+        "Split",
+        "Slice",
+        "Gather",
+    )
 )
 
 
@@ -159,9 +170,7 @@ class Editor:
         except ValueError as error:
             raise ImportModelError(f"{self.path}: cannot be cut there: {error}") from None
 
-    def measure(
-        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[ir.Value]
-    ) -> list[NDArray[Any]]:
+    def measure(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[ir.Value]) -> list[NDArray[Any]]:
         """Runs the part between the fed tensors and `outputs` in ONNX Runtime, node by node as it is written.
 
         Args:
@@ -228,7 +237,9 @@ class Editor:
 
     def pick(self, value: ir.Value, order: Sequence[int]) -> ir.Value:
         """The columns of the last axis in this order."""
-        return value if list(order) == list(range(len(order))) else self.op("Gather", value, self.whole(*order), axis=-1)
+        return (
+            value if list(order) == list(range(len(order))) else self.op("Gather", value, self.whole(*order), axis=-1)
+        )
 
     def transpose(self, value: ir.Value, *perm: int) -> ir.Value:
         return self.op("Transpose", value, perm=perm)
@@ -246,7 +257,9 @@ class Editor:
         assert source is not None
         node.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
 
-    def finish(self, pixels: ir.Value, heads: Mapping[str, tuple[ir.Value, int, int]], size: Sequence[int]) -> onnx.ModelProto:
+    def finish(
+        self, pixels: ir.Value, heads: Mapping[str, tuple[ir.Value, int, int]], size: Sequence[int]
+    ) -> onnx.ModelProto:
         """The adapted model and nothing else; the batch is open.
 
         Args:

@@ -85,7 +85,7 @@ class Foreign:
         return table
 
 
-def understand(path: Path, labels: Sequence[str], wishes: Wishes = Wishes()) -> Foreign:  # noqa: B008
+def understand(path: Path, labels: Sequence[str], wishes: Wishes = Wishes()) -> Foreign:
     """Recognises a file and adapts it.
 
     Args:
@@ -111,7 +111,9 @@ def understand(path: Path, labels: Sequence[str], wishes: Wishes = Wishes()) -> 
             reading.scores, reading.pick = editor.value(wishes.logits), None
     where = front.cut or f"input {front.pixels.name!r}"
     layout = "[B,H,W,3]" if front.channels_last else "[B,3,H,W]"
-    reading.fact("input", f"{front.width} x {front.height}, {layout}, {front.dtype}", f"behind {where}" if front.cut else where)
+    reading.fact(
+        "input", f"{front.width} x {front.height}, {layout}, {front.dtype}", f"behind {where}" if front.cut else where
+    )
     if wishes.boxes_are:
         reading.boxes_are = wishes.boxes_are
     if wishes.box_order:
@@ -129,7 +131,9 @@ def understand(path: Path, labels: Sequence[str], wishes: Wishes = Wishes()) -> 
         check_values(path, adapted, reading, wishes.scores_are, wishes.boxes_are)
     for key, value in reading.picture.items():
         if key in adapted.picture and adapted.picture[key] == value:
-            reading.fact(f"input.{key}", value, f"usual for {reading.family}: the file cannot say it (--set input.{key}=...)")
+            reading.fact(
+                f"input.{key}", value, f"usual for {reading.family}: the file cannot say it (--set input.{key}=...)"
+            )
     if front.normalised:
         reading.fact("normalisation", "in the graph: plain pixel values go in", where)
     return Foreign(adapted, reading, front, model)

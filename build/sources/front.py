@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from build.errors import ImportModelError, OptionError
-from build.sources.editor import SHAPING, Editor
+from build.sources.editor import Editor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,7 +110,9 @@ def find_front(editor: Editor, width: int = 0, height: int = 0) -> Front:
             f"{editor.path}: input {picture.name!r} is {_shown(shape)}, which leaves height and width open",
             fix="say them: --set input.width=300 --set input.height=300",
         )
-    if not producer and any(given and fixed and given != fixed for given, fixed in zip((tall, wide), inside, strict=True)):
+    if not producer and any(
+        given and fixed and given != fixed for given, fixed in zip((tall, wide), inside, strict=True)
+    ):
         raise OptionError(
             f"{editor.path}: input {picture.name!r} is {_shown(shape)}, but {wide} x {tall} (width x height) was asked for",
             fix="leave input.width and input.height out, or export the network for that size",
@@ -128,7 +130,9 @@ def new_input(editor: Editor, front: Front) -> ir.Value:
     """Puts a new FP32 input [batch,3,H,W] in the place of the network's own; gives it."""
     import onnx_ir as ir
 
-    pixels = ir.Value(name="pixels", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", 3, front.height, front.width]))
+    pixels = ir.Value(
+        name="pixels", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", 3, front.height, front.width])
+    )
     for other in editor.values().values():
         if other.name == "pixels":
             other.name = "source/pixels"
@@ -153,7 +157,8 @@ def _picture(editor: Editor) -> ir.Value:
     if len(pictures) != 1:
         listed = ", ".join(f"{value.name!r} {_shown(value.shape)}" for value in inputs)
         raise ImportModelError(
-            f"{editor.path}: has the inputs {listed}", why="one of four dimensions must be the picture",
+            f"{editor.path}: has the inputs {listed}",
+            why="one of four dimensions must be the picture",
             fix="export the network with its picture as the one input",
         )
     picture = pictures[0]

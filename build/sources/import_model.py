@@ -8,6 +8,7 @@ one with raw heads, and what to export instead is said.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import json
 import os
@@ -19,11 +20,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import contract, spec
+from build import files, spec
 from build.errors import ImportModelError, OptionError
-from build.files import MODELS
+from build.files import ARTIFACTS, MODELS
 from build.gate.self_check import self_check
-from build.graph.attach import attach, rename
+from build.graph.attach import attach
+from build.sources.foreign import Wishes, understand, write
+from build.sources.prove import photographs, prove
 from build.sources.torchvision import TORCHVISION, write_torchvision
 
 if sys.version_info >= (3, 11):
@@ -33,6 +36,11 @@ else:
 
 if TYPE_CHECKING:
     import onnx
+    from PIL import Image
+    from rich.console import Console
+
+PROOF_FILE = "import.json"
+_MOST_PICTURES = 64
 
 # Operators that do (a part of) the post-processing: the standard one, TensorRT's plugins, and exporters' own.
 _POST_PROCESSING = re.compile(
@@ -48,12 +56,14 @@ def import_model(
     weights: str = "default",
     spec_file: Path | None = None,
     labels: Path | None = None,
-    anchors: Path | None = None,
-    boxes: str = "",
-    logits: str = "",
+    wishes: Wishes = Wishes(),  # noqa: B008
     settings: Sequence[str] = (),
+    pictures: Path | None = None,
     force: bool = False,
+    dry_run: bool = False,
     models: Path = MODELS,
+    artifacts: Path = ARTIFACTS,
+    console: Console | None = None,
 ) -> Path:
     """Makes models/<name>/ out of a torchvision model or an ONNX file.
 
@@ -61,14 +71,16 @@ def import_model(
         source: ssd300_vgg16, ssdlite320_mobilenet_v3_large, or the path of an ONNX file.
         name: of the new model; default: the source's.
         weights: torchvision: `default` (downloaded by torchvision), `none` (random), or a file with a state dict.
-        spec_file: ONNX: a spec.toml whose labels and anchors (relative to it) are taken over.
+        spec_file: ONNX: a spec.toml whose settings, labels and anchors (relative to it) are taken over.
         labels: a text file with one foreground label per line; for torchvision, of a state dict with other classes.
-        anchors: ONNX without a spec: .npy, FP32 [N,4] of cx,cy,w,h in 0..1.
-        boxes: ONNX: the output with the box deltas [B,N,4], where it is not called box_deltas.
-        logits: ONNX: the output with the class logits [B,N,C], where it is not called class_logits.
+        wishes: ONNX: how the file is to be read, where it does not tell.
         settings: `table.key=value` with a TOML value, such as `nms.score_activation="sigmoid"`, for spec.toml.
+        pictures: a folder of pictures for the proof; None = photographs that come with matplotlib.
         force: replace a model of this name.
+        dry_run: show what was recognised, write nothing.
         models: where the folder goes.
+        artifacts: where the drawing of the proof goes.
+        console: where to print; None = standard output.
 
     Returns:
         The folder.
@@ -76,8 +88,11 @@ def import_model(
     Raises:
         SSDError: what is wrong and what to do; nothing was written then.
     """
+    from rich.console import Console
+
+    show = console or Console(highlight=False, soft_wrap=True)
     if source in TORCHVISION:
-        if spec_file or anchors or boxes or logits:
+        if spec_file or wishes != Wishes():
             raise OptionError(f"{source} brings its own spec, anchors and heads", fix="leave those options out")
         names = None if labels is None else _lines(labels)
         return _write(
@@ -89,17 +104,94 @@ def import_model(
             f"source is {source!r}, but must be {', '.join(TORCHVISION)} or the path of an .onnx file",
             fix="spell it so, or export the model to ONNX first",
         )
-    return _write(
-        models,
-        name or path.stem,
-        settings,
-        force,
-        lambda folder: _onnx(folder, path, spec_file, labels, anchors, boxes, logits),
-    )
+    given = _given(spec_file)
+    kept = given.pop("model", {})
+    if spec_file is not None:
+        labels = labels or spec_file.parent / str(kept.get("labels", "labels.txt"))
+        anchors = spec_file.parent / str(kept.get("anchors", "anchors.npy"))
+        wishes = (
+            wishes if wishes.anchors or not anchors.is_file() else dataclasses.replace(wishes, anchors=str(anchors))
+        )
+    if labels is None:
+        raise OptionError(
+            "an ONNX file needs its labels", fix="name them: --labels labels.txt, one foreground label per line"
+        )
+    tables: dict[str, dict[str, Any]] = {table: dict(values) for table, values in given.items()}
+    _apply(tables, settings)
+    size = tables.get("input", {})
+    wishes = dataclasses.replace(wishes, width=int(size.get("width", 0)), height=int(size.get("height", 0)))
+    foreign = understand(path, _lines(labels), wishes)
+    show.print(foreign.table())
+    if dry_run:
+        show.print("dry run: nothing was written", markup=False)
+        return models / (name or path.stem)
+    looked_at = _pictures(pictures)
+    drawing = artifacts / "import" / f"{name or path.stem}.png"
+
+    def fill(folder: Path) -> dict[str, dict[str, Any]]:
+        shutil.copyfile(labels, folder / "labels.txt")
+        written = write(folder, foreign)
+        for table, values in tables.items():
+            written.setdefault(table, {}).update(values)
+        return written
+
+    def proof(folder: Path) -> None:
+        result = prove(foreign, spec.load(folder), looked_at, drawing)
+        about = {
+            "source": path.name,
+            "family": foreign.reading.family,
+            "facts": foreign.reading.facts,
+            "proof": result.as_dict(),
+        }
+        files.write_json(folder / PROOF_FILE, about)
+        show.print(str(result), markup=False)
+        if drawing.is_file():
+            show.print(f"both sides drawn: {files.relative(drawing)}", markup=False)
+
+    return _write(models, name or path.stem, (), force, fill, proof)
+
+
+def _given(spec_file: Path | None) -> dict[str, dict[str, Any]]:
+    """The tables of a spec.toml that the user takes over."""
+    if spec_file is None:
+        return {}
+    try:
+        tables = tomllib.loads(spec_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ImportModelError(f"{spec_file}: cannot be read: {error}", fix="give the path of a spec.toml") from None
+    for table, values in tables.items():
+        if not isinstance(values, dict):
+            raise ImportModelError(f"{spec_file}: {table!r} stands outside its tables", fix="see docs/spec.md")
+    return tables
+
+
+def _pictures(folder: Path | None) -> list[Image.Image]:
+    """The pictures of the proof.
+
+    Raises:
+        ImportModelError: the folder holds none that can be read.
+    """
+    from ssd_client.exceptions import ImageError
+    from ssd_client.preprocess import SUFFIXES, load_image
+
+    if folder is None:
+        return photographs()
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ImportModelError(f"{folder}: holds no pictures", fix=f"name a folder with some: {', '.join(SUFFIXES)}")
+    try:
+        return [load_image(path) for path in paths[:_MOST_PICTURES]]
+    except ImageError as error:
+        raise ImportModelError(str(error)) from None
 
 
 def _write(
-    models: Path, name: str, settings: Sequence[str], force: bool, fill: Callable[[Path], dict[str, dict[str, Any]]]
+    models: Path,
+    name: str,
+    settings: Sequence[str],
+    force: bool,
+    fill: Callable[[Path], dict[str, dict[str, Any]]],
+    proof: Callable[[Path], None] | None = None,
 ) -> Path:
     """Fills a folder beside `models`, checks what is in it as the build would, and only then renames it into place."""
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name):
@@ -118,6 +210,8 @@ def _write(
         (content / "spec.toml").write_text(_toml(name, tables), encoding="utf-8")
         checked = spec.load(content)
         self_check(attach(checked), checked)
+        if proof is not None:
+            proof(content)
         _put(content, target)
     except OSError as error:
         raise ImportModelError(f"{target} cannot be written: {error}", fix="check the disk and its rights") from error
@@ -175,92 +269,6 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ImportModelError(f"{path}: cannot be read: {error}", fix="one foreground label per line, UTF-8") from None
-
-
-# -- any ONNX with raw heads -------------------------------------------------------------------------------------------
-
-
-def _onnx(
-    folder: Path,
-    path: Path,
-    spec_file: Path | None,
-    labels: Path | None,
-    anchors: Path | None,
-    boxes: str,
-    logits: str,
-) -> dict[str, dict[str, Any]]:
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(path)
-    except OSError as error:
-        raise ImportModelError(f"{path}: cannot be read: {error.strerror or error}", fix="correct the path") from None
-    except (DecodeError, ValueError) as error:
-        raise ImportModelError(
-            f"{path}: no ONNX model: {error}", why="the file is truncated or of another kind", fix="export it again"
-        ) from None
-    _explain_post_processing(model, str(path))
-    _rename_heads(
-        model, path, {boxes or contract.HEADS[0]: contract.HEADS[0], logits or contract.HEADS[1]: contract.HEADS[1]}
-    )
-    tables: dict[str, dict[str, Any]] = {"model": {}, "input": _input_size(model)}
-    if spec_file is not None:
-        try:
-            given = tomllib.loads(spec_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ImportModelError(
-                f"{spec_file}: cannot be read: {error}", fix="give the path of a spec.toml"
-            ) from None
-        for table, values in given.items():
-            if not isinstance(values, dict):
-                raise ImportModelError(f"{spec_file}: {table!r} stands outside its tables", fix="see docs/spec.md")
-            tables[table] = dict(values) if table == "input" else {**tables.get(table, {}), **values}
-        kept = tables["model"]
-        labels = labels or spec_file.parent / str(kept.get("labels", "labels.txt"))
-        anchors = anchors or spec_file.parent / str(kept.get("anchors", "anchors.npy"))
-        tables["model"] = {}
-    if labels is None or anchors is None:
-        raise OptionError(
-            "an ONNX file needs its labels and its anchors",
-            fix="name them: --labels labels.txt --anchors anchors.npy, or give a spec.toml that does: --spec",
-        )
-    for file, to in ((labels, "labels.txt"), (anchors, "anchors.npy")):
-        try:
-            shutil.copyfile(file, folder / to)
-        except OSError as error:
-            raise ImportModelError(f"{file}: cannot be read: {error.strerror}", fix="correct the path") from None
-    onnx.save(model, folder / "model.onnx")  # external data becomes part of the one file
-    return tables
-
-
-def _rename_heads(model: onnx.ModelProto, path: Path, names: Mapping[str, str]) -> None:
-    """Calls the two heads what the contract calls them."""
-    outputs = [item.name for item in model.graph.output]
-    missing = [name for name in names if name not in outputs]
-    if missing:
-        raise ImportModelError(
-            f"{path}: has the outputs {outputs}, and none is called {missing[0]!r}",
-            fix="say which are the raw heads: --boxes NAME --logits NAME",
-        )
-    taken = {name: f"source/{name}" for name in contract.HEADS if name not in names}
-    for name in names.values():
-        if name in taken and name in outputs:
-            raise ImportModelError(f"{path}: has an output {name!r}, but another one was named for it")
-    rename(model.graph, {**taken, **names}, {})
-    extra = [item for item in model.graph.output if item.name not in contract.HEADS]
-    for item in extra:
-        model.graph.output.remove(item)
-
-
-def _input_size(model: onnx.ModelProto) -> dict[str, Any]:
-    """Height and width where the model's first input has them as numbers."""
-    constants = {item.name for item in model.graph.initializer}
-    inputs = [item for item in model.graph.input if item.name not in constants]
-    dims = inputs[0].type.tensor_type.shape.dim if inputs else []
-    if len(dims) == 4 and dims[2].dim_value and dims[3].dim_value:
-        return {"width": dims[3].dim_value, "height": dims[2].dim_value}
-    return {}
 
 
 # -- models with their own post-processing -----------------------------------------------------------------------------

@@ -105,7 +105,9 @@ def prove(foreign: Foreign, spec: Spec, pictures: Sequence[Image.Image], drawing
     if drawing is not None:
         draw(drawing, spec, sheets)
     if not total:
-        return Proof(False, f"{how} detected nothing on {len(pictures)} pictures, so nothing could be compared", len(pictures))
+        return Proof(
+            False, f"{how} detected nothing on {len(pictures)} pictures, so nothing could be compared", len(pictures)
+        )
     return Proof(True, how, len(pictures), total, boxes, scores)
 
 
@@ -128,7 +130,9 @@ def _imported(spec: Spec) -> Original:
     def detect(pixels: NDArray[np.uint8]) -> Detected:
         outputs = run(spec.nms.feeds(pixels[None]))
         count = int(outputs["num_detections"][0, 0])
-        return Detected(*(outputs[name][0, :count] for name in ("detection_boxes", "detection_scores", "detection_classes")))
+        return Detected(
+            *(outputs[name][0, :count] for name in ("detection_boxes", "detection_scores", "detection_classes"))
+        )
 
     return detect
 
@@ -182,7 +186,9 @@ def _selected(foreign: Foreign, run: Callable[[Any], Any], pixels: NDArray[np.ui
         picked = picked / np.array([foreign.front.width, foreign.front.height] * 2)
     order = np.argsort(-scores[0, rows[:, 1], rows[:, 2]], kind="stable")[: foreign.adapted.nms["max_detections"]]
     labels = rows[order, 1] - (foreign.adapted.nms["background_class"] >= 0)
-    return Detected(picked[order].astype(np.float32), scores[0, rows[order, 1], rows[order, 2]], labels.astype(np.int32))
+    return Detected(
+        picked[order].astype(np.float32), scores[0, rows[order, 1], rows[order, 2]], labels.astype(np.int32)
+    )
 
 
 def _pairs(spec: Spec, theirs: Detected, ours: Detected) -> tuple[list[tuple[int, int]], str]:
@@ -203,10 +209,15 @@ def _pairs(spec: Spec, theirs: Detected, ours: Detected) -> tuple[list[tuple[int
     ends = [float(side.scores.min()) for side in (theirs, ours) if full and len(side.scores)]
     border = max([spec.nms.score_threshold, *ends]) + SCORES
     matched = {i for i, _ in pairs}
-    for side, name, missing in ((theirs, "the original", set(range(len(theirs.boxes))) - matched), (ours, "the import", free)):
+    for side, name, missing in (
+        (theirs, "the original", set(range(len(theirs.boxes))) - matched),
+        (ours, "the import", free),
+    ):
         for index in sorted(missing, key=lambda index: -side.scores[index]):
             if side.scores[index] > border:
-                label = spec.labels[side.classes[index]] if side.classes[index] < len(spec.labels) else side.classes[index]
+                label = (
+                    spec.labels[side.classes[index]] if side.classes[index] < len(spec.labels) else side.classes[index]
+                )
                 box = np.round(side.boxes[index], 3).tolist()
                 return pairs, f"{name} alone detects {label!r} {side.scores[index]:.3f} at {box}"
     return pairs, ""
@@ -253,7 +264,9 @@ def draw(path: Path, spec: Spec, sheets: Sequence[tuple[NDArray[np.uint8], Detec
                     corners = (box * [width, height, width, height]).tolist()
                     pencil.rectangle(corners, outline="lime", width=2)
                     text = f"{spec.labels[label]} {score:.2f}"
-                    pencil.text((corners[0] + 3, corners[1] + 2), text, fill="white", stroke_width=1, stroke_fill="black")
+                    pencil.text(
+                        (corners[0] + 3, corners[1] + 2), text, fill="white", stroke_width=1, stroke_fill="black"
+                    )
             sheet.paste(picture, (column * (width + gap), title + row * (height + gap)))
     with replacing(path) as unfinished:
         sheet.save(unfinished)

@@ -6,9 +6,7 @@ graph wins; `--family` names one. A reading says where every fact was seen; what
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +100,9 @@ def recognise(editor: Editor, front: Front, labels: int, family: str = "") -> Re
     """
     known = {entry.name: entry for entry in FAMILIES}
     if family and family not in known:
-        raise OptionError(f"family is {family!r}, but must be one of {', '.join(known)}", fix="--family list explains them")
+        raise OptionError(
+            f"family is {family!r}, but must be one of {', '.join(known)}", fix="--family list explains them"
+        )
     for entry in [known[family]] if family else FAMILIES:
         reading = entry.look(editor, front, labels)
         if reading is not None:
@@ -120,9 +120,9 @@ def recognise(editor: Editor, front: Front, labels: int, family: str = "") -> Re
 
 def caffe(editor: Editor, front: Front, labels: int) -> Reading | None:
     """Caffe's SSD: DetectionOutput over mbox_loc, mbox_conf and PriorBox nodes (Liu et al. 2016, the Caffe branch `ssd`)."""
-    from build.sources.anchors import corners_to_centers, priorbox_node
-
     import numpy as np
+
+    from build.sources.anchors import corners_to_centers, priorbox_node
 
     node = next((n for n in editor.graph if n.op_type == "DetectionOutput"), None)
     if node is None:
@@ -138,7 +138,9 @@ def caffe(editor: Editor, front: Front, labels: int) -> Reading | None:
     codings = {1: "corner", 2: "center_size"}
     coding = codings.get(int(options.get("code_type", 1)))
     if coding is None:
-        raise ImportModelError(f"{editor.path}: {where} has code_type {options['code_type']}, which SSDNMS does not have")
+        raise ImportModelError(
+            f"{editor.path}: {where} has code_type {options['code_type']}, which SSDNMS does not have"
+        )
     reading = Reading("caffe-ssd", boxes, scores, picture=CAFFE | SAMPLED)
     variances: list[float] = []
     parts = []
@@ -150,11 +152,17 @@ def caffe(editor: Editor, front: Front, labels: int) -> Reading | None:
             (array,) = editor.measure(front.example(), [feature])
             parts.append(priorbox_node(_attributes(producer), array.shape[2:], (front.height, front.width)))
             variances = list(_attributes(producer).get("variance", _attributes(producer).get("variances", [0.1])))
-            reading.fact("anchors", f"{len(parts[-1])} of {array.shape[3]} x {array.shape[2]} cells", f"PriorBox {producer.name!r}")
+            reading.fact(
+                "anchors",
+                f"{len(parts[-1])} of {array.shape[3]} x {array.shape[2]} cells",
+                f"PriorBox {producer.name!r}",
+            )
         else:
             table = editor.constant(prior)
             if table is None:
-                raise ImportModelError(f"{editor.path}: the anchors of {where} come from {prior.name!r}, which is no constant")
+                raise ImportModelError(
+                    f"{editor.path}: the anchors of {where} come from {prior.name!r}, which is no constant"
+                )
             rows = np.asarray(table).reshape(2, -1, 4)
             parts.append(corners_to_centers(rows[0], "xyxy"))
             variances = rows[1][0].tolist()
@@ -198,7 +206,9 @@ def tensorflow(editor: Editor, front: Front, labels: int) -> Reading | None:
             f"{editor.path}: the boxes and scores that {where} reads are not in the main graph",
             fix="say which tensors hold them: --boxes NAME --logits NAME",
         )
-    reading = Reading("tf-object-detection", boxes, scores, boxes_are="decoded", box_order="yxyx", picture=PLAIN | SAMPLED)
+    reading = Reading(
+        "tf-object-detection", boxes, scores, boxes_are="decoded", box_order="yxyx", picture=PLAIN | SAMPLED
+    )
     reading.scores_are = "probabilities"
     iou, score = (editor.constant(node.inputs[i]) if len(node.inputs) > i else None for i in (3, 4))
     most = _size(editor, outputs["detection_boxes"], front) or 100
@@ -218,7 +228,14 @@ def tensorflow(editor: Editor, front: Front, labels: int) -> Reading | None:
 
 def suppressed(editor: Editor, front: Front, labels: int) -> Reading | None:
     """An export that ends in NonMaxSuppression, such as MLPerf's SSD-ResNet34, or in one of TensorRT's NMS plugins."""
-    plugin = next((n for n in editor.graph if n.op_type in ("EfficientNMS_TRT", "EfficientNMS_ONNX_TRT", "BatchedNMS_TRT", "BatchedNMSDynamic_TRT")), None)
+    plugin = next(
+        (
+            n
+            for n in editor.graph
+            if n.op_type in ("EfficientNMS_TRT", "EfficientNMS_ONNX_TRT", "BatchedNMS_TRT", "BatchedNMSDynamic_TRT")
+        ),
+        None,
+    )
     if plugin is not None:
         return _plugin(editor, plugin)
     node = next((n for n in editor.graph if n.op_type == "NonMaxSuppression"), None)
@@ -230,8 +247,13 @@ def suppressed(editor: Editor, front: Front, labels: int) -> Reading | None:
     assert scores is not None
     centred = bool(_attributes(node).get("center_point_box", 0))
     reading = Reading(
-        "nms-inside", boxes, scores, boxes_are="decoded", box_order="cxcywh" if centred else "xyxy",
-        scores_are="probabilities", picture=IMAGENET | SAMPLED,
+        "nms-inside",
+        boxes,
+        scores,
+        boxes_are="decoded",
+        box_order="cxcywh" if centred else "xyxy",
+        scores_are="probabilities",
+        picture=IMAGENET | SAMPLED,
     )
     most, iou, score = (editor.constant(node.inputs[i]) if len(node.inputs) > i else None for i in (2, 3, 4))
     reading.nms = {"clip_boxes": False, "iou_threshold": _decimal(iou) if iou is not None else 0.0}
@@ -257,8 +279,10 @@ def _plugin(editor: Editor, node: ir.Node) -> Reading:
         anchors = editor.constant(node.inputs[2]) if len(node.inputs) > 2 else None
         reading.box_order = "cxcywh" if coded and anchors is None else "xyxy"
         if anchors is not None:
-            raise ImportModelError(f"{editor.path}: {where} decodes with anchors of its own, which is not imported yet",
-                                   fix="name the tensors and the anchors: --boxes NAME --logits NAME --anchors FILE")
+            raise ImportModelError(
+                f"{editor.path}: {where} decodes with anchors of its own, which is not imported yet",
+                fix="name the tensors and the anchors: --boxes NAME --logits NAME --anchors FILE",
+            )
         reading.scores_are = "logits" if options.get("score_activation", 0) else "probabilities"
         if reading.scores_are == "logits":
             reading.nms["score_activation"] = "sigmoid"
@@ -294,11 +318,17 @@ def keras(editor: Editor, front: Front, labels: int) -> Reading | None:
     if array.ndim != 3 or array.shape[2] != labels + 13:
         return None
     classes = labels + 1
-    reading = Reading("keras-ssd", output, output, picture=PLAIN | {"color_order": "BGR", "mean": [104.0, 117.0, 123.0]})
+    reading = Reading(
+        "keras-ssd", output, output, picture=PLAIN | {"color_order": "BGR", "mean": [104.0, 117.0, 123.0]}
+    )
     reading.pick = ((classes, classes + 4), (0, classes), -1)
     reading.scores_are = "probabilities"
     reading.nms = {"background_class": 0}
-    reading.fact("columns", f"{classes} scores, 4 deltas, 4 of the anchor, 4 variances", f"output {output.name!r} {list(array.shape)}")
+    reading.fact(
+        "columns",
+        f"{classes} scores, 4 deltas, 4 of the anchor, 4 variances",
+        f"output {output.name!r} {list(array.shape)}",
+    )
     return reading
 
 
@@ -327,9 +357,20 @@ def yolo(editor: Editor, front: Front, labels: int) -> Reading | None:
     if raw:
         reading.boxes_are = "cells"
         reading.picture = {**PLAIN, "color_order": "BGR", "resize": "letterbox_top_left", "pad_value": 114} | SAMPLED
-    reading.nms = {"background_class": -1, "score_activation": "none", "iou_threshold": 0.45, "score_threshold": 0.25, "max_detections": 300, "clip_boxes": False}
+    reading.nms = {
+        "background_class": -1,
+        "score_activation": "none",
+        "iou_threshold": 0.45,
+        "score_threshold": 0.25,
+        "max_detections": 300,
+        "clip_boxes": False,
+    }
     shape = f"output {output.name!r} {list(array.shape)}"
-    reading.fact("columns", f"4 of the box{', objectness' if objectness else ''}, {labels} scores{'; rows are columns' if turned else ''}", shape)
+    reading.fact(
+        "columns",
+        f"4 of the box{', objectness' if objectness else ''}, {labels} scores{'; rows are columns' if turned else ''}",
+        shape,
+    )
     return reading
 
 
@@ -340,9 +381,17 @@ def mediapipe(editor: Editor, front: Front, labels: int) -> Reading | None:
     if labels != 1 or not pairs:
         return None
     (boxes, size), (scores, _) = pairs[0]
-    reading = Reading("blazeface", boxes, scores, boxes_are="linear", picture=HALF | SAMPLED | {"resize": "letterbox", "pad_value": 0})
+    reading = Reading(
+        "blazeface", boxes, scores, boxes_are="linear", picture=HALF | SAMPLED | {"resize": "letterbox", "pad_value": 0}
+    )
     reading.pick = ((0, 4), (0, 1), -1)
-    reading.nms = {"background_class": -1, "score_activation": "sigmoid", "score_threshold": 0.5, "iou_threshold": 0.3, "clip_boxes": False}
+    reading.nms = {
+        "background_class": -1,
+        "score_activation": "sigmoid",
+        "score_threshold": 0.5,
+        "iou_threshold": 0.3,
+        "clip_boxes": False,
+    }
     reading.fact("columns", "4 of the box, 12 of key points, which are left out", f"output {boxes.name!r} {list(size)}")
     return reading
 
@@ -354,7 +403,15 @@ def retinaface(editor: Editor, front: Front, labels: int) -> Reading | None:
     if labels != 1 or not {4, 2, 10} <= by_last.keys():
         return None
     reading = Reading("retinaface", by_last[4], by_last[2], picture=CAFFE | SAMPLED)
-    reading.nms = {"background_class": 0, "box_scales": [10.0, 10.0, 5.0, 5.0], "iou_threshold": 0.4, "score_threshold": 0.02, "topk_per_class": 5000, "max_detections": 750, "clip_boxes": False}
+    reading.nms = {
+        "background_class": 0,
+        "box_scales": [10.0, 10.0, 5.0, 5.0],
+        "iou_threshold": 0.4,
+        "score_threshold": 0.02,
+        "topk_per_class": 5000,
+        "max_detections": 750,
+        "clip_boxes": False,
+    }
     reading.fact("landmarks", "left out", f"output {by_last[10].name!r}")
     return reading
 
@@ -382,7 +439,11 @@ def two_heads(editor: Editor, front: Front, labels: int) -> Reading | None:
                 reading.nms = {"score_threshold": 0.4, "iou_threshold": 0.45, "clip_boxes": False}
             else:
                 reading = Reading("raw-heads", boxes, scores, picture={})
-            reading.fact("heads", f"{count} boxes, {other[axis]} classes", f"outputs {boxes.name!r} {list(size)}, {scores.name!r} {list(other)}")
+            reading.fact(
+                "heads",
+                f"{count} boxes, {other[axis]} classes",
+                f"outputs {boxes.name!r} {list(size)}, {scores.name!r} {list(other)}",
+            )
             return reading
     return None
 
@@ -421,13 +482,23 @@ def levels(editor: Editor, front: Front, labels: int) -> Reading | None:
 
 FAMILIES = (
     Family("caffe-ssd", "Caffe's SSD with PriorBox and DetectionOutput, through caffe2onnx and others", caffe),
-    Family("tf-object-detection", "TensorFlow Object Detection API, frozen graph or saved model through tf2onnx", tensorflow),
-    Family("nms-inside", "an export that ends in NonMaxSuppression (MLPerf's SSD-ResNet34), or in a TensorRT NMS plugin", suppressed),
+    Family(
+        "tf-object-detection",
+        "TensorFlow Object Detection API, frozen graph or saved model through tf2onnx",
+        tensorflow,
+    ),
+    Family(
+        "nms-inside",
+        "an export that ends in NonMaxSuppression (MLPerf's SSD-ResNet34), or in a TensorRT NMS plugin",
+        suppressed,
+    ),
     Family("keras-ssd", "ssd_keras: one output `predictions` [B,N,C+12]", keras),
     Family("yolo", "YOLOv5, v7, v8, v9, v11 and YOLOX: one output in pixels", yolo),
     Family("blazeface", "MediaPipe's face detectors: regressors [B,N,16], classificators [B,N,1]", mediapipe),
     Family("retinaface", "RetinaFace: loc, conf and landms", retinaface),
-    Family("two-heads", "boxes and scores: NVIDIA's SSD300, pytorch-ssd, jetson-inference, UltraFace, raw heads", two_heads),
+    Family(
+        "two-heads", "boxes and scores: NVIDIA's SSD300, pytorch-ssd, jetson-inference, UltraFace, raw heads", two_heads
+    ),
     Family("per-level", "boxes and scores of every feature map as outputs of their own", levels),
 )
 
@@ -464,7 +535,9 @@ def _only_output(editor: Editor) -> ir.Value | None:
 
 def _output_sizes(editor: Editor, front: Front) -> list[tuple[ir.Value, tuple[int, ...]]]:
     outputs = list(editor.graph.outputs)
-    return [(value, array.shape) for value, array in zip(outputs, editor.measure(front.example(), outputs), strict=True)]
+    return [
+        (value, array.shape) for value, array in zip(outputs, editor.measure(front.example(), outputs), strict=True)
+    ]
 
 
 def _inside(node: ir.Node, op_type: str) -> list[ir.Node]:

@@ -237,9 +237,10 @@ def _bilinear_plain(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uin
     out = np.empty((height, 3 * width), np.uint8)
     for start in range(0, height, _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
-        top, bottom = int(above[part][0]), int(below[part][-1]) + 1
+        needed, places = np.unique((above[part], below[part]), return_inverse=True)
+        top, bottom = int(needed[0]), int(needed[-1]) + 1
         rows = np.asarray(image.crop((0, top, image.width, bottom))).reshape(bottom - top, -1)
-        samples, further = row_samples(rows[above[part] - top]), row_samples(rows[below[part] - top])
+        samples, further = row_samples(rows[needed - top])[places.reshape(2, -1)]
         further -= samples
         further *= down[part]
         samples += further

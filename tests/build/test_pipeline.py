@@ -97,6 +97,17 @@ def test_equal_inputs_make_equal_files(place: Place) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_decoded_boxes_are_published_without_anchors(place: Place) -> None:
+    folder = place.sources / "tiny"
+    (folder / "anchors.npy").unlink()
+    spec = folder / "spec.toml"
+    spec.write_text(spec.read_text().replace("[nms]\n", '[nms]\nbox_coding = "decoded"\n'))
+    assert place.build()[0] == {"tiny": 1}
+    manifest = json.loads((place.repository / "tiny" / "1" / "manifest.json").read_bytes())
+    assert "anchors.npy" not in manifest["inputs"]
+    assert "nothing changed, version 1 stays" in place.build()[1]
+
+
 def test_what_is_published_runs(place: Place) -> None:
     place.build()
     path = place.repository / "tiny" / "1" / "model.onnx"
