@@ -1,7 +1,7 @@
 """From what a foreign graph has to what the build takes: `box_deltas` [B,N,4] and `class_logits` [B,N,C].
 
-Only standard operators are added. Boxes that cannot stay encoded are decoded here, to corners x1,y1,x2,y2 in 0..1; then the
-spec says `box_coding = "decoded"` and there are no anchors.
+Only standard operators are added. Boxes that cannot stay encoded are decoded here, to corners x1,y1,x2,y2 in 0..1; then
+the spec says `box_coding = "decoded"` and there are no anchors.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def adapt(editor: Editor, front: Front, reading: Reading, labels: int, anchors: 
         if given is None:
             raise OptionError(
                 f"{editor.path}: its {count} boxes are deltas, and the anchors that they move are not in the graph",
-                fix="name them: --anchors FILE.npy, or have them generated: --anchors priorbox:..., ssd-grid:... (--family list)",
+                fix="name them: --anchors FILE.npy, or generate them, such as --anchors priorbox:... (docs/import.md)",
             )
         if len(given) != count:
             raise OptionError(

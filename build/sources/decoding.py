@@ -1,8 +1,8 @@
 """How a graph decodes its boxes, found out by asking it.
 
 A decoding moves each anchor by four numbers. Whatever nodes compute it, zeros give the anchors themselves, and a small
-step in one of the four shows which side of the box it moves, by how much, and whether linearly or exponentially. What was
-concluded is then held against the graph on random numbers: it must give the same boxes, or it is not used.
+step in one of the four shows which side of the box it moves, by how much, and whether linearly or exponentially. The
+conclusion is then compared with the graph on random numbers: it must give the same boxes, or it is not used.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Editor:
             )
         return values[name]
 
-    # -- looking ---------------------------------------------------------------------------------------------------------
+    # -- looking -------------------------------------------------------------------------------------------------------
 
     def nodes(self, *op_types: str) -> Iterator[ir.Node]:
         """The nodes of these operators, those inside loops and branches included."""
@@ -149,7 +149,7 @@ class Editor:
                 queue += [read for read in node.inputs if read is not None]
         return list(seen.values())
 
-    # -- running ---------------------------------------------------------------------------------------------------------
+    # -- running -------------------------------------------------------------------------------------------------------
 
     def part(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> onnx.ModelProto:
         """The model between these tensors.
@@ -196,7 +196,7 @@ class Editor:
             raise ImportModelError(f"{self.path}: this part of it cannot run in ONNX Runtime: {error}") from None
         return [answers[str(value.name)] for value in outputs]
 
-    # -- changing --------------------------------------------------------------------------------------------------------
+    # -- changing ------------------------------------------------------------------------------------------------------
 
     def op(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         """Appends a node of a standard operator; gives its one output."""
@@ -331,7 +331,7 @@ def _raised(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     if current >= OLDEST_OPSET:
         return model
     try:
-        return onnx.version_converter.convert_version(model, OPSET)  # type: ignore[no-any-return]
+        return onnx.version_converter.convert_version(model, OPSET)
     except Exception as error:  # the converter raises whatever its C++ raises
         raise ImportModelError(
             f"{path}: uses operators of version {current}, and ONNX's converter cannot raise them to {OPSET}: {error}",

@@ -114,7 +114,7 @@ def find_front(editor: Editor, width: int = 0, height: int = 0) -> Front:
         given and fixed and given != fixed for given, fixed in zip((tall, wide), inside, strict=True)
     ):
         raise OptionError(
-            f"{editor.path}: input {picture.name!r} is {_shown(shape)}, but {wide} x {tall} (width x height) was asked for",
+            f"{editor.path}: input {picture.name!r} is {_shown(shape)}, but {wide} x {tall} was asked for",
             fix="leave input.width and input.height out, or export the network for that size",
         )
     import onnx_ir as ir
@@ -168,7 +168,7 @@ def _picture(editor: Editor) -> ir.Value:
             continue
         if other.name not in _EXTRA:
             raise ImportModelError(
-                f"{editor.path}: wants {other.name!r} {_shown(other.shape)} beside the picture, and nothing says what it is",
+                f"{editor.path}: wants {other.name!r} {_shown(other.shape)} beside the picture: its value is unknown",
                 fix="export the network with its picture as the one input",
             )
         values = [[1.0, 1.0]] if other.name == "scale_factor" else [[float(sizes[2]), float(sizes[3])]]

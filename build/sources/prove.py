@@ -1,7 +1,8 @@
-"""The original with its own post-processing beside the imported model, on the same pictures: the same detections or none.
+"""The original with its own post-processing beside the imported model, on the same pictures.
 
-Where the file carries its post-processing, ONNX Runtime runs it as it is. Every detection of one side must have its partner
-on the other: the class, IoU 0.9 and the score within 0.001, away from the threshold and from the end of a full list.
+Where the file carries its post-processing, ONNX Runtime runs it as it is. Every detection of one side must have its
+partner on the other: the class, IoU 0.9 and the score within 0.001, away from the threshold and from the end of a full
+list.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Proof:
         if not self.proven:
             return f"NOT PROVEN against the original: {self.how}"
         return (
-            f"proven against the original ({self.how}): {self.detections} detections on {self.pictures} pictures, each with its "
-            f"partner; boxes differ by at most {self.boxes:.1e}, scores by {self.scores:.1e}"
+            f"proven against the original ({self.how}): {self.detections} detections on {self.pictures} pictures, "
+            f"each with its partner; boxes differ by at most {self.boxes:.1e}, scores by {self.scores:.1e}"
         )
 
 
@@ -96,11 +97,11 @@ def prove(foreign: Foreign, spec: Spec, pictures: Sequence[Image.Image], drawing
             raise ImportModelError(
                 f"{spec.onnx_path.name}: the imported model does not detect what the original does: {lonely}",
                 why=_symptom(spec, theirs, ours),
-                fix="say how the file is to be read: --box-order, --boxes-are, --scores-are, --anchors; nothing was imported",
+                fix="say how the file is to be read: --box-order, --boxes-are, --scores-are, --anchors",
             )
         total += len(theirs.boxes)
         for i, j in pairs:
-            boxes = max(boxes, float(np.abs(theirs.boxes[i] - ours.boxes[j]).max()))
+            boxes = max(boxes, float(np.abs(np.clip(theirs.boxes[i], 0, 1) - np.clip(ours.boxes[j], 0, 1)).max()))
             scores = max(scores, float(abs(theirs.scores[i] - ours.scores[j])))
     if drawing is not None:
         draw(drawing, spec, sheets)

@@ -1,7 +1,7 @@
 """Which kind of detector a foreign graph is: its boxes, its scores, and what its own post-processing does with them.
 
-Each family is a function that looks for the family's marks and gives a `Reading`, or None. The first that recognises the
-graph wins; `--family` names one. A reading says where every fact was seen; what the file does not say is marked as assumed.
+Each family is a function that looks for the family's marks and gives a `Reading`, or None. The first that recognises
+the graph wins; `--family` names one. A reading says where every fact was seen, and what is only usual for the family.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def recognise(editor: Editor, front: Front, labels: int, family: str = "") -> Re
     )
 
 
-# -- exports with their own post-processing ------------------------------------------------------------------------------
+# -- exports with their own post-processing ----------------------------------------------------------------------------
 
 
 def caffe(editor: Editor, front: Front, labels: int) -> Reading | None:
@@ -306,7 +306,7 @@ def _plugin(editor: Editor, node: ir.Node) -> Reading:
     return reading
 
 
-# -- exports without ------------------------------------------------------------------------------------------------------
+# -- exports without ---------------------------------------------------------------------------------------------------
 
 
 def keras(editor: Editor, front: Front, labels: int) -> Reading | None:
