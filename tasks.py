@@ -345,7 +345,7 @@ def import_model(
         "tensorrt_source": "URL or path of a git repository with TensorRT's headers under include/",
         "tensorrt_ref": "its tag, for example v10.16.1; without it the headers of TENSORRT_ROOT or of the system",
         "architectures": "such as 90 or 80,90-virtual (default: all from 7.5 to 12.0 that nvcc knows, and PTX)",
-        "stage": "gold, core or plugin, if it must be that one (default: the furthest that is possible)",
+        "stage": "reference, core or plugin, if it must be that one (default: the furthest that is possible)",
     }
 )
 @_explained

@@ -391,8 +391,8 @@ def _plugins(machine: Machine) -> Iterator[Finding]:
 
 
 def _without_tensorrt(library: Path) -> bool:
-    """The CPU gold and the CUDA core, which are no plugins."""
-    return library.name in ("libssd_nms_gold.so", "libssd_nms_core.so")
+    """The CPU reference and the CUDA core, which are no plugins."""
+    return library.name in ("libssd_nms_reference.so", "libssd_nms_core.so")
 
 
 def _resolvable(machine: Machine, library: Path, name: str, version: str) -> str:

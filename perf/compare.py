@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build.errors import SSDError
+from build.reports.html import Table
 from perf import report, report_html
-from perf.report_html import Line, Plot, Section, Table
+from perf.report_html import Line, Plot, Section
 from perf.statistics import LEAST_REPEATS, verdict
 
 if TYPE_CHECKING:

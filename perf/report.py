@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from build.reports.fusion_html import markdown_table, number
+from build.reports.html import Table, number
 from perf import report_html as plots
-from perf.report_html import Line, Plot, Row, Section, Table
+from perf.report_html import Line, Plot, Row, Section
 from perf.statistics import curves, saturation
 
 # What is aimed at, on 2 cores with the model `shapes`: served / in-process throughput of 4 clients by precision and by
@@ -90,8 +90,7 @@ def as_markdown(title: str, subtitle: str, lines: Sequence[Line], parts: Sequenc
         for text in part.text:
             out += ["", text]
         for table in part.tables:
-            rows = [[" ".join(cell.split()) for cell in row] for row in table.rows]
-            out += ["", *markdown_table(table.heads, rows)]
+            out += ["", *table.markdown()]
     return "\n".join(out) + "\n"
 
 

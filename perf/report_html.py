@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from io import StringIO
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from build.reports.fusion_html import LOOK, table_html, tag
+from build.reports import html
+from build.reports.html import Html, Table, scroll, tag
 from perf.statistics import amount, curves, saturation
 
 if TYPE_CHECKING:
@@ -26,19 +28,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the verdict: good, bad, or neither where it has no target."""
+    """A line of the verdict: good, bad, or neither where it has no target."""
 
     good: bool | None
     text: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under heads; the first `words` columns are words, the others figures."""
-
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,76 +56,52 @@ class Section:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 _STYLE = """
-.verdict{list-style:none;margin:18px 0;padding:6px 18px;background:var(--card);border:1px solid var(--line);
-border-radius:10px}
+.verdict{list-style:none;margin:18px 0;padding:6px 18px}
 .verdict li{display:flex;gap:12px;padding:7px 0;border-bottom:1px solid var(--line)}.verdict li:last-child{border:0}
 .verdict b{flex:none;width:20px;height:20px;margin-top:1px;border-radius:50%;color:var(--card);background:var(--single);
 font-size:13px;line-height:20px;text-align:center}
-.verdict .good b{background:var(--expansion)}.verdict .bad b{background:var(--unmapped)}
+.verdict .good{background:var(--expansion)}.verdict .bad{background:var(--unmapped)}
 /* darker than the look's own: words stand on them in white */
 @media(prefers-color-scheme:light){:root{--added:#9a5f00;--pointwise:#0b7a70;--expansion:#477812;--single:#69717e}}
 nav{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px}a{color:var(--vertical)}
-figure{margin:0 0 12px}.scroll:focus-visible{outline:2px solid var(--vertical)}
-figure svg{width:100%;min-width:700px;height:auto}
-figure svg *{stroke-linejoin:round;stroke-linecap:butt}
+figure{margin:0 0 12px}.scroll+.scroll,figure+.scroll{margin-top:12px}
+figure svg{width:100%;min-width:700px;height:auto}figure svg *{stroke-linejoin:round;stroke-linecap:butt}
 figure svg text{font-family:system-ui,-apple-system,"Segoe UI",sans-serif}
-td.wrap{white-space:nowrap}.long td.wrap{white-space:normal;overflow-wrap:break-word;min-width:15em}
-.scroll+.scroll,figure+.scroll{margin-top:12px}h1,p,li{overflow-wrap:anywhere}
-@media print{.scroll{overflow:visible}}
 """
 _MARKS = {True: ("good", "✓", "good"), False: ("bad", "✗", "bad"), None: ("", "–", "no target")}
 
 
 def page(title: str, subtitle: str, lines: Sequence[Line], sections: Sequence[Section]) -> str:
     """The whole page; without matplotlib it has its tables and says what is missing."""
-    verdict = "".join(
-        tag(
-            "li",
-            f'<b role="img" aria-label="{_MARKS[line.good][2]}">{_MARKS[line.good][1]}</b>'
-            + tag("span", escape(line.text)),
-            class_=_MARKS[line.good][0],
-        )
-        for line in lines
-    )
-    links = "".join(f'<a href="#{_anchor(one.title)}">{escape(one.title)}</a>' for one in sections)
+    verdict = []
+    for line in lines:
+        kind, mark, meaning = _MARKS[line.good]
+        badge = tag("b", mark, class_=kind, role="img", aria_label=meaning)
+        verdict.append(tag("li", badge, tag("span", line.text)))
+    links = (tag("a", section.title, href=f"#{_anchor(section.title)}") for section in sections)
     parts = [
-        f"<h1>{escape(title)}</h1>",
-        tag("p", escape(subtitle), class_="dim"),
-        tag("ul", verdict, class_="verdict", aria_label="verdict"),
-        tag("nav", links, aria_label="sections"),
+        tag("h1", title),
+        tag("p", subtitle, class_="dim"),
+        tag("ul", *verdict, class_="card verdict", aria_label="verdict"),
+        tag("nav", *links, aria_label="sections"),
     ]
-    for one in sections:
-        parts.append(tag("h2", escape(one.title), id=_anchor(one.title)))
-        parts += [_picture(plot) for plot in one.plots]
-        parts += [tag("p", escape(text)) for text in one.text]
-        parts += [_table(table, one.title) for table in one.tables]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{LOOK}{_STYLE}</style>'
-    )
-    body = tag("main", "\n".join(parts))
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+    for section in sections:
+        parts.append(tag("h2", section.title, id=_anchor(section.title)))
+        parts += [_picture(plot) for plot in section.plots]
+        parts += [tag("p", text) for text in section.text]
+        parts += [table.html(section.title) for table in section.tables]
+    return html.page(title, _STYLE, parts, '<link rel="icon" href="data:,">')
 
 
 def _anchor(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
-def _table(table: Table, label: str) -> str:
-    long = any(len(cell) > 80 for row in table.rows for cell in row[: table.words])
-    return _scroll(table_html(table.heads, table.rows, table.words), label, "scroll long" if long else "scroll")
-
-
-def _scroll(content: str, label: str, kind: str = "scroll") -> str:
-    """What is wider than the page scrolls by itself, with the keyboard too."""
-    return tag("div", content, class_=kind, tabindex=0, role="region", aria_label=label)
-
-
-def _picture(plot: Plot) -> str:
+def _picture(plot: Plot) -> Html:
     try:
-        return tag("figure", _scroll(svg(plot), plot.alt))
+        return tag("figure", scroll(Html(svg(plot)), plot.alt))
     except ImportError:
-        return tag("p", f"{escape(plot.alt)}: drawing it needs the package matplotlib.", class_="dim")
+        return tag("p", f"{plot.alt}: drawing it needs the package matplotlib.", class_="dim")
 
 
 # -- matplotlib --------------------------------------------------------------------------------------------------------
@@ -162,28 +131,17 @@ def _settings(name: str) -> Iterator[None]:
         "axes.titlesize": 10,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
-        "axes.edgecolor": _GRID,
-        "axes.labelcolor": _DIM,
-        "axes.titlecolor": _INK,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": _GRID,
-        "grid.linewidth": 0.8,
-        "text.color": _INK,
-        "xtick.color": _GRID,
-        "ytick.color": _GRID,
-        "xtick.labelcolor": _DIM,
-        "ytick.labelcolor": _DIM,
-        "xtick.minor.size": 0,
-        "ytick.minor.size": 0,
-        "legend.frameon": False,
         "legend.fontsize": 8.5,
         "legend.handlelength": 3,
+        "grid.linewidth": 0.8,
         "lines.linewidth": 1.8,
         "lines.markersize": 5,
-        "figure.constrained_layout.use": True,
+        **dict.fromkeys(("axes.titlecolor", "text.color"), _INK),
+        **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _DIM),
+        **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _GRID),
+        **dict.fromkeys(("axes.grid", "axes.axisbelow", "figure.constrained_layout.use"), True),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+        **dict.fromkeys(("xtick.minor.size", "ytick.minor.size"), 0),
     }
     with matplotlib.rc_context(look):
         yield
@@ -206,7 +164,7 @@ def svg(plot: Plot) -> str:
     # Matplotlib before 3.11 writes one `font`, later ones `font-size` and `font-family`: the page has its own family.
     text = re.sub(r"font-family: [^;\"]*;?", "", text)
     text = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", text)
-    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda found: _shorter(found[0]), text)
+    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda match: _shorter(match[0]), text)
     text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{plot.name}-", text)
     text = re.sub(r'<g id="[^"]*hint: ([^"]*)">', r"<g><title>\1</title>", text)
     for stand_in, variable in _VARIABLES.items():
@@ -243,32 +201,30 @@ def _ticks(axes: Axes, values: Sequence[float]) -> None:
 def served(
     ratios: Mapping[str, Mapping[str, Sequence[float]]],
     targets: Mapping[str, Mapping[str, float]],
-    ways: Mapping[str, str],
+    transports: Mapping[str, str],
 ) -> Figure:
-    """Served / in-process: a bar for each precision and way, a dot for each round, a line for each target.
+    """Served / in-process: a bar for each precision and transport, a dot for each round, a line for each target.
 
     Args:
-        ratios: {precision: {way: its rounds}}.
+        ratios: {precision: {transport: its rounds}}.
         targets: likewise, one figure each.
-        ways: {way: its name}.
+        transports: {transport: its name}.
     """
-    from statistics import median
-
     figure, (axes,) = _figure(3.4)
     place, names = 0.0, []
     for precision, rounds in ratios.items():
         start = place
-        for way, values in rounds.items():
-            color = _COLORS[list(ways).index(way)]
+        for transport, values in rounds.items():
+            color = _COLORS[list(transports).index(transport)]
             middle = median(values)
-            axes.bar(place, middle, 0.78, color=color, gid=_hint(f"{precision} {ways[way]}: {middle:.3f}"))
+            axes.bar(place, middle, 0.78, color=color, gid=_hint(f"{precision} {transports[transport]}: {middle:.3f}"))
             spots = [place + 0.09 * (i - (len(values) - 1) / 2) for i in range(len(values))]
             axes.plot(spots, values, "o", color=_INK, markersize=3.2, markeredgecolor=_CARD, markeredgewidth=0.6)
-            target = targets.get(precision, {}).get(way)
+            target = targets.get(precision, {}).get(transport)
             if target is not None:
                 axes.plot([place - 0.44, place + 0.44], [target] * 2, color=_BAD, linewidth=1.6)
             axes.text(place, 0.03, f"{middle:.3f}", ha="center", va="bottom", color=_CARD, weight="bold", size=11)
-            names.append((place, ways[way]))
+            names.append((place, transports[transport]))
             place += 1
         axes.text((start + place - 1) / 2, 1.01, precision, ha="center", transform=axes.get_xaxis_transform(),
                   weight="bold", size=10)  # fmt: skip
@@ -276,7 +232,8 @@ def served(
     axes.axhline(1, color=_DIM, linewidth=1, linestyle="--")
     axes.set_xticks([x for x, _ in names], [name for _, name in names])
     axes.set_xlim(-0.7, place - 1)
-    axes.set_ylim(0, max(1.08, 1.05 * max(value for one in ratios.values() for each in one.values() for value in each)))
+    highest = max(value for rounds in ratios.values() for values in rounds.values() for value in values)
+    axes.set_ylim(0, max(1.08, 1.05 * highest))
     axes.set_ylabel("served / in-process")
     axes.grid(axis="x", visible=False)
     axes.tick_params(axis="x", labelcolor=_INK, length=0)
@@ -346,14 +303,14 @@ def sweep(rows: Sequence[Row], axis: str, label: str, floor: Mapping[str, float]
         x = [point["load"][axis] for point in points]
         y = [point["throughput"] for point in points]
         first.fill_between(
-            x, [one["low"] for one in y], [one["high"] for one in y], color=color, alpha=0.2, linewidth=0
+            x, [each["low"] for each in y], [each["high"] for each in y], color=color, alpha=0.2, linewidth=0
         )
-        first.plot(x, [one["median"] for one in y], marker=marker, color=color, label=name)
-        found = saturation(points)
-        if found:
-            at = (found["load"][axis], found["throughput"])
+        first.plot(x, [each["median"] for each in y], marker=marker, color=color, label=name)
+        saturated = saturation(points)
+        if saturated:
+            at = (saturated["load"][axis], saturated["throughput"])
             first.plot(*at, "o", markersize=13, markerfacecolor="none", markeredgecolor=color,
-                       gid=_hint(f"{name}: saturates at {found['label']}"))  # fmt: skip
+                       gid=_hint(f"{name}: saturates at {saturated['label']}"))  # fmt: skip
     for (name, value), color in zip(floor.items(), _COLORS, strict=False):
         first.axhline(value, color=color, linestyle=(0, (1, 2)), linewidth=1.2, gid=_hint(f"{name}: {value:.4g}/s"))
     first.set_ylim(0, 1.1 * max([*floor.values(), *(row["throughput"]["high"] for row in rows)]))
@@ -403,13 +360,14 @@ def rates(rows: Sequence[Row], slo: Mapping[str, Any] | None) -> Figure:
         for axes in panels:
             axes.axhline(slo["bound_ms"], color=_BAD, linewidth=1.3, label=f"bound: {slo['bound_ms']:g} ms")
         for held, marker, color in ((True, "^", _GOOD), (False, "x", _BAD)):
-            probes = [one for one in slo["probes"] if one["held"] == held]
-            last.plot([one["rate"] for one in probes], [one[f"{percentile}_ms"] for one in probes], marker, color=color,
-                      markersize=7, label=f"probe: {percentile} {'held' if held else 'not held'}")  # fmt: skip
+            probes = [probe for probe in slo["probes"] if probe["held"] == held]
+            x, y = [probe["rate"] for probe in probes], [probe[f"{percentile}_ms"] for probe in probes]
+            last.plot(x, y, marker, color=color, markersize=7,
+                      label=f"probe: {percentile} {'held' if held else 'not held'}")  # fmt: skip
         if slo["rate"]:
             last.axvline(slo["rate"], color=_GOOD, linewidth=1.3, linestyle="--", label=f"found: {slo['rate']:.4g}/s")
     values = [row["latency_ms"][name] for row in rows for name in ("p50", "p99") if name in row["latency_ms"]]
-    values += [slo["bound_ms"], *(one[f"{percentile}_ms"] for one in slo["probes"])] if slo else []
+    values += [slo["bound_ms"], *(probe[f"{percentile}_ms"] for probe in slo["probes"])] if slo else []
     for axes in panels:
         axes.set_xlabel("requests per second asked for")
         axes.legend(loc="upper left")
@@ -464,8 +422,6 @@ def distributions(rows: Sequence[Row]) -> Figure:
 
 def peers(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """A bar for each peer, a dot for each repeat."""
-    from statistics import median
-
     figure, (axes,) = _figure(0.7 + 0.27 * len(rows))
     names = list(dict.fromkeys(row["name"] for row in rows))
     for place, row in enumerate(rows):
@@ -490,15 +446,15 @@ def pareto(points: Sequence[Mapping[str, Any]], bound_ms: float | None) -> Figur
         bound_ms: of the latency.
     """
     figure, (axes,) = _figure(3.6)
-    front = sorted((one["p99_ms"], one["throughput"]) for one in points if one["front"])
+    front = sorted((point["p99_ms"], point["throughput"]) for point in points if point["front"])
     axes.plot(
         *zip(*front, strict=True), color=_COLORS[0], drawstyle="steps-post", label="Pareto front"
     ) if front else None
-    for one in points:
-        marker, size = ("*", 15) if one["winner"] else ("o", 6)
-        color = _GOOD if one["winner"] else _COLORS[0] if one["front"] else _COLORS[-1]
-        axes.plot(one["p99_ms"], one["throughput"], marker, markersize=size, color=color,
-                  label="winner" if one["winner"] else None, gid=_hint(one["name"]))  # fmt: skip
+    for point in points:
+        marker, size = ("*", 15) if point["winner"] else ("o", 6)
+        color = _GOOD if point["winner"] else _COLORS[0] if point["front"] else _COLORS[-1]
+        axes.plot(point["p99_ms"], point["throughput"], marker, markersize=size, color=color,
+                  label="winner" if point["winner"] else None, gid=_hint(point["name"]))  # fmt: skip
     if bound_ms:
         axes.axvline(bound_ms, color=_BAD, linewidth=1.3, label=f"bound: {bound_ms:g} ms")
     axes.set(xlabel="p99 latency, ms", ylabel="images per second")
@@ -535,6 +491,6 @@ def chosen(rows: Sequence[Row]) -> list[Row]:
         return []
     curve = [row for row in held if row["precision"] == held[0]["precision"]]
     ordered = sorted(curve, key=lambda row: amount(row["load"]))
-    found = saturation(ordered)
-    middle = [row for row in ordered if found and row["load"] == found["load"]]
+    saturated = saturation(ordered)
+    middle = [row for row in ordered if saturated and row["load"] == saturated["load"]]
     return list({row["label"]: row for row in [ordered[0], *middle, ordered[-1]]}.values())

@@ -4,10 +4,13 @@ Also the cases that every executor is tried on, and the rule by which two answer
 
     for case in ssd_nms_oracle.cases(1000):
         tally[ssd_nms_oracle.agree(case, executor(case))] += 1
+
+Cases and the oracle's answers are kept, so any number of tests can ask for them.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from build.spec import Nms
+from build.contract import Nms
 
 F = np.float32
 Array = NDArray[np.float32]
@@ -27,9 +30,9 @@ NEAR = 1e-6
 CLOSE = 1e-5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
-    """One call of SSDNMS.
+    """One call of SSDNMS. Equal to itself alone, so answers can be kept by case.
 
     Attributes:
         box_deltas: FP32 or FP16 [B,N,4]; class_logits: the same type [B,N,C]; anchors: FP32 [N,4].
@@ -177,6 +180,7 @@ def _near_ties(ordered: list[_Candidate]) -> bool:
     return any(float(a.score) - float(b.score) <= NEAR and a.same != b.same for a, b in itertools.pairwise(ordered))
 
 
+@functools.cache
 def expected(case: Case) -> tuple[Outputs, bool]:
     """What SSDNMS answers: num_detections, detection_boxes, detection_scores, detection_classes.
 
@@ -191,10 +195,10 @@ def expected(case: Case) -> tuple[Outputs, bool]:
     near = False
     with np.errstate(all="ignore"):
         for row in range(rows):
-            found, near_row = _row(case, row)
+            detections, near_row = _row(case, row)
             near |= near_row
-            number[row] = len(found)
-            for place, (candidate, box) in enumerate(found):
+            number[row] = len(detections)
+            for place, (candidate, box) in enumerate(detections):
                 boxes[row, place], scores[row, place], classes[row, place] = box, candidate.score, candidate.label
     return (number, boxes, scores, classes), near
 
@@ -245,7 +249,7 @@ def _text(outputs: Outputs) -> str:
 def cases(count: int, seed: int = 0) -> Iterator[Case]:
     """Random and adversarial cases: the same for the same seed, and a longer run begins with the shorter one's."""
     for index in range(count):
-        yield _case(index, np.random.default_rng([seed, index]))
+        yield _case(index, seed)
 
 
 # What is peculiar about a case; every kind comes with every activation, coding and set of switches.
@@ -266,7 +270,9 @@ KINDS = (
 )
 
 
-def _case(index: int, random: np.random.Generator) -> Case:
+@functools.cache
+def _case(index: int, seed: int) -> Case:
+    random = np.random.default_rng([seed, index])
     kind = KINDS[index % len(KINDS)]
     activation = ("softmax", "sigmoid", "none")[index // len(KINDS) % 3]
     coding = ("center_size", "corner")[index // len(KINDS) // 3 % 2]

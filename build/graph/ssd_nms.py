@@ -168,8 +168,8 @@ def _batch(
         attribute[name] = op.Constant(**{value_kind: ir.RefAttr(value_kind, name, ir.AttributeType[kind])})
     rows = [op.Cast(deltas, to=ir.DataType.FLOAT), op.Cast(logits, to=ir.DataType.FLOAT)]
     if nms.runtime_thresholds:
-        one = op.Constant(value_float=1.0)
-        rows += [score, op.Where(op.Less(iou, one), op.Max(iou, op.Constant(value_float=0.0)), one)]
+        most = op.Constant(value_float=1.0)
+        rows += [score, op.Where(op.Less(iou, most), op.Max(iou, op.Constant(value_float=0.0)), most)]
 
     def row(op: Any, deltas: Any, logits: Any, *thresholds: Any) -> Sequence[Any]:
         op.builder.push_module("row")  # names of its own: a subgraph must not repeat those around it
@@ -204,12 +204,17 @@ class _Row:
 
     def __init__(self, op: Any, nms: Nms, attribute: Mapping[str, Any], score: Any, iou: Any) -> None:
         self.op, self.nms, self.attribute, self.score, self.iou = op, nms, attribute, score, iou
+        self._constants: dict[float | tuple[int, ...], Any] = {}
 
     def real(self, value: float) -> Any:
-        return self.op.Constant(value_float=value)
+        if value not in self._constants:
+            self._constants[value] = self.op.Constant(value_float=value)
+        return self._constants[value]
 
     def whole(self, *values: int) -> Any:
-        return self.op.Constant(value_ints=values)
+        if values not in self._constants:
+            self._constants[values] = self.op.Constant(value_ints=values)
+        return self._constants[values]
 
     def columns(self, table: Any, start: int, end: int = _EVERYTHING) -> Any:
         return self.op.Slice(table, self.whole(start), self.whole(end), self.whole(1))
@@ -299,9 +304,9 @@ class _Row:
             size = op.Mul(half, size)
             boxes = op.Add(op.Concat(op.Sub(centre, size), op.Add(centre, size), axis=1), moves)
         if self.nms.clip_boxes:
-            zero, one = self.real(0.0), self.real(1.0)
-            boxes = op.Where(op.Greater(boxes, zero), boxes, zero)
-            boxes = op.Where(op.Less(boxes, one), boxes, one)
+            low, high = self.real(0.0), self.real(1.0)
+            boxes = op.Where(op.Greater(boxes, low), boxes, low)
+            boxes = op.Where(op.Less(boxes, high), boxes, high)
         return boxes
 
     def cap(self, scores: Any) -> Any:

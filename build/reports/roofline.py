@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from build.errors import SSDError
-from build.session import session
+from build.reports.profiling import profile
 
 # In bytes, source and target of the copy together: from a core's own cache to main memory.
 WORKING_SETS = tuple(1 << bits for bits in (20, 21, 22, 24, 27, 29))
@@ -52,13 +51,17 @@ class Ceilings:
 
 
 def measure_ceilings(threads: int, seconds: float = 1.0) -> Ceilings:
-    """The best that ONNX Runtime and a copy reach here with so many threads: FP32, INT8, bytes per second.
+    """Measures the best that ONNX Runtime (FP32, INT8) and a copy of memory reach here.
 
-    Every timed piece of work takes well under a millisecond, so that some pass undisturbed on a busy machine, too.
+    Every timed piece of work takes well under a millisecond: even on a busy machine some pass undisturbed.
+
+    Args:
+        threads: as in the report's runs.
+        seconds: for each ceiling.
     """
     operations = int8 = 0.0
     bandwidth = dict.fromkeys(WORKING_SETS, 0.0)
-    for _ in range(_ROUNDS):  # apart in time, so that a disturbance does not lower one ceiling alone
+    for _ in range(_ROUNDS):  # apart in time: a disturbance then does not lower a single ceiling
         operations = max(operations, _throughput(threads, seconds / _ROUNDS, int8=False))
         int8 = max(int8, _throughput(threads, seconds / _ROUNDS, int8=True))
         for size, best in bandwidth.items():
@@ -118,14 +121,8 @@ def _throughput(threads: int, seconds: float, *, int8: bool) -> float:
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    with tempfile.TemporaryDirectory(prefix="ssd-ceiling-") as folder:
-        runs = session(model, threads=threads, profile=Path(folder) / "profile")
-        feeds = {"x": random.normal(0, 1, shape).astype(np.float32)}
-        until, calls = time.perf_counter() + seconds, 0
-        while calls < 10 or time.perf_counter() < until:
-            runs.run(None, feeds)
-            calls += 1
-        events = json.loads(Path(runs.end_profiling()).read_text())
+    feeds = {"x": random.normal(0, 1, shape).astype(np.float32)}
+    events = profile(model, feeds, 10, seconds=seconds, threads=threads)
     wanted = "QLinearConv" if int8 else "Conv"
     fastest = min(event["dur"] for event in events if event.get("args", {}).get("op_name") == wanted and event["dur"])
     return 2.0 * channels * channels * 9 * side * side / (float(fastest) * 1e-6)
@@ -169,21 +166,21 @@ def read_ceilings(path: Path) -> Ceilings:
     try:
         pairs = sorted((float(size), float(speed)) for size, speed in data["bandwidth"])
         int8 = data.get("int8")
-        made = Ceilings(
+        ceilings = Ceilings(
             int(data.get("threads", 1)),
             float(data["operations"]),
             None if int8 is None else float(int8),
             pairs,
             str(data["method"]),
         )
-        if not pairs or made.operations <= 0 or any(speed <= 0 for _, speed in pairs):
+        if not pairs or ceilings.operations <= 0 or any(speed <= 0 for _, speed in pairs):
             raise ValueError("a ceiling is not above 0")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FusionError(
             f"{path}: is not a description of ceilings: {error}",
             fix='write {"operations": 1e12, "int8": 4e12, "bandwidth": [[1e6, 9e11]], "method": "..."}, per second',
         ) from None
-    return made
+    return ceilings
 
 
 def read_json(path: Path) -> Any:

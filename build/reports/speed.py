@@ -1,11 +1,9 @@
-"""Whether INT8 pays: precisions timed side by side in ONNX Runtime, and layer by layer."""
+"""What a precision gains in ONNX Runtime: whole models timed side by side, and layer by layer."""
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +14,9 @@ from build.gate import datasets
 from build.graph.attach import before_nms
 from build.quantization import qdq
 from build.quantization.candidates import Candidate, all_calibrators, candidates
-from build.session import runner, session
+from build.reports import cpu
+from build.reports.profiling import profile
+from build.session import runner
 from build.spec import Spec
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.console import Console
     from rich.table import Table
+
+
+_WARM_UP = 3  # rounds
 
 
 def measure(
@@ -34,21 +37,22 @@ def measure(
     rounds: int = 60,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Times graphs side by side in ONNX Runtime, one thread, one picture, in turn within each round.
+    """Times the graphs of several precisions in ONNX Runtime, on one thread and one picture, in turn in each round.
 
     Args:
         spec: the model.
         artifacts: where calibration is kept; `audit/speed.json` in it receives the result.
         precisions: what to time; the first is what the others are compared with.
-        rounds: how often each is run; the medians count.
+        rounds: how often each is timed; the result has the medians.
         console: for the tables.
 
     Returns:
-        {precision: {whole_ms, before_nms_ms, whole_ratio, before_nms_ratio}, "layers": [...], "cpu": ...}: medians, and
-        for each Conv the time in the first and the last precision, with why where the last is no faster.
+        {precision: {whole_ms, before_nms_ms, whole_ratio, before_nms_ratio}, "layers": [{conv, before_ms, after_ms,
+        why}], "cpu": its name}. A layer has its time in the first and in the last precision; `why` is the likely reason
+        where the last is not faster.
 
     Raises:
-        SSDError: as `audit`.
+        SSDError: there are no pictures, or a graph cannot be made or run.
     """
     from rich.console import Console
 
@@ -64,7 +68,7 @@ def measure(
         runners[kind, "whole"] = runner(candidate.runs, threads=1)
         runners[kind, "before_nms"] = runner(before_nms(candidate.runs), threads=1)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runners}
-    for number in range(-3, rounds):
+    for number in range(-_WARM_UP, rounds):
         for key, run in runners.items():
             picture = pixels[number % len(pixels)]
             feeds = spec.nms.feeds(picture) if key[1] == "whole" else {contract.IMAGES: picture}
@@ -78,15 +82,15 @@ def measure(
         result[kind] = {f"{part}_ms": statistics.median(times[kind, part]) for part in ("whole", "before_nms")}
         for part in ("whole", "before_nms"):
             result[kind][f"{part}_ratio"] = result[first][f"{part}_ms"] / result[kind][f"{part}_ms"]
-    before, after = (layer_times(spec, chosen[kind], pixels[0]) for kind in (first, precisions[-1]))
+    before, after = (layer_times(chosen[kind], pixels[0]) for kind in (first, precisions[-1]))
     result["layers"] = _compared(chosen[precisions[-1]], before, after)
-    result["cpu"] = _cpu()
+    result["cpu"] = cpu.int8()
     files.write_json(artifacts / "audit" / "speed.json", result)
     show.print(_table(precisions, result))
     return result
 
 
-def layer_times(spec: Spec, candidate: Candidate, pixels: NDArray[np.uint8], runs: int = 20) -> dict[str, float]:
+def layer_times(candidate: Candidate, pixels: NDArray[np.uint8], runs: int = 20) -> dict[str, float]:
     """Median milliseconds of each Conv in ONNX Runtime, one thread, by its name; "other" is the rest."""
     model = before_nms(candidate.runs)
     owners: dict[str, str] = {}
@@ -98,13 +102,8 @@ def layer_times(spec: Spec, candidate: Candidate, pixels: NDArray[np.uint8], run
             names += [node.name, node.output[0]]
             node = readers.get(node.output[0])
         owners |= dict.fromkeys(filter(None, names), owner)
-    with tempfile.TemporaryDirectory() as folder:
-        runs_here = session(model, threads=1, profile=Path(folder) / "profile")
-        for _ in range(runs):
-            runs_here.run(None, {contract.IMAGES: pixels})
-        events = json.loads(Path(runs_here.end_profiling()).read_text())
     times: dict[str, list[float]] = {}
-    for event in events:
+    for event in profile(model, {contract.IMAGES: pixels}, runs, threads=1):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             label = re.sub(r"(_nchwc|_token_\d+|_nhwc|_quant)+$", "", event["name"].removesuffix("_kernel_time"))
             is_conv = event["args"]["op_name"] in ("Conv", "FusedConv", "QLinearConv", "NhwcFusedConv")
@@ -116,7 +115,7 @@ def layer_times(spec: Spec, candidate: Candidate, pixels: NDArray[np.uint8], run
 
 
 def _compared(candidate: Candidate, before: Mapping[str, float], after: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Each Conv's time in both, and the likely reason where the second is not faster."""
+    """Each Conv's time before and after, the longest first, and the likely reason where it is not faster."""
     import numpy as np
     from onnx import numpy_helper
 
@@ -130,16 +129,13 @@ def _compared(candidate: Candidate, before: Mapping[str, float], after: Mapping[
         old, new = before.get(name), after.get(name)
         why = ""
         if name == "other":
-            why = "layout changes, quantising what FP32 layers answer, and what is no Conv"
+            why = "layout changes, quantising outputs of FP32 layers, and operators other than Conv"
         elif name not in candidate.quantised:
             why = "left unquantised"
         elif old is not None and new is not None and new >= old:
-            channels = shapes.get(name, (0, 0))[1] if len(shapes.get(name, ())) > 1 else 0
-            why = (
-                f"{channels} channels in: too few for the integer kernel's vectors"
-                if channels < 16
-                else "no integer kernel took it"
-            )
+            channels = shapes[name][1] if len(shapes.get(name, ())) > 1 else 0
+            few = f"{channels} input channels: too few for the integer kernel's vectors"
+            why = few if channels < 16 else "no integer kernel took it"
         rows.append({"conv": name, "before_ms": old, "after_ms": new, "why": why})
     return rows
 
@@ -148,30 +144,9 @@ def _table(precisions: Sequence[str], result: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"ONNX Runtime, one thread, one picture, in turn: medians ({result['cpu']})")
-    for column in ("precision", "whole, ms", "x", "before SSDNMS, ms", "x"):
+    for column in ("precision", "whole, ms", "speed-up", "before SSDNMS, ms", "speed-up"):
         table.add_column(column, justify="left" if column == "precision" else "right")
     for kind in precisions:
-        row = result[kind]
-        table.add_row(
-            kind,
-            f"{row['whole_ms']:.2f}",
-            f"{row['whole_ratio']:.2f}",
-            f"{row['before_nms_ms']:.2f}",
-            f"{row['before_nms_ratio']:.2f}",
-        )
+        figures = ("whole_ms", "whole_ratio", "before_nms_ms", "before_nms_ratio")
+        table.add_row(kind, *(f"{result[kind][name]:.2f}" for name in figures))
     return table
-
-
-def _cpu() -> str:
-    """The CPU's name, and which of the instructions that INT8 depends on it has."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown CPU"
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    has = [
-        name
-        for name in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
-        if name in found.get("flags", "").split()
-    ]
-    return f"{found.get('model name', 'unknown CPU')}; {', '.join(has) or 'none of its INT8 instructions'}"

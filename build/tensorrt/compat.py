@@ -1,4 +1,4 @@
-"""The one place where TensorRT 8.6, 10 and 11 differ, told apart by what a version has, never by its number.
+"""All differences between TensorRT 8.6, 10 and 11 live here, detected by feature, not by version number.
 
 Every function takes the module as `trt`, so that it also works on another package of the same interface (TensorRT for
 RTX) and on the tests' stand-in. Bits of flags come from the enumerations: their values moved between versions.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,16 @@ def version(trt: Any) -> str:
     return str(trt.__version__)
 
 
+def version_numbers(text: str) -> tuple[int, ...]:
+    """The first three numbers of a version, for comparing: "10.13.2.6" → (10, 13, 2)."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
 def enum_value(trt: Any, kind: str, name: str, what: str) -> Any:
     """A member of an enumeration.
 
     Raises:
-        EngineError: this version does not have it; says what asked for it and what there is.
+        EngineError: this version does not have it; names what asked for it and the members that there are.
     """
     members = getattr(trt, kind).__members__
     if name not in members:
@@ -236,7 +242,7 @@ def load_plugins(trt: Any, log: Any, library: Path | None) -> None:
     if library is None:
         return
     made_for, here = plugin_info(library)["tensorrt"], version(trt)
-    if made_for.split(".")[0] != here.split(".")[0]:  # it would end the process
+    if version_numbers(made_for)[:1] != version_numbers(here)[:1]:  # it would end the process
         raise EngineError(
             f"the plugin library {library} was built for TensorRT {made_for}, here is TensorRT {here}",
             fix="build it with this one's headers: ./invoke build-plugins --tensorrt-ref TAG (plugins/README.md)",

@@ -104,7 +104,7 @@ class Cuda:
             RuntimeUnavailableError: there is none, or no driver for it.
         """
         try:
-            found = self("cudaGetDeviceProperties", self("cudaGetDevice"))
+            properties = self("cudaGetDeviceProperties", self("cudaGetDevice"))
             versions = self("cudaDriverGetVersion"), self("cudaRuntimeGetVersion")
         except EngineError as error:
             raise RuntimeUnavailableError(
@@ -112,9 +112,9 @@ class Cuda:
                 why="there is none, or its driver is missing or older than this CUDA",
                 fix="see what nvidia-smi says; in a container, start it with --gpus all",
             ) from None
-        name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
+        name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
         driver, library = (f"{version // 1000}.{version % 1000 // 10}" for version in versions)
-        capability, memory = f"{found.major}.{found.minor}", int(found.totalGlobalMem) >> 20
+        capability, memory = f"{properties.major}.{properties.minor}", int(properties.totalGlobalMem) >> 20
         return Gpu(name.rstrip("\0"), capability, memory, driver_version(), driver, library)
 
 

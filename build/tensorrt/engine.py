@@ -1,9 +1,9 @@
 """Typed ONNX → TensorRT plan, with all that a manifest must say about it.
 
-`serialize` needs no GPU of its own accord: the builder may (TensorRT) or may not (TensorRT for RTX). `build` is the
-whole stage: this machine's GPU, timing cache, plan, the plan's own table of inputs and outputs, manifest.
+`serialize` parses and builds: TensorRT's builder needs a GPU for that, the one of TensorRT for RTX does not. `build` is
+the whole stage: this machine's GPU, timing cache, plan, the plan's own table of inputs and outputs, manifest.
 
-Never run on a GPU so far: what is tested without one is everything up to the builder, and with TensorRT for RTX the
+This has never run on a GPU. Without one, the tests cover everything up to the builder and, with TensorRT for RTX, the
 parser and the strongly typed builder on the graph before SSDNMS.
 """
 
@@ -131,7 +131,7 @@ def build(
 
 
 def built_for(plugin: Path = PLUGIN, trt: Any = None, cuda: Cuda | None = None) -> dict[str, str]:
-    """What a plan that is built here is for: on another target a published one is stale.
+    """The machine that a plan built here is for; a published plan for another one is stale.
 
     Raises:
         RuntimeUnavailableError: there is no TensorRT or no GPU here.
@@ -228,7 +228,7 @@ def require_plugin(trt: Any, logger: Any, plugin: Path | None) -> None:
 
 @contextlib.contextmanager
 def timing_cache(folder: Path, gpu: Gpu, tensorrt: str) -> Iterator[Path]:
-    """The timing cache of a GPU and TensorRT, held against another build until the end of the block.
+    """The timing cache of a GPU and TensorRT; no other build can take it until the end of the block.
 
     Two builds at once would also falsify each other's timings.
 
@@ -329,7 +329,7 @@ def _attach_cache(config: Any, path: Path) -> Any:
 
 
 def _run(trt: Any, builder: Any, network: Any, config: Any, log: plans.Log, console: Console | None) -> bytes:
-    """Builds in a thread, so that Ctrl-C is heard; shows how far it is where the version tells.
+    """Builds in a thread, so Ctrl-C works; shows the progress if the version reports it.
 
     Raises:
         EngineError: the builder gives up.
@@ -385,7 +385,7 @@ def _run(trt: Any, builder: Any, network: Any, config: Any, log: plans.Log, cons
 
 
 class _Outcome:
-    """What the builder's thread leaves behind."""
+    """The result of the builder's thread."""
 
     data: Any = None
     error: BaseException | None = None

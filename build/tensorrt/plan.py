@@ -4,8 +4,8 @@
         outputs = plan({"images": pictures})
         print(plan.benchmark({"images": pictures}))
 
-Never run on a GPU so far: what is tested without one is all but the calls of CUDA and TensorRT themselves, on a
-stand-in that keeps to the names that the real packages have.
+This has never run on a GPU. Without one, the tests cover all but the calls of CUDA and TensorRT themselves; those go to
+stand-ins that have the names of the real packages and no others.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _REFUSALS = (
 
 
 class Log:
-    """What TensorRT says: call it with severity and message."""
+    """Keeps the errors that TensorRT logs: call it with severity and message."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -81,20 +81,20 @@ def foreign(engine: Mapping[str, Any], gpu: Gpu, tensorrt: str) -> str:
     """
     options = engine.get("options", {})
     built, here = str(engine["tensorrt"]), tensorrt
-    older = options.get("version_compatible") and _numbers(built) <= _numbers(here)
+    older = options.get("version_compatible") and compat.version_numbers(built) <= compat.version_numbers(here)
     if built != here and not older:
         return f"it was built with TensorRT {built}, here is TensorRT {here}"
-    made = engine["gpu"]
-    capability = made["compute_capability"]
+    planned = engine["gpu"]
+    capability = planned["compute_capability"]
     level = options.get("hardware_compatible", "none")
     fits = {
-        "none": (made["name"], capability) == (gpu.name, gpu.compute_capability),
+        "none": (planned["name"], capability) == (gpu.name, gpu.compute_capability),
         "same_compute_capability": capability == gpu.compute_capability,
-        "ampere_plus": _numbers(gpu.compute_capability) >= (8, 0),
+        "ampere_plus": compat.version_numbers(gpu.compute_capability) >= (8, 0),
     }
     if not fits[level]:
         return (
-            f"it was built for {made['name']} (compute capability {capability}), "
+            f"it was built for {planned['name']} (compute capability {capability}), "
             f"here is {gpu.name} ({gpu.compute_capability})"
         )
     return ""
@@ -111,8 +111,8 @@ def deserialize(trt: Any, data: bytes, logger: Any, log: Log, what: str, *, vers
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        said = "\n".join(log.errors)
-        why = next((why for pattern, why in _REFUSALS if re.search(pattern, said)), "")
+        logged = "\n".join(log.errors)
+        why = next((why for pattern, why in _REFUSALS if re.search(pattern, logged)), "")
         raise EngineError(
             f"{what}: TensorRT {compat.version(trt)} cannot read the plan: {log.last() or 'it gives no reason'}",
             why=why,
@@ -279,8 +279,8 @@ class Plan:
         """The engine inspector's JSON, as trtexec --exportLayerInfo writes it."""
         inspector = self._engine.create_engine_inspector()
         text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
-        found: dict[str, Any] = json.loads(text)
-        return found
+        layers: dict[str, Any] = json.loads(text)
+        return layers
 
     def _fill(self, inputs: Mapping[str, NDArray[Any]]) -> int:
         """Writes the inputs into pinned memory and sets their shapes; the batch."""
@@ -405,15 +405,10 @@ def _checked(path: Path, engine: Mapping[str, Any] | None, gpu: Gpu, tensorrt: s
         keys, wanted = ("plugin", "plugin_version"), engine["plugin"]
         info = plugin_info(plugin) if plugin.is_file() else None
         if info is None or any(info[key] != wanted[key] for key in keys):
-            found = f"holds {' '.join(info[key] for key in keys)}" if info else "is not there"
+            there = f"holds {' '.join(info[key] for key in keys)}" if info else "is not there"
             raise EngineError(
                 f"{path} needs the plugin {' '.join(wanted[key] for key in keys)} of {wanted['file']}, "
-                f"but {plugin} {found}",
+                f"but {plugin} {there}",
                 fix="build it: ./invoke build-plugins",
             )
     return data
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, for comparing."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

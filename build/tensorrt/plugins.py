@@ -1,4 +1,4 @@
-"""Builds the NMS plugin (plugins/) as far as this machine's tools allow: gold, CUDA core, TensorRT plugin.
+"""Builds the NMS plugin (plugins/) as far as this machine's tools allow: reference, CUDA core, TensorRT plugin.
 
 `build_plugins()` looks for what CMake needs, says what is missing, and runs CMake's presets.
 """
@@ -38,7 +38,7 @@ class PluginBuild:
     """What was built.
 
     Attributes:
-        stage: the furthest stage: `gold`, `core` or `plugin`.
+        stage: the furthest stage: `reference`, `core` or `plugin`.
         libraries: the files, the last one being the stage's own.
         missing: what kept it from going further, a sentence each.
     """
@@ -69,15 +69,15 @@ def build_plugins(
         tensorrt_source: URL or path of a git repository with TensorRT's headers under include/ (default: NVIDIA's).
         tensorrt_ref: its tag or branch; without it the headers are those of TENSORRT_ROOT or of the system.
         architectures: such as "90" or "80,90-virtual"; empty: all from 7.5 to 12.0 that the compiler knows, and PTX.
-        stage: `gold`, `core` or `plugin` if it must be that one; empty: the furthest that is possible.
+        stage: `reference`, `core` or `plugin` if it must be that one; empty: the furthest that is possible.
         output: the folder for the libraries.
         work: the folder for CMake's own files.
 
     Raises:
         PluginBuildError: no compiler or CMake, what `stage` asks for is not there, or the build failed.
     """
-    if stage not in ("", "gold", "core", "plugin"):
-        raise PluginBuildError(f"there is no stage {stage!r}", fix="take gold, core or plugin")
+    if stage not in ("", "reference", "core", "plugin"):
+        raise PluginBuildError(f"there is no stage {stage!r}", fix="take reference, core or plugin")
     architectures = architectures.replace(",", ";")
     if not re.fullmatch(r"|native|\d+[af]?(-real|-virtual)?(;\d+[af]?(-real|-virtual)?)*", architectures):
         raise PluginBuildError(
@@ -89,8 +89,8 @@ def build_plugins(
 
     settings = [f"-DSSD_NMS_OUTPUT={output}", f"-DSSD_NMS_ARCHITECTURES={architectures}"]
     missing = []
-    reached = "gold"
-    nvcc = find_nvcc() if stage != "gold" else None
+    reached = "reference"
+    nvcc = find_nvcc() if stage != "reference" else None
     if nvcc is None:
         missing.append(
             "the CUDA core: nvcc is not on PATH, in CUDA_HOME, in /usr/local/cuda or in this Python's packages "
@@ -99,7 +99,7 @@ def build_plugins(
     else:
         reached = "core"
         settings.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
-    root = find_tensorrt(tensorrt_source, tensorrt_ref) if stage not in ("gold", "core") else None
+    root = find_tensorrt(tensorrt_source, tensorrt_ref) if stage not in ("reference", "core") else None
     if root is None:
         missing.append(
             "the TensorRT plugin: NvInfer.h is neither in TENSORRT_ROOT/include nor in the system's include folders "
@@ -122,16 +122,16 @@ def build_plugins(
     _run([cmake, "-S", str(PLUGINS), "--preset", reached, "-B", str(folder), *settings])
     stamp.write_text(state)
     _run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)])
-    names = ["libssd_nms_gold.so", "libssd_nms_core.so", "libssd_nms.so"]
-    count = ("gold", "core", "plugin").index(reached) + 1
+    names = ["libssd_nms_reference.so", "libssd_nms_core.so", "libssd_nms.so"]
+    count = ("reference", "core", "plugin").index(reached) + 1
     return PluginBuild(reached, tuple(output / name for name in names[:count]), tuple(missing))
 
 
 def find_nvcc() -> Path | None:
     """CUDA's compiler: on PATH, in CUDA_HOME or CUDA_PATH, in /usr/local/cuda, or installed as a Python package."""
-    found = shutil.which("nvcc")
-    if found:
-        return Path(found)
+    on_path = shutil.which("nvcc")
+    if on_path:
+        return Path(on_path)
     folders = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders += [
         _SYSTEM_CUDA,

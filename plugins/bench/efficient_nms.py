@@ -82,7 +82,7 @@ def model(case: Mapping[str, Any]) -> onnx.ModelProto:
             helper.make_tensor_value_info("box_deltas", element, (batch, count, 4)),
             helper.make_tensor_value_info("class_logits", element, (batch, count, classes)),
         ],
-        [helper.make_tensor_value_info(*one) for one in zip(outputs, kinds, shapes, strict=True)],
+        [helper.make_tensor_value_info(*facts) for facts in zip(outputs, kinds, shapes, strict=True)],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
@@ -99,13 +99,13 @@ def creator(trt: Any, logger: Any, case: Mapping[str, Any]) -> Any:
     from build.tensorrt import compat
 
     compat.load_plugins(trt, logger, None)
-    found = compat.plugin_creator(trt, NAME, VERSION)
-    if found is None:
+    registered = compat.plugin_creator(trt, NAME, VERSION)
+    if registered is None:
         raise EngineError(f"TensorRT {compat.version(trt)} has no plugin {NAME} of version {VERSION}")
-    lacking = sorted(set(attributes(case)) - {field.name for field in found.field_names})
+    lacking = sorted(set(attributes(case)) - {field.name for field in registered.field_names})
     if lacking:  # the parser would drop them silently
         raise EngineError(f"{NAME} of TensorRT {compat.version(trt)} has no attribute {', '.join(lacking)}")
-    return found
+    return registered
 
 
 def build(trt: Any, case: Mapping[str, Any]) -> tuple[Any, float]:
@@ -192,11 +192,11 @@ def run(cuda: Any, engine: Any, case: Mapping[str, Any]) -> dict[str, Any]:
 
         enqueue()  # TensorRT sets itself up in the first run: it must not be recorded
         cuda("cudaStreamSynchronize", stream)
-        found = []
+        detections = []
         for buffers in calls:
             buffers["num_detections"].download(buffers["num_detections"].nbytes, stream)
             cuda("cudaStreamSynchronize", stream)
-            found.append(float(buffers["num_detections"].host((case["batch"], 1)).mean()))
+            detections.append(float(buffers["num_detections"].host((case["batch"], 1)).mean()))
         cuda("cudaStreamBeginCapture", stream, cuda.module.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
             enqueue()
@@ -216,7 +216,7 @@ def run(cuda: Any, engine: Any, case: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "us": round(statistics.median(times), 2),
             "us, fastest": round(min(times), 2),
-            "detections per image": round(statistics.mean(found), 1),
+            "detections per image": round(statistics.mean(detections), 1),
             "device memory, MB": round(compat.device_memory(engine) / 1e6, 1),
         }
 
@@ -297,8 +297,8 @@ class Peer:
 
         Args:
             key: of the inputs: equal keys mean equal inputs, which are then not written again.
-            inputs: the sets (bench.Inputs), of one shape and type.
-            settings: bench.Settings.
+            inputs: the sets (calls.Inputs), of one shape and type.
+            settings: params.Settings.
             replays: how many are timed.
         """
         try:
@@ -343,10 +343,10 @@ class Peer:
         for old in self._folder.iterdir():
             old.unlink()
         _dump(inputs[0].anchors, self._folder / "anchors")
-        for index, one in enumerate(inputs):
+        for index, given in enumerate(inputs):
             files = self._files(index)
-            _dump(one.deltas, Path(files["box_deltas"]))
-            _dump(one.logits, Path(files["class_logits"]))
+            _dump(given.deltas, Path(files["box_deltas"]))
+            _dump(given.logits, Path(files["class_logits"]))
 
     def _answer(self) -> dict[str, Any]:
         """The next line; a process that ends or takes too long instead has the reason in it."""

@@ -2,8 +2,8 @@
 //! The arithmetic of SSDNMS, for host and device: conversion, exp, activation, decode, IoU, and the key that orders.
 //!
 //! Every function gives the same bits on the GPU and on the CPU: only IEEE operations, an exp of our own instead of the
-//! two platforms' different ones, and no contraction of a*b+c (-fmad=false, -ffp-contract=off), so that the gold can be
-//! compared with the kernels bit for bit.
+//! two platforms' different ones, and no contraction of a*b+c (-fmad=false, -ffp-contract=off). So the reference and the
+//! kernels can be compared bit for bit.
 
 #ifndef SSD_NMS_NUMERICS_H
 #define SSD_NMS_NUMERICS_H

@@ -2,8 +2,8 @@
 //! The interface of SSDNMS: activate the class scores, decode the boxes, cap, suppress, merge and pad, for a batch.
 //!
 //! Plain C, without a CUDA or TensorRT type. Two libraries implement it: `ssd_nms_core` on the GPU (all tensors and the
-//! workspace are device memory, the stream is a cudaStream_t) and `ssd_nms_gold` on the CPU (all of it host memory, the
-//! stream is ignored). No function throws, keeps state between calls, or allocates device memory.
+//! workspace are device memory, the stream is a cudaStream_t) and `ssd_nms_reference` on the CPU (all of it host memory,
+//! the stream is ignored). No function throws, keeps state between calls, or allocates device memory.
 
 #ifndef SSD_NMS_H
 #define SSD_NMS_H
@@ -103,8 +103,7 @@ extern "C"
         SsdNmsParams const* params, SsdNmsShape const* shape, char* message, size_t messageSize);
 
     //! The bytes of workspace that ssdNmsLaunch() needs for this shape, enough also for fewer images or anchors; 0 if
-    //! the
-    //! parameters or the shape are invalid. The gold needs none.
+    //! the parameters or the shape are invalid. The reference needs none.
     SSD_NMS_API size_t ssdNmsWorkspaceSize(SsdNmsParams const* params, SsdNmsShape const* shape);
 
     //! Enqueues the operator: no synchronisation, no allocation, no read-back, so it can be captured in a CUDA graph.

@@ -1,4 +1,4 @@
-"""Libraries under test: the gold by CMake, the kernels in the CPU emulator, the CUDA core where there is nvcc."""
+"""Libraries under test: the reference by CMake, the kernels in the CPU emulator, the CUDA core where there is nvcc."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]
 
 def cxx() -> str:
     """The host compiler."""
-    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not found:
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not compiler:
         pytest.skip("needs a C++ compiler (g++)")
-    return found
+    return compiler
 
 
 def need_cmake() -> None:
@@ -41,11 +41,11 @@ def compile_host(output: Path, *arguments: str | Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def gold(tmp_path_factory: pytest.TempPathFactory) -> Library:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Library:
     """The CPU reference."""
     need_cmake()
-    folder = tmp_path_factory.mktemp("gold")
-    return Library(build_plugins(stage="gold", output=folder, work=folder / "out").libraries[-1])
+    folder = tmp_path_factory.mktemp("reference")
+    return Library(build_plugins(stage="reference", output=folder, work=folder / "out").libraries[-1])
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
-"""Calls a library that implements ssd_nms.h, over host memory: the gold, or the kernels in the emulator."""
+"""Calls a library that implements ssd_nms.h, over host memory: the reference, or the kernels in the emulator."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from build.spec import Nms
+from build.contract import ATTRIBUTES, Nms
 from tests.ssd_nms_oracle import Case, Outputs
 
-ACTIVATIONS = ("softmax", "sigmoid", "none")
-CODINGS = ("center_size", "corner")
+RULES = {item.name: item.metadata for item in dataclasses.fields(Nms) if item.name in ATTRIBUTES}
 STATUS = ("ok", "params", "shape", "too large", "pointer", "workspace", "launch")
 
 
@@ -71,20 +71,16 @@ class Tensors(ctypes.Structure):
     )
 
 
+def c_value(name: str, value: Any) -> Any:
+    """An attribute's value as SsdNmsParams holds it: a choice by its number, `box_scales` as an array."""
+    if RULES[name]["choices"]:
+        return RULES[name]["choices"].index(value)
+    return (ctypes.c_float * 4)(*value) if isinstance(value, tuple) else value
+
+
 def params_of(nms: Nms) -> Params:
     """The C struct of the same settings."""
-    return Params(
-        nms.score_threshold,
-        nms.iou_threshold,
-        nms.max_detections,
-        nms.topk_per_class,
-        nms.background_class,
-        ACTIVATIONS.index(nms.score_activation),
-        CODINGS.index(nms.box_coding),
-        (ctypes.c_float * 4)(*nms.box_scales),
-        nms.clip_boxes,
-        nms.class_agnostic,
-    )
+    return Params(**{name: c_value(name, value) for name, value in nms.attributes().items()})
 
 
 def shape_of(case: Case) -> Shape:

@@ -17,12 +17,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from tests.build.fake_tensorrt import VERSIONS, FakeTensorRT
-from tests.build.test_plan import FakeCudart
 
 from build.errors import EngineError
 from build.tensorrt.cuda import Cuda
 from plugins.bench import efficient_nms as peer
+from tests.build.tensorrt.fake_tensorrt import VERSIONS, FakeTensorRT
+from tests.build.tensorrt.test_plan import FakeCudart
 from tests.plugins.test_tensorrt import python_with_tensorrt
 
 SETTINGS = SimpleNamespace(
@@ -74,9 +74,9 @@ def inputs(kind: str, seed: int) -> SimpleNamespace:
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """A case as the process gets it: two sets of inputs on disk."""
     kind = str(request.param)
-    one = peer.Peer(tmp_path, command=["false"])
+    writer = peer.Peer(tmp_path, command=["false"])
     sets = [inputs(kind, seed) for seed in range(2)]
-    one._write(sets)
+    writer._write(sets)
     names = ("score_threshold", "iou_threshold", "max_detections", "background_class", "box_scales")
     return {name: getattr(SETTINGS, name) for name in names} | {
         "batch": BATCH,
@@ -84,7 +84,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
         "classes": CLASSES,
         "type": kind,
         "replays": 5,
-        "sets": [one._files(index) for index in range(2)],
+        "sets": [writer._files(index) for index in range(2)],
         "anchors_file": str(tmp_path / "anchors"),
     }
 
@@ -102,16 +102,16 @@ def test_the_network_before_the_plugin_is_softmax_and_what_its_decoder_expects(c
     del before.graph.node[-1], before.graph.output[:]
     for name in ("offsets", "scores", "anchors"):
         before.graph.output.append(onnx.helper.make_tensor_value_info(name, element, None))
-    one = inputs(case["type"], 1)
+    given_set = inputs(case["type"], 1)
     session = onnxruntime.InferenceSession(before.SerializeToString(), providers=["CPUExecutionProvider"])
-    given = {"box_deltas": one.deltas.array, "class_logits": one.logits.array}
+    given = {"box_deltas": given_set.deltas.array, "class_logits": given_set.logits.array}
     offsets, scores, anchors = (np.asarray(value, np.float64) for value in session.run(None, given))
 
     tolerance = 4e-3 if case["type"] == "float16" else 1e-6
-    powers = np.exp(one.logits.array.astype(np.float64))
+    powers = np.exp(given_set.logits.array.astype(np.float64))
     np.testing.assert_allclose(scores, powers / powers.sum(-1, keepdims=True), atol=tolerance)
     first = inputs(case["type"], 0).anchors.array.astype(np.float64)  # all sets share the first one's
-    d = one.deltas.array.astype(np.float64)
+    d = given_set.deltas.array.astype(np.float64)
     centre = first[:, :2] + d[..., :2] / 10 * first[:, 2:]
     size = first[:, 2:] * np.exp(d[..., 2:] / 5)
     np.testing.assert_allclose(anchors[..., :2] + offsets[..., :2] * anchors[..., 2:], centre, atol=tolerance)
@@ -133,28 +133,28 @@ def fake(version: str, case: dict[str, Any], fields: set[str] | None = None, **o
     def execute(context: Any) -> bool:
         import ctypes
 
-        found = np.array([3, 4], np.int32)
-        ctypes.memmove(context.assigned["addresses"]["num_detections"], found.tobytes(), found.nbytes)
+        numbers = np.array([3, 4], np.int32)
+        ctypes.memmove(context.assigned["addresses"]["num_detections"], numbers.tobytes(), numbers.nbytes)
         return True
 
     standard: dict[str, Any] = {
         "creators": {(peer.NAME, "1")},
-        "engine": lambda one: one.engine(table, []),
+        "engine": lambda trt: trt.engine(table, []),
         "execute": execute,
     }
-    made = FakeTensorRT(version, **(standard | options))
+    trt = FakeTensorRT(version, **(standard | options))
     names = set(peer.attributes(case)) if fields is None else fields
     creator = SimpleNamespace(field_names=[SimpleNamespace(name=name) for name in names])
 
     def registry() -> Any:
         def find(name: str, number: str, namespace: str) -> Any:
-            known: set[tuple[str, str]] = made.options["creators"]  # type: ignore[assignment]
+            known: set[tuple[str, str]] = trt.options["creators"]  # type: ignore[assignment]
             return creator if (name, number) in known else None
 
-        return made._of("IPluginRegistry", get_creator=find, get_plugin_creator=find)
+        return trt._of("IPluginRegistry", get_creator=find, get_plugin_creator=find)
 
-    made.get_plugin_registry = registry  # type: ignore[method-assign]
-    return made
+    trt.get_plugin_registry = registry  # type: ignore[method-assign]
+    return trt
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -207,35 +207,35 @@ def script(tmp_path: Path, *lines: str) -> list[str]:
 HELLO = "print(json.dumps({'tensorrt': '10.0'}), flush=True)"
 
 
-def ask(one: peer.Peer, settings: Any = SETTINGS) -> dict[str, Any] | str:
-    return one.measure("key", [inputs("float16", 0)], settings, 25)
+def ask(running: peer.Peer, settings: Any = SETTINGS) -> dict[str, Any] | str:
+    return running.measure("key", [inputs("float16", 0)], settings, 25)
 
 
 def test_the_running_python_tells_why_it_cannot(tmp_path: Path) -> None:
     """The real process: no TensorRT, no cuda-python or no GPU here, or a figure where there is everything."""
-    with peer.Peer(tmp_path / "inputs", python=sys.executable) as one:
-        told = ask(one)
+    with peer.Peer(tmp_path / "inputs", python=sys.executable) as running:
+        told = ask(running)
         if isinstance(told, dict):
             pytest.skip("there is a GPU with TensorRT here: nothing fails")
         assert told.startswith("not measured: ")
         assert any(words in told for words in ("tensorrt is not installed", "cuda-python", "GPU", "cannot be imported"))
-        assert one.summary() == told
-        assert ask(one) == told
+        assert running.summary() == told
+        assert ask(running) == told
 
 
 def test_a_case_goes_there_and_its_figures_come_back(tmp_path: Path) -> None:
     echo = ("for line in sys.stdin:", "    print(json.dumps({'us': 5.0, 'case': json.loads(line)}), flush=True)")
-    with peer.Peer(tmp_path / "inputs", command=script(tmp_path, HELLO, *echo)) as one:
-        told = ask(one)
+    with peer.Peer(tmp_path / "inputs", command=script(tmp_path, HELLO, *echo)) as running:
+        told = ask(running)
         assert isinstance(told, dict)
         case = told["case"]
         assert (case["batch"], case["anchors"], case["classes"], case["type"]) == (BATCH, COUNT, CLASSES, "float16")
         written = np.fromfile(case["sets"][0]["class_logits"], np.float16)
         assert (written == inputs("float16", 0).logits.array.ravel()).all()
-        assert ask(one, SimpleNamespace(**(vars(SETTINGS) | {"topk_per_class": 400}))) == peer.not_measured(
+        assert ask(running, SimpleNamespace(**(vars(SETTINGS) | {"topk_per_class": 400}))) == peer.not_measured(
             "the peer is set up for softmax, centre coding and one type of inputs, without a cap"
         )
-        summary = one.summary()
+        summary = running.summary()
         assert isinstance(summary, dict)
         assert summary["tensorrt"] == "10.0"
         assert "4096" in summary["caveats"][0]
@@ -250,19 +250,19 @@ def test_a_crash_costs_one_case(tmp_path: Path) -> None:
         f"        open({str(mark)!r}, 'w').close(); os.abort()",
         "    print(json.dumps({'us': 5.0}), flush=True)",
     )
-    with peer.Peer(tmp_path / "inputs", command=script(tmp_path, *lines)) as one:
-        assert ask(one) == "not measured: the process with TensorRT ended with -6"
-        assert ask(one) == {"us": 5.0}
+    with peer.Peer(tmp_path / "inputs", command=script(tmp_path, *lines)) as running:
+        assert ask(running) == "not measured: the process with TensorRT ended with -6"
+        assert ask(running) == {"us": 5.0}
 
 
 def test_a_process_that_says_nothing_or_nonsense_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer, "TIME_LIMIT", 0.5)
-    with peer.Peer(tmp_path / "inputs", command=script(tmp_path, "time.sleep(60)")) as one:
-        assert str(ask(one)).startswith("not measured: no answer in")
-    with peer.Peer(tmp_path / "inputs", command=script(tmp_path, "print('hm')")) as one:
-        assert str(ask(one)).startswith("not measured: JSONDecodeError")
-    with peer.Peer(tmp_path / "inputs", command=[str(tmp_path / "none")]) as one:
-        assert str(ask(one)).startswith("not measured: FileNotFoundError")
+    with peer.Peer(tmp_path / "inputs", command=script(tmp_path, "time.sleep(60)")) as running:
+        assert str(ask(running)).startswith("not measured: no answer in")
+    with peer.Peer(tmp_path / "inputs", command=script(tmp_path, "print('hm')")) as running:
+        assert str(ask(running)).startswith("not measured: JSONDecodeError")
+    with peer.Peer(tmp_path / "inputs", command=[str(tmp_path / "none")]) as running:
+        assert str(ask(running)).startswith("not measured: FileNotFoundError")
 
 
 @pytest.mark.tensorrt

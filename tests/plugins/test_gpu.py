@@ -1,4 +1,4 @@
-"""The kernels on a GPU, by plugins/bench/bench.py: bits of the gold, repeats, rows, CUDA graphs, compute-sanitizer."""
+"""The kernels on a GPU, by plugins/bench/bench.py: bits of the reference, repeats, rows, CUDA graphs, the sanitizer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def bench(part: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_the_kernels_give_the_bits_of_the_gold(tmp_path: Path) -> None:
+def test_the_kernels_give_the_bits_of_the_reference(tmp_path: Path) -> None:
     told = bench("check", tmp_path)["check"]
     assert told["failures"] == []
     assert min(told["compared"].values()) > 0, told

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from build.spec import Nms
+from build.contract import Nms
 from tests.plugins.library import STATUS, Library, Params, Shape, Tensors, aligned, params_of
 
 SSD300 = {"batch": 1, "anchors": 8732, "classes": 81}
@@ -46,8 +46,8 @@ def params(**changes: Any) -> Params:
         ),
     ],
 )
-def test_parameters_out_of_range_are_named_Negative(gold: Library, changes: dict[str, Any], message: str) -> None:  # noqa: N802
-    assert gold.validate(params(**changes), shape()) == ("params", message)
+def test_parameters_out_of_range_are_named_Negative(reference: Library, changes: dict[str, Any], message: str) -> None:  # noqa: N802
+    assert reference.validate(params(**changes), shape()) == ("params", message)
 
 
 @pytest.mark.parametrize(
@@ -68,32 +68,32 @@ def test_parameters_out_of_range_are_named_Negative(gold: Library, changes: dict
     ],
 )
 def test_shapes_out_of_range_are_named_Negative(  # noqa: N802
-    gold: Library, changes: dict[str, int], status: str, message: str
+    reference: Library, changes: dict[str, int], status: str, message: str
 ) -> None:
     if changes == {"batch": 245932}:  # just fits; one more does not
-        assert gold.validate(params(), shape(**changes)) == ("ok", "")
+        assert reference.validate(params(), shape(**changes)) == ("ok", "")
         changes, message = {"batch": 245933}, "batch 245933 x 8732 anchors = 2147486956, must be at most 2147483647"
-    assert gold.validate(params(), shape(**changes)) == (status, message)
+    assert reference.validate(params(), shape(**changes)) == (status, message)
 
 
-def test_null_and_short_messages_do_no_harm_Negative(gold: Library) -> None:  # noqa: N802
-    assert gold.validate(None, shape()) == ("pointer", "params must not be null")
-    assert gold.validate(params(), None) == ("ok", "")  # the parameters alone
-    assert gold.validate(params(max_detections=-5), None)[0] == "params"
+def test_null_and_short_messages_do_no_harm_Negative(reference: Library) -> None:  # noqa: N802
+    assert reference.validate(None, shape()) == ("pointer", "params must not be null")
+    assert reference.validate(params(), None) == ("ok", "")  # the parameters alone
+    assert reference.validate(params(max_detections=-5), None)[0] == "params"
     short = ctypes.create_string_buffer(8)
     bad, good = params(max_detections=-5), shape()
-    assert gold.c.ssdNmsValidate(ctypes.addressof(bad), ctypes.addressof(good), short, 8) == STATUS.index("params")
+    assert reference.c.ssdNmsValidate(ctypes.addressof(bad), ctypes.addressof(good), short, 8) == STATUS.index("params")
     assert short.value == b"max_det"
-    assert gold.c.ssdNmsValidate(ctypes.addressof(bad), ctypes.addressof(good), None, 0) == STATUS.index("params")
+    assert reference.c.ssdNmsValidate(ctypes.addressof(bad), ctypes.addressof(good), None, 0) == STATUS.index("params")
 
 
-def test_every_status_has_its_words(gold: Library) -> None:
-    texts = {gold.c.ssdNmsStatusString(status) for status in range(len(STATUS))}
+def test_every_status_has_its_words(reference: Library) -> None:
+    texts = {reference.c.ssdNmsStatusString(status) for status in range(len(STATUS))}
     assert len(texts) == len(STATUS)
-    assert gold.c.ssdNmsStatusString(99) == b"unknown status"
+    assert reference.c.ssdNmsStatusString(99) == b"unknown status"
 
 
-@pytest.mark.parametrize("which", ["emulated", "gold"])
+@pytest.mark.parametrize("which", ["emulated", "reference"])
 def test_bad_pointers_are_refused_Negative(request: pytest.FixtureRequest, which: str) -> None:  # noqa: N802
     library: Library = request.getfixturevalue(which)
     small = Shape(1, 4, 3, 0, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""SSDNMS's executors agree: gold, ONNX function and numpy oracle; then the kernels, run on the CPU, and the gold."""
+"""SSDNMS's executors agree: C++ reference, ONNX function and NumPy oracle; the emulated kernels and the reference."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.build.test_ssd_nms import run as run_function
 
-from build.spec import Nms
+from build.contract import Nms
 from tests import ssd_nms_oracle as oracle
+from tests.build.graph.test_ssd_nms import run as run_function
 from tests.plugins.library import Library
 from tests.ssd_nms_oracle import Case, Outputs
 
@@ -31,19 +31,19 @@ def assert_same_bits(case: Case, got: Outputs, want: Outputs) -> None:
 
 
 @pytest.mark.slow
-def test_gold_onnx_function_and_oracle_agree_on_1000_cases(gold: Library) -> None:
-    tallies: dict[str, collections.Counter[str]] = {"gold": collections.Counter(), "function": collections.Counter()}
+def test_reference_onnx_function_and_oracle_agree_on_1000_cases(reference: Library) -> None:
+    tallies: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for case in oracle.cases(1000):
-        from_gold, from_function = gold.run(case), run_function(case)
+        from_reference, from_function = reference.run(case), run_function(case)
         outcomes = {
-            "gold": oracle.agree(case, from_gold),
+            "reference": oracle.agree(case, from_reference),
             "function": oracle.agree(case, from_function),
         }
         for executor, outcome in outcomes.items():
             tallies[executor][outcome] += 1
         if "ambiguous" not in outcomes.values():
-            assert np.array_equal(from_gold[0], from_function[0]), case.name
-            assert np.array_equal(from_gold[3], from_function[3]), case.name
+            assert np.array_equal(from_reference[0], from_function[0]), case.name
+            assert np.array_equal(from_reference[3], from_function[3]), case.name
     for tally in tallies.values():
         assert tally.total() == 1000
         assert tally["exact"] >= 1000 / 6, tallies  # without exp all bits are equal
@@ -51,9 +51,9 @@ def test_gold_onnx_function_and_oracle_agree_on_1000_cases(gold: Library) -> Non
 
 
 @pytest.mark.slow
-def test_kernels_equal_the_gold_bit_for_bit_on_400_cases(gold: Library, emulated: Library) -> None:
+def test_kernels_equal_the_reference_bit_for_bit_on_400_cases(reference: Library, emulated: Library) -> None:
     for index, case in enumerate(oracle.cases(400, seed=1)):
-        want = gold.run(case)
+        want = reference.run(case)
         assert oracle.agree(case, want)
         assert_same_bits(case, run_emulated(emulated, case, SCHEDULES[index % 3] + index // 3), want)
 
@@ -115,14 +115,14 @@ LARGE = (
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
-def test_kernels_equal_the_gold_where_there_is_much(gold: Library, emulated: Library, case: Case) -> None:
-    want = gold.run(case)
+def test_kernels_equal_the_reference_where_there_is_much(reference: Library, emulated: Library, case: Case) -> None:
+    want = reference.run(case)
     assert want[0].max() > 0
     for schedule in SCHEDULES:
         assert_same_bits(case, run_emulated(emulated, case, schedule), want)
 
 
-def test_rows_do_not_influence_each_other(gold: Library, emulated: Library) -> None:
+def test_rows_do_not_influence_each_other(reference: Library, emulated: Library) -> None:
     case = LARGE[0]
     quiet = case.class_logits.copy()
     quiet[0] = -50  # a row without detections before one with some
@@ -131,30 +131,30 @@ def test_rows_do_not_influence_each_other(gold: Library, emulated: Library) -> N
     assert batch[0].ravel().tolist() == [0, 200]
     for row in range(2):
         alone = case.row(row)
-        for library in (gold, emulated):
+        for library in (reference, emulated):
             assert_same_bits(alone, library.run(alone), tuple(array[row : row + 1] for array in batch))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("which", ["score", "iou"])
-def test_one_threshold_can_be_an_input_alone(gold: Library, emulated: Library, which: str) -> None:
+def test_one_threshold_can_be_an_input_alone(reference: Library, emulated: Library, which: str) -> None:
     case = LARGE[0]
     values = np.array([[0.2], [0.6]], np.float32)
     nms = replace(case.nms, **{f"{which}_threshold": 0.01})
     mixed = replace(case, nms=nms, **{f"{which}_threshold": values})
     got = run_emulated(emulated, mixed, 0)
-    assert_same_bits(mixed, gold.run(mixed), got)
+    assert_same_bits(mixed, reference.run(mixed), got)
     for row in range(2):
         fixed = replace(case.row(row), nms=replace(nms, **{f"{which}_threshold": float(values[row, 0])}))
-        assert_same_bits(fixed, gold.run(fixed), tuple(array[row : row + 1] for array in got))  # type: ignore[arg-type]
+        assert_same_bits(fixed, reference.run(fixed), tuple(array[row : row + 1] for array in got))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("threshold", [np.nan, -1.0, 2.0, np.inf])
-def test_a_strange_runtime_threshold_does_no_harm(gold: Library, emulated: Library, threshold: float) -> None:
+def test_a_strange_runtime_threshold_does_no_harm(reference: Library, emulated: Library, threshold: float) -> None:
     case = replace(
         large("many classes", 1, 40, 60, score_activation="sigmoid", max_detections=5000, topk_per_class=2),
         score_threshold=np.full((1, 1), threshold, np.float32),
         iou_threshold=np.ones((1, 1), np.float32),
     )
     got = run_emulated(emulated, case, 0)
-    assert_same_bits(case, got, gold.run(case))
+    assert_same_bits(case, got, reference.run(case))
     assert got[0].item() == (2 * 59 if threshold == -1.0 else 0)  # two of each class at most

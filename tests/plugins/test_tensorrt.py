@@ -1,4 +1,4 @@
-"""The TensorRT faces, with every set of headers at hand, over the gold; and a real TensorRT takes the plugin.
+"""The TensorRT adapters, with every set of headers at hand, over the reference; and a real TensorRT takes the plugin.
 
 A real TensorRT is that of the running Python, or of the one that SSD_TENSORRT_PYTHON names. Registration, creation and
 serialisation need no GPU.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from build.contract import ATTRIBUTES
 from build.tensorrt.plugins import PLUGINS, PluginBuild, build_plugins, find_nvcc, find_tensorrt, plugin_info
 from tests.plugins.conftest import EMULATOR, compile_host, need_cmake
 
@@ -26,9 +27,9 @@ PROBE = Path(__file__).parent / "tensorrt_probe.py"
 def header_sets() -> list[Path]:
     """What `build-plugins` has fetched, and what TENSORRT_ROOT and the system give."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd-on-triton" / "tensorrt"
-    found = {include.parent.parent for include in cache.glob("*/include/NvInfer.h")}
+    fetched = {include.parent.parent for include in cache.glob("*/include/NvInfer.h")}
     configured = find_tensorrt()
-    return sorted(found | ({configured} if configured else set()))
+    return sorted(fetched | ({configured} if configured else set()))
 
 
 def cuda_include() -> Path:
@@ -43,7 +44,7 @@ def cuda_include() -> Path:
 
 
 @pytest.mark.parametrize("root", header_sets() or [None], ids=lambda root: root.name if root else "none")
-def test_the_face_compiles_and_does_what_tensorrt_asks_of_it(root: Path | None, tmp_path: Path) -> None:
+def test_the_adapter_compiles_and_does_what_tensorrt_asks_of_it(root: Path | None, tmp_path: Path) -> None:
     if root is None:
         pytest.skip("needs TensorRT's headers (TENSORRT_ROOT, or once ./invoke build-plugins --tensorrt-ref v10.16)")
     definitions = [f'-DSSD_NMS_{name}="x"' for name in ("GIT", "CUDA_VERSION", "ARCHITECTURES")]
@@ -51,9 +52,9 @@ def test_the_face_compiles_and_does_what_tensorrt_asks_of_it(root: Path | None, 
     source = PLUGINS / "ssd_nms"
     flags = ["-Wno-deprecated-declarations", *definitions, *include, f"-I{source}"]
     compile_host(tmp_path / "plugin.o", *flags, "-c", source / "tensorrt" / "plugin.cpp")
-    library = [source / "checks.cpp", source / "gold" / "gold.cpp"]
-    faces = compile_host(tmp_path / "faces", "-O0", *flags, EMULATOR / "faces.cpp", *library)
-    done = subprocess.run([faces], capture_output=True, text=True, check=False)
+    library = [source / "checks.cpp", source / "reference" / "reference.cpp"]
+    adapters = compile_host(tmp_path / "adapters", "-O0", *flags, EMULATOR / "adapters.cpp", *library)
+    done = subprocess.run([adapters], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 
 
@@ -122,18 +123,7 @@ def test_a_real_tensorrt_creates_and_serialises_the_plugin(
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["fields"] == [
-        "score_threshold",
-        "iou_threshold",
-        "max_detections",
-        "topk_per_class",
-        "background_class",
-        "score_activation",
-        "box_coding",
-        "box_scales",
-        "clip_boxes",
-        "class_agnostic",
-    ]
+    assert told["fields"] == list(ATTRIBUTES)
     assert told["refused"] == dict.fromkeys(told["refused"], True)
     assert len(told["refused"]) >= 10
     for words in (

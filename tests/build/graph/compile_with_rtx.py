@@ -1,6 +1,6 @@
 """Parses and builds graphs with TensorRT for RTX, in a process of its own: what it refuses may end the process.
 
-    python tests/build/compile_with_rtx.py SPEC MODEL...
+    python tests/build/graph/compile_with_rtx.py SPEC MODEL...
 
 Prints one line of JSON for each model: the network's inputs and outputs with their types and the plan's size, or the
 error.
@@ -14,6 +14,7 @@ import sys
 import onnx
 import tensorrt_rtx_bindings as trt
 
+from build.contract import Target
 from build.errors import SSDError
 from build.spec import load
 from build.tensorrt import compat, engine
@@ -38,7 +39,7 @@ def main() -> None:
     for path in sys.argv[2:]:
         model = onnx.load(path)
         try:
-            plan = engine.serialize(spec, model, "fp32", trt=trt)
+            plan = engine.serialize(spec, model, Target("tensorrt"), trt=trt)
             print(json.dumps({"types": types(model), "bytes": len(plan)}), flush=True)
         except SSDError as error:
             print(json.dumps({"error": str(error)}), flush=True)

@@ -1,7 +1,7 @@
 """What the exporter makes is legal for NVIDIA's real ONNX parser and strongly typed builder, which need no GPU here.
 
 TensorRT for RTX stands for TensorRT: the same parser, the same typing rules. It takes no plugins, so that it sees the
-graph before SSDNMS; the node itself is looked at in test_engine.py and tests/plugins.
+graph before SSDNMS; the node itself is looked at in tests/build/tensorrt/test_engine.py and tests/plugins.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
 
+from build.contract import PRECISIONS
+from build.files import ROOT
 from build.graph import precision
 from build.graph.attach import attach, before_nms, load_source
-from build.graph.precision import PRECISIONS
+from build.quantization import qdq
+from build.quantization.candidates import candidates
 from build.spec import load
 from tests.build import tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 LOCK = ROOT / "requirements" / "tensorrt_rtx.lock"
 FOLDER = Path(sys.prefix) / "tensorrt_rtx"
 pytestmark = pytest.mark.tensorrt
@@ -52,8 +54,8 @@ def rtx() -> Path:
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
         except (OSError, subprocess.SubprocessError) as error:
-            said = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1]
-            pytest.skip(f"needs TensorRT for RTX ({LOCK.name}, 90 MB), which could not be installed: {said}")
+            reason = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1]
+            pytest.skip(f"needs TensorRT for RTX ({LOCK.name}, 90 MB), which could not be installed: {reason}")
         mark.write_text(stamp)
     return FOLDER
 
@@ -122,7 +124,7 @@ CASES: dict[str, Callable[[Path], onnx.ModelProto]] = {
 
 def compiled(rtx: Path, spec: Path, models: list[Path]) -> list[dict[str, Any]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(rtx)])}
-    script = str(ROOT / "tests" / "build" / "compile_with_rtx.py")
+    script = str(Path(__file__).with_name("compile_with_rtx.py"))
     done = subprocess.run(
         [sys.executable, script, str(spec), *map(str, models)],
         env=environment,
@@ -192,7 +194,7 @@ def test_every_precision_of_shapes_is_legal(kind: str, rtx: Path, tmp_path: Path
         placed = qdq.quantize(source, clips, kind=kind.split()[0], exclude=excluded)
         assert set(placed.nodes) == {conv.name for conv in qdq.convs(source)} - set(excluded)
         typed_source = precision.half(placed.model, "fp16") if kind.endswith("fp16") else placed.model
-        constants = {one.name: one for one in typed_source.graph.initializer}
+        constants = {constant.name: constant for constant in typed_source.graph.initializer}
         for node in typed_source.graph.node:
             if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
                 zero = constants[node.input[2]]

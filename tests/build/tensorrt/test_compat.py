@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from onnx import TensorProto, helper
-from tests.build.fake_tensorrt import SURFACES, VERSIONS, FakeTensorRT
 
 from build.errors import EngineError, RuntimeUnavailableError
 from build.tensorrt import compat
 from build.tensorrt.plugins import PluginBuildError
+from tests.build.tensorrt.fake_tensorrt import SURFACES, VERSIONS, FakeTensorRT
 
 OLD, FIRST_10, LAST_10, NEW = VERSIONS
 
@@ -26,7 +26,7 @@ def trt(request: pytest.FixtureRequest) -> FakeTensorRT:
 
 
 def test_the_versions_differ_as_the_code_believes() -> None:
-    """The facts that tensorrt_compat.py exists for; a new recording that says otherwise must be looked at."""
+    """The facts that compat.py exists for; a new recording that says otherwise must be looked at."""
     assert "STRONGLY_TYPED" not in SURFACES[OLD]["NetworkDefinitionCreationFlag"]
     assert "EXPLICIT_BATCH" not in SURFACES[NEW]["NetworkDefinitionCreationFlag"]
     values = [SURFACES[v]["NetworkDefinitionCreationFlag"].get("STRONGLY_TYPED") for v in VERSIONS]
@@ -164,7 +164,7 @@ def test_a_plugin_of_another_tensorrt_is_not_loaded_at_all(trt: FakeTensorRT, tm
 
 
 def marker(tensorrt: str) -> bytes:
-    """What build/plugins.py finds in a library of this TensorRT."""
+    """What build/tensorrt/plugins.py finds in a library of this TensorRT."""
     return f'SSD_NMS_PLUGIN_INFO:{{"plugin": "SSDNMS", "plugin_version": "1", "tensorrt": "{tensorrt}"}}\0'.encode()
 
 

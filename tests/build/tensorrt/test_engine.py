@@ -8,21 +8,24 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
-from tests.build.fake_tensorrt import VERSIONS, FakeTensorRT
 
+from build.contract import Target
 from build.errors import EngineError, RuntimeUnavailableError
 from build.graph.attach import attach, before_nms
+from build.quantization import implicit
 from build.spec import Spec, load
 from build.tensorrt import engine
 from build.tensorrt.cuda import Gpu
 from build.tensorrt.plugins import PluginBuildError
 from tests.build import pictures, tiny_model
+from tests.build.tensorrt.fake_tensorrt import VERSIONS, FakeTensorRT
 
 OLD, NEW = VERSIONS[0], VERSIONS[-1]
 GPU = Gpu("NVIDIA H200", "9.0", 143771, "570.86", "12.8", "12.8")
@@ -66,7 +69,7 @@ def plugin(tmp_path: Path) -> Path:
 
 
 def serialize(spec: Spec, model: onnx.ModelProto, trt: FakeTensorRT, precision: str = "fp32", **options: Any) -> bytes:
-    return engine.serialize(spec, model, precision, trt=trt, **options)
+    return engine.serialize(spec, model, Target("tensorrt", precision), trt=trt, **options)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -255,33 +258,29 @@ def test_ctrl_c_waits_where_the_version_cannot_stop(spec: Spec, model: onnx.Mode
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_whole_stage(version: str, spec: Spec, model: onnx.ModelProto, plugin: Path, tmp_path: Path) -> None:
     trt = FakeTensorRT(version, engine=lambda fake: fake.engine(IO, [(1, 4, 4)]))
-    target = tmp_path / "out" / "model.plan"
-    made = engine.build(
+    plan = tmp_path / "out" / "model.plan"
+    manifest = engine.build(
         spec,
         model,
-        "fp32",
-        target,
+        Target("tensorrt"),
+        plan,
         plugin=plugin,
         timing_caches=tmp_path / "caches",
         trt=trt,
         cuda=FakeCuda(),  # type: ignore[arg-type]
     )
-    assert target.read_bytes() == b"plan"
-    assert [path.name for path in target.parent.iterdir()] == ["model.plan"]
-    assert json.loads(json.dumps(made))  # all of it is JSON
-    assert (made["tensorrt"], made["gpu"]["name"], made["precision"], made["tf32"]) == (
-        version,
-        GPU.name,
-        "fp32",
-        False,
-    )
-    assert made["strongly_typed"] is (version != OLD)
-    assert made["plugin"]["tensorrt"] == "10.13.2"
-    assert made["profiles"] == [{"min": 1, "opt": 4, "max": 4}]
-    assert [tensor["name"] for tensor in made["io"]] == list(IO)
-    assert made["io"][0]["profiles"] == (((1, 8, 8, 3), (4, 8, 8, 3), (4, 8, 8, 3)),)
-    assert made["device_memory_bytes"] == 1000
-    assert len({made[key] for key in ("plan_sha256", "onnx_sha256", "spec_sha256")}) == 3
+    assert plan.read_bytes() == b"plan"
+    assert [path.name for path in plan.parent.iterdir()] == ["model.plan"]
+    assert json.loads(json.dumps(manifest))  # all of it is JSON
+    told = (manifest["tensorrt"], manifest["gpu"]["name"], manifest["precision"], manifest["tf32"])
+    assert told == (version, GPU.name, "fp32", False)
+    assert manifest["strongly_typed"] is (version != OLD)
+    assert manifest["plugin"]["tensorrt"] == "10.13.2"
+    assert manifest["profiles"] == [{"min": 1, "opt": 4, "max": 4}]
+    assert [tensor["name"] for tensor in manifest["io"]] == list(IO)
+    assert manifest["io"][0]["profiles"] == (((1, 8, 8, 3), (4, 8, 8, 3), (4, 8, 8, 3)),)
+    assert manifest["device_memory_bytes"] == 1000
+    assert len({manifest[key] for key in ("plan_sha256", "onnx_sha256", "spec_sha256")}) == 3
 
 
 def calibrated(path: Path, quantization: str = "") -> Spec:
@@ -295,11 +294,11 @@ def build_implicitly(spec: Spec, trt: FakeTensorRT, plugin: Path, folder: Path) 
     return engine.build(
         spec,
         attach(spec),
-        "int8",
+        Target("tensorrt", "int8", "implicit"),
         folder / "model.plan",
         plugin=plugin,
         timing_caches=folder / "caches",
-        calibration=folder / "artifacts",
+        calibrator=partial(implicit.calibrator, spec, folder / "artifacts"),
         trt=trt,
         cuda=FakeCuda(),  # type: ignore[arg-type]
     )
@@ -319,7 +318,7 @@ def test_implicit_calibration(
 ) -> None:
     spec = calibrated(path, quantization)
     trt = FakeTensorRT(version, engine=lambda fake: fake.engine(IO, [(1, 4, 4)]))
-    made = build_implicitly(spec, trt, plugin, tmp_path)
+    manifest = build_implicitly(spec, trt, plugin, tmp_path)
     config = trt.seen.config
     assert isinstance(config.assigned["int8_calibrator"], getattr(trt, base))
     assert config.assigned["int8_calibrator"].get_batch_size() == 4  # the most that is served
@@ -329,7 +328,7 @@ def test_implicit_calibration(
     assert typed is None or not trt.seen.network_flags & 1 << typed
     assert not any(layer.assigned for layer in trt.seen.layers)
     assert "BatchNormalization" in {node.op_type for node in trt.seen.parsed.graph.node}
-    assert (made["precision"], made["strongly_typed"]) == ("int8", False)
+    assert (manifest["precision"], manifest["strongly_typed"]) == ("int8", False)
 
 
 @pytest.mark.parametrize("version", VERSIONS[:-1])
@@ -363,10 +362,10 @@ def test_implicit_calibration_is_gone(path: Path, plugin: Path, tmp_path: Path) 
 
 
 def test_a_failed_build_leaves_the_last_plan(spec: Spec, model: onnx.ModelProto, plugin: Path, tmp_path: Path) -> None:
-    target = tmp_path / "model.plan"
-    target.write_bytes(b"good")
+    plan = tmp_path / "model.plan"
+    plan.write_bytes(b"good")
     options = SimpleNamespace(plugin=plugin, timing_caches=tmp_path / "c", cuda=FakeCuda())
     for trt in (FakeTensorRT(NEW, plan=None), FakeTensorRT(NEW, engine=None)):  # neither builds nor can be read again
         with pytest.raises(EngineError):
-            engine.build(spec, model, "fp32", target, trt=trt, **vars(options))
-    assert target.read_bytes() == b"good"
+            engine.build(spec, model, Target("tensorrt"), plan, trt=trt, **vars(options))
+    assert plan.read_bytes() == b"good"

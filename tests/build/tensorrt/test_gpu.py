@@ -10,11 +10,11 @@ import pytest
 
 from build import pipeline
 from build.errors import EngineError, RuntimeUnavailableError
-from build.gate import verify
 from build.publish import repository as store
 from build.spec import load
 from build.tensorrt import engine
 from build.tensorrt.plan import Plan
+from build.tensorrt.plugins import PLUGIN
 from tests.build import tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tensorrt]
@@ -37,7 +37,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_manifest_describes_this_machine(published: Path) -> None:
     _, manifest = store.served(published / "served", "tiny")
-    assert manifest["target"] == engine.target()
+    assert manifest["target"] == engine.built_for()
     assert manifest["verified"]["passed"] is True
     assert manifest["engine"]["device_memory_bytes"] > 0
     assert list((published / "artifacts").rglob("model.plan"))
@@ -54,8 +54,8 @@ def test_it_passes_its_gate_again(published: Path) -> None:
 def test_timing_profile_and_layers(published: Path, graphs: bool) -> None:
     folder, manifest = store.served(published / "served", "tiny")
     spec = load(published / "models" / "tiny")
-    feeds = verify.feeds(spec, np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8))
-    with Plan(folder / "model.plan", manifest["engine"], plugin=engine.PLUGIN, cuda_graphs=graphs) as plan:
+    feeds = spec.nms.feeds(np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8))
+    with Plan(folder / "model.plan", manifest["engine"], plugin=PLUGIN, cuda_graphs=graphs) as plan:
         timing = plan.benchmark(feeds, seconds=0.5)
         assert timing.cuda_graph is graphs
         assert 0 < timing.compute.min <= timing.compute.median <= timing.latency.max
@@ -70,7 +70,7 @@ def test_a_truncated_plan_without_a_manifest(published: Path, tmp_path: Path) ->
     folder, _ = store.served(published / "served", "tiny")
     (tmp_path / "model.plan").write_bytes((folder / "model.plan").read_bytes()[:5000])
     with pytest.raises(EngineError, match="cannot read the plan"):
-        Plan(tmp_path / "model.plan", plugin=engine.PLUGIN)
+        Plan(tmp_path / "model.plan", plugin=PLUGIN)
 
 
 def test_the_config_is_of_a_plan(published: Path) -> None:

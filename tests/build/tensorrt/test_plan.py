@@ -1,21 +1,22 @@
-"""Timing and what a manifest tells, for real; running on stand-ins of CUDA and TensorRT (API-shape tests)."""
+"""What a manifest tells, for real; running on stand-ins of CUDA and TensorRT (API-shape tests)."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.build.fake_tensorrt import VERSIONS, FakeTensorRT
 
 from build.errors import EngineError, RuntimeUnavailableError
 from build.tensorrt import plan
 from build.tensorrt.cuda import Cuda, Gpu, driver_version
+from tests.build.tensorrt.fake_tensorrt import VERSIONS, FakeTensorRT
 
 OLD, NEW = VERSIONS[0], VERSIONS[-1]
 GPU = Gpu("NVIDIA H200", "9.0", 143771, "570.86", "12.8", "12.8")
@@ -108,7 +109,7 @@ def add_up(context: Any) -> bool:
 
 
 def fake(version: str, **options: Any) -> FakeTensorRT:
-    return FakeTensorRT(version, engine=lambda one: one.engine(IO, [(1, 1, 1), (2, 4, 8)]), execute=add_up, **options)
+    return FakeTensorRT(version, engine=lambda trt: trt.engine(IO, [(1, 1, 1), (2, 4, 8)]), execute=add_up, **options)
 
 
 def manifest(data: bytes, tensorrt: str, **changes: Any) -> dict[str, Any]:
@@ -130,13 +131,13 @@ def opened(tmp_path: Path, cudart: FakeCudart, version: str = NEW, **options: An
 @pytest.mark.parametrize("version", VERSIONS)
 def test_runs_and_frees_everything(version: str, tmp_path: Path, cudart: FakeCudart) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 2, 2, 3), dtype=np.uint8)
-    with opened(tmp_path, cudart, version) as one:
-        assert one.max_batch == 8
-        outputs = one({"images": images})
+    with opened(tmp_path, cudart, version) as running:
+        assert running.max_batch == 8
+        outputs = running({"images": images})
         assert outputs["sums"].dtype == np.int32
         assert outputs["sums"].ravel().tolist() == images.reshape(3, -1).sum(1).tolist()
         kept = outputs["sums"].copy()
-        one({"images": images[:1]})  # in profile 0
+        running({"images": images[:1]})  # in profile 0
         assert (outputs["sums"] == kept).all()  # memory of its own
     assert not cudart.memory
     created, destroyed = ("cudaStreamCreate", "cudaEventCreate"), ("cudaStreamDestroy", "cudaEventDestroy")
@@ -146,13 +147,13 @@ def test_runs_and_frees_everything(version: str, tmp_path: Path, cudart: FakeCud
 def test_profiles_are_switched(tmp_path: Path, cudart: FakeCudart) -> None:
     trt = fake(NEW)
     (tmp_path / "model.plan").write_bytes(b"plan")
-    with plan.Plan(tmp_path / "model.plan", trt=trt, cuda=Cuda(cudart)) as one:
-        one({"images": np.zeros((4, 2, 2, 3), np.uint8)})
+    with plan.Plan(tmp_path / "model.plan", trt=trt, cuda=Cuda(cudart)) as running:
+        running({"images": np.zeros((4, 2, 2, 3), np.uint8)})
         assert trt.seen.context.assigned["profile"] == 1
-        one({"images": np.zeros((1, 2, 2, 3), np.uint8)})
+        running({"images": np.zeros((1, 2, 2, 3), np.uint8)})
         assert trt.seen.context.assigned["profile"] == 0
         with pytest.raises(EngineError, match=r"batch 9 is in no profile of the plan \(they hold 1 to 1, 2 to 8\)"):
-            one({"images": np.zeros((9, 2, 2, 3), np.uint8)})
+            running({"images": np.zeros((9, 2, 2, 3), np.uint8)})
 
 
 @pytest.mark.parametrize(
@@ -164,24 +165,24 @@ def test_profiles_are_switched(tmp_path: Path, cudart: FakeCudart) -> None:
     ],
 )
 def test_wrong_inputs(inputs: Any, complaint: str, tmp_path: Path, cudart: FakeCudart) -> None:
-    with opened(tmp_path, cudart) as one, pytest.raises(EngineError, match=complaint):
-        one(inputs)
+    with opened(tmp_path, cudart) as running, pytest.raises(EngineError, match=complaint):
+        running(inputs)
 
 
 def test_cuda_graphs_from_the_second_run_on(tmp_path: Path, cudart: FakeCudart) -> None:
     images = {"images": np.ones((2, 2, 2, 3), np.uint8)}
-    with opened(tmp_path, cudart, cuda_graphs=True) as one:
+    with opened(tmp_path, cudart, cuda_graphs=True) as running:
         for _ in range(4):
-            one(images)
+            running(images)
         names = ("cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch")
         assert [cudart.calls.count(name) for name in names] == [1, 1, 1, 3]
-        assert one.benchmark(images, seconds=0, warmup=0).cuda_graph
+        assert running.benchmark(images, seconds=0, warmup=0).cuda_graph
     assert cudart.calls.count("cudaGraphExecDestroy") == 1
 
 
 def test_benchmark(tmp_path: Path, cudart: FakeCudart) -> None:
-    with opened(tmp_path, cudart) as one:
-        timing = one.benchmark({"images": np.ones((2, 2, 2, 3), np.uint8)}, seconds=0.01, warmup=0, least=20)
+    with opened(tmp_path, cudart) as running:
+        timing = running.benchmark({"images": np.ones((2, 2, 2, 3), np.uint8)}, seconds=0.01, warmup=0, least=20)
     assert timing.runs >= 20
     assert (timing.compute.median, timing.latency.p99, timing.batch) == (0.25, 0.75, 2)
     assert json.loads(json.dumps(timing.as_dict()))["h2d"]["max"] == 0.25
@@ -212,9 +213,9 @@ def test_no_driver_library() -> None:
 
 
 def test_the_gpus_facts(cudart: FakeCudart, tmp_path: Path) -> None:
-    found = Cuda(cudart).gpu()
-    assert (found.name, found.compute_capability, found.memory_mib) == ("NVIDIA H200", "9.0", 143771)
-    assert (found.cuda_driver, found.cuda_runtime) == ("12.8", "12.8")
+    gpu = Cuda(cudart).gpu()
+    assert (gpu.name, gpu.compute_capability, gpu.memory_mib) == ("NVIDIA H200", "9.0", 143771)
+    assert (gpu.cuda_driver, gpu.cuda_runtime) == ("12.8", "12.8")
     (tmp_path / "version").write_text(
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23\nGCC version: 12\n"
     )
@@ -290,10 +291,8 @@ def test_what_tensorrt_refuses(says: str, why: str, tmp_path: Path, cudart: Fake
     ],
 )
 def test_foreign(changes: Any, tensorrt: str, gpu: Gpu, expected: str) -> None:
-    import re
-
-    found = plan.foreign(manifest(b"", "10.13.2", **changes), gpu, tensorrt)
-    assert re.search(expected, found) if expected else found == ""
+    reason = plan.foreign(manifest(b"", "10.13.2", **changes), gpu, tensorrt)
+    assert re.search(expected, reason) if expected else reason == ""
 
 
 def test_a_foreign_plan_is_refused_before_tensorrt_sees_it(tmp_path: Path, cudart: FakeCudart) -> None:
@@ -302,22 +301,6 @@ def test_a_foreign_plan_is_refused_before_tensorrt_sees_it(tmp_path: Path, cudar
     with pytest.raises(EngineError, match=r"cannot run here: it was built with TensorRT 9\.9"):
         plan.Plan(path, manifest(b"plan", "9.9"), trt=trt, cuda=Cuda(cudart))
     assert not trt.seen.runtimes
-
-
-def test_summary_follows_trtexec() -> None:
-    one = plan.Summary.of([float(value) for value in range(100, 0, -1)])
-    assert (one.min, one.mean, one.median, one.p90, one.p99, one.max) == (1, 50.5, 50.5, 90, 99, 100)
-    assert plan.Summary.of([3.0, 1.0, 2.0]).median == 2.0
-    assert plan.Summary.of([7.0]) == plan.Summary(7.0, 7.0, 7.0, 7.0, 7.0, 7.0)
-    with pytest.raises(ValueError, match="no samples"):
-        plan.Summary.of([])
-
-
-def test_profile_rows_are_trtexecs() -> None:
-    rows = plan.profile_rows({"conv": [1.0, 3.0, 2.0], "nms": [2.0, 2.0, 2.0]})
-    assert rows[0] == {"count": 3}
-    assert rows[1] == {"name": "conv", "timeMs": 6.0, "averageMs": 2.0, "medianMs": 2.0, "percentage": 50.0}
-    assert sum(row.get("percentage", 0) for row in rows) == 100
 
 
 def test_the_narrowest_profile_is_chosen() -> None:

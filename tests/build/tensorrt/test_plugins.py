@@ -99,12 +99,12 @@ def test_a_source_needs_a_ref_and_a_repository_needs_headers(bare: Path) -> None
         find_tensorrt(str(source), "main")
 
 
-def test_without_nvcc_the_gold_is_built_and_the_rest_named(bare: Path) -> None:
+def test_without_nvcc_the_reference_is_built_and_the_rest_named(bare: Path) -> None:
     if shutil.which("cmake") is None or shutil.which("c++") is None:
         pytest.skip("needs cmake and a C++ compiler")
     build = build_plugins(output=bare / "lib", work=bare / "out")
-    assert build.stage == "gold"
-    assert build.libraries == (bare / "lib" / "libssd_nms_gold.so",)
+    assert build.stage == "reference"
+    assert build.libraries == (bare / "lib" / "libssd_nms_reference.so",)
     assert [reason.split(":")[0] for reason in build.missing] == ["the CUDA core", "the TensorRT plugin"]
     text = str(build)
     assert "built" in text
@@ -118,8 +118,8 @@ def test_a_failing_compiler_is_quoted(bare: Path, monkeypatch: pytest.MonkeyPatc
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake")
     monkeypatch.setenv("CXX", "/bin/false")
-    with pytest.raises(PluginBuildError, match=r"--preset gold .*ended with 1"):
-        build_plugins(stage="gold", output=bare / "lib", work=bare / "out")
+    with pytest.raises(PluginBuildError, match=r"--preset reference .*ended with 1"):
+        build_plugins(stage="reference", output=bare / "lib", work=bare / "out")
 
 
 @pytest.mark.parametrize(

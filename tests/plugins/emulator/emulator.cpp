@@ -4,6 +4,7 @@
 #include "cuda_runtime.h"
 
 #include <algorithm>
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -30,7 +31,9 @@ enum class State
 
 struct Fiber
 {
-    ucontext_t context;
+    ucontext_t context; //!< where it starts
+    jmp_buf resume; //!< where it waits
+    bool isStarted;
     std::vector<unsigned char> stack;
     State state;
     uint32_t mask;
@@ -40,7 +43,7 @@ struct Fiber
 
 int32_t gSchedule = 0;
 std::mt19937 gRandom;
-ucontext_t gScheduler;
+jmp_buf gScheduler;
 std::vector<Fiber> gFibers;
 uint32_t gCurrent;
 std::vector<unsigned char> gShared;
@@ -56,14 +59,17 @@ void fiberMain()
 {
     (*gKernel)();
     gFibers[gCurrent].state = State::kDONE;
-    swapcontext(&gFibers[gCurrent].context, &gScheduler);
+    _longjmp(gScheduler, 1);
 }
 
 void wait(State state)
 {
     Fiber& fiber = gFibers[gCurrent];
     fiber.state = state;
-    swapcontext(&fiber.context, &gScheduler);
+    if (_setjmp(fiber.resume) == 0)
+    {
+        _longjmp(gScheduler, 1);
+    }
 }
 
 //! Lets the threads go on that have all arrived where they wait.
@@ -123,12 +129,28 @@ void release(uint32_t threads)
 void prepare(Fiber& fiber)
 {
     fiber.state = State::kREADY;
+    fiber.isStarted = false;
     fiber.stack.resize(kStackBytes);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiberMain, 0);
+}
+
+//! Runs a fiber until it waits or ends. setjmp keeps no signal mask, so a switch is no system call.
+void resume(Fiber& fiber)
+{
+    if (_setjmp(gScheduler) != 0)
+    {
+        return;
+    }
+    if (fiber.isStarted)
+    {
+        _longjmp(fiber.resume, 1);
+    }
+    fiber.isStarted = true;
+    setcontext(&fiber.context);
 }
 
 void runBlock(uint32_t threads)
@@ -162,7 +184,7 @@ void runBlock(uint32_t threads)
         {
             gCurrent = i;
             threadIdx.x = i;
-            swapcontext(&gScheduler, &gFibers[i].context);
+            resume(gFibers[i]);
             done += gFibers[i].state == State::kDONE ? 1 : 0;
         }
         release(threads);

@@ -1,5 +1,5 @@
-//! \file faces.cpp
-//! Drives the TensorRT face as TensorRT does, without TensorRT: from its headers alone, over the gold on host memory.
+//! \file adapters.cpp
+//! Drives the TensorRT adapter as TensorRT does, from TensorRT's headers alone, over the reference on host memory.
 //!
 //! Creator, shapes, formats, refusals, serialisation and enqueue. Prints what failed and ends with 1, or prints "ok".
 
@@ -407,9 +407,9 @@ void testEnqueue(SsdNmsPlugin& plugin, SsdNmsParams const& params, size_t count)
         at(want.inputs[4]), reinterpret_cast<int32_t*>(at(want.outputs[0])), at(want.outputs[1]), at(want.outputs[2]),
         reinterpret_cast<int32_t*>(at(want.outputs[3]))};
     expect(ssdNmsLaunch(&params, &shape, &tensors, nullptr, 0, nullptr) == SSD_NMS_OK, name + ": the library runs");
-    int32_t found = 0;
-    std::memcpy(&found, at(got.outputs[0]), sizeof(found));
-    expect(found > 0, name + ": finds something");
+    int32_t detections = 0;
+    std::memcpy(&detections, at(got.outputs[0]), sizeof(detections));
+    expect(detections > 0, name + ": finds something");
     expect(std::memcmp(got.outputs, want.outputs, sizeof(want.outputs)) == 0, name + ": the same bits");
 
     Inputs wrong = inputs;
@@ -493,9 +493,6 @@ int main()
     copy->destroy();
     created->destroy();
 #endif
-    if (gFailures == 0)
-    {
-        std::printf("ok\n");
-    }
+    std::printf("%s", gFailures == 0 ? "ok\n" : "");
     return gFailures == 0 ? 0 : 1;
 }

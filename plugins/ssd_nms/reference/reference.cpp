@@ -1,4 +1,4 @@
-//! \file gold.cpp
+//! \file reference.cpp
 //! SSDNMS on the CPU, step by step as docs/design.md tells it: what the kernels are compared with, bit for bit.
 //!
 //! Written to be read, not to be fast: every candidate is sorted, every pair of a class is looked at.
