@@ -294,50 +294,71 @@ def fusion_report(
 
 
 @task(
+    positional=["source"],
     help={
-        "source": "ssd300_vgg16, ssdlite320_mobilenet_v3_large, or an ONNX file with raw heads",
+        "source": "ssd300_vgg16, ssdlite320_mobilenet_v3_large, or a detector's ONNX file",
         "name": "of the new model (default: the source's)",
         "weights": "torchvision: default (downloaded), none (random) or a file with a state dict",
         "spec": "ONNX: a spec.toml to take over",
         "labels": "a text file with one foreground label per line",
-        "anchors": "ONNX without a spec: .npy, FP32 [N,4] of cx,cy,w,h in 0..1",
-        "boxes": "ONNX: the output with the box deltas, where it is not called box_deltas",
-        "logits": "ONNX: the output with the class logits, where it is not called class_logits",
-        "settings": "table.key=value for spec.toml, for example nms.score_activation='\"sigmoid\"' (repeatable)",
+        "family": "ONNX: which kind of export it is, where it is not recognised; `list` explains all",
+        "anchors": "ONNX: a file, or a generator such as priorbox:... (docs/import.md), where the graph has none",
+        "boxes": "ONNX: the tensor with the boxes, an inner one, too",
+        "logits": "ONNX: the tensor with the class scores, an inner one, too",
+        "box_order": "ONNX: of decoded boxes or of anchors in a file: xyxy, yxyx, xywh, cxcywh or cycxhw",
+        "boxes_are": "ONNX: deltas or decoded",
+        "scores_are": "ONNX: logits or probabilities",
+        "set_": "table.key=value for spec.toml, for example nms.score_activation='\"sigmoid\"' (repeatable)",
+        "pictures": "ONNX: a folder of pictures for the comparison with the original (default: photographs of matplotlib)",
+        "dry_run": "show what is recognised, write nothing",
         "force": "replace a model of this name",
     },
-    iterable=["settings"],
+    iterable=["set_"],
 )
 @_explained
 def import_model(
     c: Context,
-    source: str,
-    settings: list[str],
+    set_: list[str],
+    source: str = "",
     name: str = "",
     weights: str = "default",
     spec: str = "",
     labels: str = "",
+    family: str = "",
     anchors: str = "",
     boxes: str = "",
     logits: str = "",
+    box_order: str = "",
+    boxes_are: str = "",
+    scores_are: str = "",
+    pictures: str = "",
+    dry_run: bool = False,
     force: bool = False,
 ) -> None:
-    """Make models/<name>/ out of a torchvision SSD or any ONNX with raw heads."""
+    """Make models/<name>/ out of a torchvision SSD or of a detector's ONNX file, and prove it against the original."""
+    from build.sources.foreign import Wishes
     from build.sources.import_model import import_model as run
+    from build.sources.recognise import FAMILIES
 
+    if family == "list":
+        for entry in FAMILIES:
+            print(f"{entry.name:20} {entry.about}")
+        return
     folder = run(
         _given(source) if "." in source or "/" in source else source,  # a name has neither
         name,
         weights=weights if weights in ("default", "none") else _given(weights),
         spec_file=_path(spec),
         labels=_path(labels),
-        anchors=_path(anchors),
-        boxes=boxes,
-        logits=logits,
-        settings=settings,
+        wishes=Wishes(family, boxes, logits, _given_or_name(anchors), box_order, boxes_are, scores_are),
+        settings=set_,
+        pictures=_path(pictures),
+        dry_run=dry_run,
         force=force,
+        artifacts=ARTIFACTS,
     )
-    print(f"models/{folder.name}/ is ready; next: ./invoke build-engines --model {folder.name}")
+    if not dry_run:
+        print(f"models/{folder.name}/ is ready; next: ./invoke build-engines --model {folder.name}")
 
 
 @task(

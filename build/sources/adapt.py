@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Of each order of four numbers: the places of x1, y1, x2, y2, or of cx, cy, w, h.
 CORNERS = {"xyxy": (0, 1, 2, 3), "yxyx": (1, 0, 3, 2)}
 DELTAS = {"xy": (0, 1, 2, 3), "yx": (1, 0, 3, 2)}
-BOX_ORDERS = ("xyxy", "yxyx", "xywh", "cxcywh")
+BOX_ORDERS = ("xyxy", "yxyx", "xywh", "cxcywh", "cycxhw")
 
 
 @dataclass(frozen=True)
@@ -287,6 +287,8 @@ def _corners(editor: Editor, boxes: ir.Value, order: str) -> ir.Value:
     """Boxes of an order as x1,y1,x2,y2."""
     if order in CORNERS:
         return editor.pick(boxes, CORNERS[order])
+    if order == "cycxhw":
+        boxes = editor.pick(boxes, CORNERS["yxyx"])
     first, extent = editor.columns(boxes, 0, 2), editor.columns(boxes, 2, 4)
     if order == "xywh":
         return editor.concat([first, editor.op("Add", first, extent)], 2)
@@ -334,5 +336,7 @@ def to_corners(boxes: NDArray[np.float64], order: str) -> NDArray[np.float64]:
 
     if order in CORNERS:
         return boxes[:, CORNERS[order]]
+    if order == "cycxhw":
+        boxes = boxes[:, CORNERS["yxyx"]]
     first, extent = boxes[:, :2], boxes[:, 2:]
     return np.concatenate([first, first + extent] if order == "xywh" else [first - extent / 2, first + extent / 2], 1)

@@ -46,8 +46,8 @@ class Reading:
         picture: keys of [input] that exports of this family usually want; the file cannot say them.
         anchors: FP32 [N,4] of cx,cy,w,h in 0..1 where the graph holds them.
         facts: (what, value, where it was seen) for people.
-        selection: names of the tensors (boxes, scores, selected indices) of a NonMaxSuppression in the main graph, or of
-            the four outputs of TensorFlow's post-processing: what a proof compares with.
+        selection: what a proof compares with: names of the tensors (boxes, scores, selected indices) of a
+            NonMaxSuppression in the main graph, or of the four outputs of TensorFlow's post-processing.
     """
 
     family: str
@@ -109,8 +109,8 @@ def recognise(editor: Editor, front: Front, labels: int, family: str = "") -> Re
             return reading
     outputs = ", ".join(f"{value.name!r} {_shown(value)}" for value in editor.graph.outputs)
     raise ImportModelError(
-        f"{editor.path}: is {'no ' + family if family else 'of no family that import-model knows'}; it has the outputs {outputs}",
-        why="its heads are laid out in another way, or labels.txt has another number of labels than the model has classes",
+        f"{editor.path}: is {'no ' + family if family else 'of no known family'}; it has the outputs {outputs}",
+        why=f"its heads are laid out in another way, or the model has other classes than the {labels} labels",
         fix="say which tensors hold boxes and scores: --boxes NAME --logits NAME; --family list explains the families",
     )
 
@@ -119,7 +119,7 @@ def recognise(editor: Editor, front: Front, labels: int, family: str = "") -> Re
 
 
 def caffe(editor: Editor, front: Front, labels: int) -> Reading | None:
-    """Caffe's SSD: DetectionOutput over mbox_loc, mbox_conf and PriorBox nodes (Liu et al. 2016, the Caffe branch `ssd`)."""
+    """Caffe's SSD: DetectionOutput over mbox_loc, mbox_conf and PriorBox nodes (Liu et al. 2016, Caffe branch `ssd`)."""
     import numpy as np
 
     from build.sources.anchors import corners_to_centers, priorbox_node
@@ -268,7 +268,7 @@ def suppressed(editor: Editor, front: Front, labels: int) -> Reading | None:
 
 
 def _plugin(editor: Editor, node: ir.Node) -> Reading:
-    """TensorRT's NMS plugins say all of it in their attributes (NVIDIA/TensorRT, plugin/efficientNMSPlugin, batchedNMSPlugin)."""
+    """TensorRT's NMS plugins, whose attributes say all of it (NVIDIA/TensorRT, efficientNMSPlugin, batchedNMSPlugin)."""
     options, where = _attributes(node), f"{node.op_type} {node.name!r}"
     boxes, scores = node.inputs[0], node.inputs[1]
     assert boxes is not None
@@ -417,7 +417,7 @@ def retinaface(editor: Editor, front: Front, labels: int) -> Reading | None:
 
 
 def two_heads(editor: Editor, front: Front, labels: int) -> Reading | None:
-    """Two outputs, boxes [B,N,4] or [B,4,N] and scores [B,N,C] or [B,C,N]: NVIDIA's SSD300, pytorch-ssd, UltraFace, raw heads."""
+    """Two outputs, boxes [B,N,4] or [B,4,N] and scores [B,N,C] or [B,C,N]."""
     sizes = [(value, size) for value, size in _output_sizes(editor, front) if len(size) == 3]
     classes = (labels + 1, labels)
     for boxes, size in sizes:
