@@ -41,7 +41,7 @@ class Backend:
         name: Triton's name of it, for config.pbtxt.
         why: why it is this one.
         files: what goes into a version folder beside model.onnx, by its name there; empty where it is not compiled yet.
-        sources: what those are made of in this repository.
+        sources: the files of this project that those come from.
     """
 
     name: str
@@ -95,8 +95,8 @@ def _choose(wanted: str, libraries: Path, *, compile_it: bool) -> Backend:
 
 
 def of(manifest: Mapping[str, Any]) -> Backend | None:
-    """The backend that a published version was made for; None for a plan. It says nothing of this machine."""
-    name = manifest["serving"].get("backend")
+    """The backend that a published version was published with; None for a plan. It looks at nothing on this machine."""
+    name = manifest.get("serving", {}).get("backend")
     if name is None:
         return None
     return _python("published") if name == PYTHON else Backend(name, "published", {}, _native_sources())

@@ -35,7 +35,10 @@ MODEL_FILE = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 # What decides what is published, beside the model's own files: a change in one of these files makes a version stale.
 _BUILDERS = ("build/contract.py", "build/graph/attach.py", "build/graph/ssd_nms.py", "build/publish")
 _OF_PLANS = ("build/tensorrt/engine.py", "build/tensorrt/compat.py")
-_OF_TYPED = ("build/graph/precision.py", "build/quantization/calibration.py", "build/quantization/qdq.py")
+_OF_TYPED = (
+    "build/graph/precision.py",
+    *(f"build/quantization/{name}.py" for name in ("calibration", "candidates", "qdq")),
+)
 _OF_IMPLICIT = ("build/quantization/implicit.py",)
 _OF_PICTURES = ("build/gate/datasets.py", "client/ssd_client/preprocess.py")
 _TOOLS = ("onnx", "onnxscript", "onnxruntime")
@@ -123,7 +126,7 @@ def publish(
     Args:
         spec: its spec.
         model: the built file, model.onnx or model.plan.
-        repository: the model repository; made where it is not there.
+        repository: the model repository; created where it is missing.
         target: what it was built for.
         facts: more for the manifest: `target` and `engine` of a plan, `verified` of the gate.
         served_by: as for `recipe`.
@@ -293,7 +296,7 @@ def damage(folder: Path) -> str:
         data = (folder / MANIFEST).read_bytes()
         digests: Mapping[str, str] = json.loads(data)["files"]
         if hashlib.sha256(data).hexdigest() not in (folder / CONFIG).read_text():
-            return f"{MANIFEST} is not the one that {CONFIG} was made with"
+            return f"{MANIFEST} is not the one that {CONFIG} names"
         different = [name for name, digest in digests.items() if files.sha256(folder / name) != digest]
     except (OSError, ValueError, KeyError) as error:
         return str(error)
@@ -305,9 +308,8 @@ def _locked(repository: Path, name: str) -> Iterator[Path]:
     """The model's folder, held against a second publish until the end of the block or of the process."""
     with files.explained(repository, _UNTOUCHED, PublishError):
         repository.mkdir(parents=True, exist_ok=True)
-        lock = (repository / f".{name}.lock").open(
-            "a"
-        )  # a file: of folders, tritonserver takes even hidden ones for models
+        # A file: of folders, tritonserver takes even hidden ones for models.
+        lock = (repository / f".{name}.lock").open("a")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
