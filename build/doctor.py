@@ -185,7 +185,7 @@ def _triton(machine: Machine) -> Iterator[Finding]:
     version = installed.version
     where = "in the wheel nvidia-pytriton" if installed.from_wheel else str(installed.binary)
     yield Finding("Triton", "tritonserver", "ok", f"{version or 'unknown version'} {where}")
-    chosen = backend.look()
+    chosen = backend.look(libraries=machine.backends)
     native = chosen.name == backend.NATIVE
     state, fix = ("ok", "") if native else ("info", backend.SLOWER)
     yield Finding("Triton", "backend for the CPU", state, f"{chosen.name}: {chosen.why}", fix)
@@ -308,7 +308,7 @@ def _stale(machine: Machine, name: str, manifest: Mapping[str, Any]) -> Iterator
         target = Target.of(manifest)
         served_by = backend.of(manifest)
         if served_by:
-            today = backend.look(source.serving.backend)
+            today = backend.look(source.serving.backend, machine.backends)
             served_by = today if today.files else served_by  # without files, only a build can tell which it will be
         changed = repository.changed(manifest, repository.recipe(source, target, served_by))
     except SSDError as error:

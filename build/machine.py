@@ -18,6 +18,7 @@ from pathlib import Path
 
 from build.errors import SSDError
 from build.files import MODELS, REPOSITORY, ROOT
+from build.publish import backend
 from build.tensorrt import plugins
 from build.tensorrt.cuda import Gpu
 from build.tritonserver import SHM_PREFIX
@@ -31,6 +32,8 @@ class Machine:
     """Where doctor looks; tests give other places.
 
     Attributes:
+        libraries: the folder of the plugin.
+        backends: the folder of compiled backends for the CPU.
         run: runs a command and gives its status and its output; status -1 where it cannot be run.
     """
 
@@ -40,6 +43,7 @@ class Machine:
     shm: Path = SHM
     ports: Sequence[int] = PORTS
     run: Callable[[Sequence[str]], tuple[int, str]] = lambda command: run(command)
+    backends: Path = backend.LIBRARIES
 
 
 def run(command: Sequence[str]) -> tuple[int, str]:
