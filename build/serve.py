@@ -1,7 +1,9 @@
 """Runs a real tritonserver on the published models: `invoke serve`, and a context manager for tests, demo and load.
 
-with TritonServer(Path("model_repository")) as server:
-    ...  # server.http_url, server.grpc_url, server.version
+    with TritonServer(Path("model_repository")) as server:
+        ...  # server.http_url, server.grpc_url, server.version
+
+build/tritonserver.py finds the program and explains its log.
 """
 
 from __future__ import annotations
@@ -159,7 +161,7 @@ class TritonServer:
         """Starts the server and waits until every published model is ready.
 
         Raises:
-            ServeError: it cannot start or does not get ready; says why and leaves nothing running.
+            ServeError: it cannot start or does not get ready; the error gives the reason, and nothing is left running.
         """
         configs = _published(self.repository)
         self._check_ports()

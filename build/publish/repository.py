@@ -32,7 +32,7 @@ from build.spec import Spec
 CONFIG, MANIFEST, LABELS = "config.pbtxt", "manifest.json", "labels.txt"
 MODEL_FILE = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 
-# What decides what is published, beside the model's own files: a change in one of these files makes a version stale.
+# A change in one of these files makes a version stale, as a change in the model's own files does.
 _BUILDERS = ("build/contract.py", "build/graph/attach.py", "build/graph/ssd_nms.py", "build/publish")
 _OF_PLANS = ("build/tensorrt/engine.py", "build/tensorrt/compat.py")
 _OF_TYPED = (
@@ -47,7 +47,7 @@ _UNTOUCHED = "not published, what was served before is untouched"
 
 
 def recipe(spec: Spec, target: Target, served_by: Backend | None = None) -> dict[str, Any]:
-    """All that decides what is published: equal recipes make the same model, so a published one is still fresh.
+    """Everything that decides what is published: a published version with an equal recipe is fresh.
 
     Args:
         spec: the model.
@@ -55,9 +55,9 @@ def recipe(spec: Spec, target: Target, served_by: Backend | None = None) -> dict
         served_by: the backend that runs an ONNX file; None for a plan.
 
     Returns:
-        The first part of manifest.json: every setting of the spec with its defaults resolved, SHA-256 of every input
-        file by its name, tool versions, precision, runtime, the way and method of the calibration where there is one,
-        and the instances, threads and backend chosen for this machine.
+        The first part of manifest.json: every setting of the spec with its defaults resolved, the SHA-256 of every
+        input file by its name, tool versions, precision, runtime, the way and method of a calibration, and the
+        instances, threads and backend that were chosen for this machine.
 
     Raises:
         PublishError: an input cannot be read.
@@ -102,7 +102,7 @@ def recipe(spec: Spec, target: Target, served_by: Backend | None = None) -> dict
 
 
 def changed(manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs between a published version's manifest and a recipe: names of keys, settings and files, sorted."""
+    """The names of the settings, files and other keys that differ between a manifest and a recipe, sorted."""
     names = []
     for key, value in wanted.items():
         old = manifest.get(key)
@@ -275,7 +275,7 @@ def fresh_manifest(
     machine: Mapping[str, str] | None = None,
     served_by: Backend | None = None,
 ) -> dict[str, Any] | None:
-    """The served version's manifest if that version is whole and what a publish would make again, else None.
+    """The served version's manifest if that version is whole and a publish would give the same again, else None.
 
     Args:
         spec, repository, target, served_by: as for `publish`.
@@ -291,7 +291,7 @@ def fresh_manifest(
 
 
 def damage(folder: Path) -> str:
-    """What a version folder lacks, in words; empty when it is as it was published."""
+    """What is wrong with a version folder, in words; empty if it is as it was published."""
     try:
         data = (folder / MANIFEST).read_bytes()
         digests: Mapping[str, str] = json.loads(data)["files"]
