@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from build.serve import TritonServer
 
@@ -124,3 +126,17 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
     monkeypatch.setattr("build.serve.SHM_PREFIX", traces.token)
     yield traces
     assert traces.gone(), (traces.processes(), traces.regions())
+
+
+def unregister(client: Any, region: str) -> None:
+    """Unregisters shared memory; the server holds it until shortly after the answer is on its way."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            client.unregister_system_shared_memory(region)
+        except InferenceServerException as error:
+            if "currently in use" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return

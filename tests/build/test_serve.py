@@ -33,7 +33,7 @@ from tritonclient.utils import shared_memory as shm
 from build.errors import ServeError
 from build.serve import TritonServer
 from models.shapes.scenes import scene
-from tests.conftest import TOKEN, Traces, new_traces
+from tests.conftest import TOKEN, Traces, new_traces, unregister
 
 ROOT = Path(__file__).parents[2]
 OUTPUTS = ["num_detections", "detection_boxes", "detection_scores", "detection_classes"]
@@ -79,8 +79,10 @@ def ask(server: TritonServer, transport: str, arrays: Arrays, model: str = "shap
             answer = client.infer(model, inputs, outputs=[module.InferRequestedOutput(name) for name in OUTPUTS])
         finally:
             for region, handle in regions:
-                client.unregister_system_shared_memory(region)
-                shm.destroy_shared_memory_region(handle)
+                try:
+                    unregister(client, region)
+                finally:
+                    shm.destroy_shared_memory_region(handle)
     return {name: answer.as_numpy(name) for name in OUTPUTS}
 
 

@@ -22,6 +22,7 @@ from tritonclient.utils import shared_memory as shm
 from build.errors import ServeError
 from build.publish import backend
 from build.serve import TritonServer
+from tests.conftest import unregister
 
 BACKENDS = (backend.NATIVE, backend.PYTHON)
 SIDE, MOST = 4, 2
@@ -289,7 +290,7 @@ def test_tensors_lie_anywhere_in_shared_memory(server: TritonServer, offset: int
             for output in outputs:
                 output.set_shared_memory(name, places[output.name()][1], places[output.name()][0])
             client.infer("small", inputs, outputs=outputs)
-            client.unregister_system_shared_memory(name)
+            unregister(client, name)
         answered = {
             tensor: shm.get_contents_as_numpy(handle, kind, [3, places[tensor][1] // 12], places[tensor][0]).copy()
             for tensor, kind in kinds.items()
