@@ -107,7 +107,7 @@ def gpus() -> list[dict[str, Any]]:
     try:
         import pynvml  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
-        from build.doctor import Machine, find_gpu
+        from build.machine import Machine, find_gpu
 
         gpu = find_gpu(Machine())
         return [{"name": gpu.name, "memory_mib": gpu.memory_mib, "driver": gpu.driver}] if gpu else []
