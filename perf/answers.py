@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ssd_client import AsyncSSDClient
     from ssd_client.config import ModelConfig
 
-    from perf.analyzer import Point
+    from perf.load import Point
 
     Arrays = Mapping[str, NDArray[Any]]
 
@@ -101,7 +101,7 @@ def expected_answers(folder: Path, config: ModelConfig, images: Sequence[NDArray
     return Expected(rows, within, config.max_batch_size)
 
 
-def difference(found: Arrays, wanted: Arrays, within: Tolerance) -> str:
+def difference(answer: Arrays, wanted: Arrays, within: Tolerance) -> str:
     """How one picture's outputs differ from the expected ones, as a piece of a sentence; empty where they do not.
 
     There must be as many detections, of the same classes, and each box and score within the tolerance. Neighbours in
@@ -109,10 +109,10 @@ def difference(found: Arrays, wanted: Arrays, within: Tolerance) -> str:
     """
     import numpy as np
 
-    number, due = int(found["num_detections"][0]), int(wanted["num_detections"][0])
+    number, due = int(answer["num_detections"][0]), int(wanted["num_detections"][0])
     if number != due:
         return f"{number} detections instead of {due}"
-    boxes, scores, classes = (found[f"detection_{name}"] for name in ("boxes", "scores", "classes"))
+    boxes, scores, classes = (answer[f"detection_{name}"] for name in ("boxes", "scores", "classes"))
     if boxes[due:].any() or scores[due:].any() or (classes[due:] != -1).any():
         return f"what follows its {due} detections is not empty"
     box_due, score_due, class_due = (wanted[f"detection_{name}"][:due] for name in ("boxes", "scores", "classes"))
@@ -301,9 +301,9 @@ def faults(point: Point) -> list[str]:
     """
     import numpy as np
 
-    found = [f"{point.errors} requests failed"] if point.errors else []
+    noticed = [f"{point.errors} requests failed"] if point.errors else []
     if len(point.latencies_ms) <= FEWEST:
-        return found
+        return noticed
     order = np.argsort(point.sent_s, kind="stable")
     latencies, sent = np.asarray(point.latencies_ms)[order], np.asarray(point.sent_s)[order]
     answered = np.sort(sent + latencies / 1000)
@@ -311,7 +311,7 @@ def faults(point: Point) -> list[str]:
     median, p90 = np.percentile(latencies, (50, 90))
     longest = intervals.max()
     if longest > max(OUTAGE_S, 20 * np.median(intervals), 5 * median / 1000):
-        found.append(f"no answer for {longest:.1f} s")
+        noticed.append(f"no answer for {longest:.1f} s")
     positions, sizes = _stalls(latencies - median, sent, latencies, max(LATE_MS, 3 * (p90 - median)))
     for size, (spread, strictness) in itertools.product(np.sort(sizes)[::-1], ALIKE):
         slack = max(spread * size, SAME_SIZE_MS)
@@ -320,9 +320,9 @@ def faults(point: Point) -> list[str]:
         spacing = _rhythm(positions[alike], len(latencies), strictness) if alike.sum() >= fewest else 0.0
         if spacing and alike.sum() >= MOST * (sizes >= size - slack).sum():
             usual = np.median(sizes[alike])
-            found.append(f"a stall of about {_about(usual)} ms, once in about {_about(spacing)} requests")
+            noticed.append(f"a stall of about {_about(usual)} ms, once in about {_about(spacing)} requests")
             break
-    return found
+    return noticed
 
 
 def _stalls(

@@ -192,7 +192,7 @@ def fastest(
         options: makes each session's options; None = ONNX Runtime's own, with the number of threads set.
     """
     total = instances * threads
-    found = {
+    splits = {
         sessions: Direct(
             _sessions(path, sessions, total // sessions, options or own_options),
             requests,
@@ -202,15 +202,15 @@ def fastest(
         for sessions in range(1, total + 1)
         if total % sessions == 0
     }
-    rate = max(one.throughput(0.1) for one in found.values())
+    rate = max(candidate.throughput(0.1) for candidate in splits.values())
     # Long enough for whole requests to tell, and in turn: one may meet a busy moment.
     seconds = max(0.3, REQUESTS * len(requests[0]["images"]) / rate)
-    trials = [[one.throughput(seconds) for one in found.values()] for _ in range(3)]
-    medians = dict(zip(found, map(statistics.median, zip(*trials, strict=True)), strict=True))
+    trials = [[candidate.throughput(seconds) for candidate in splits.values()] for _ in range(3)]
+    medians = dict(zip(splits, map(statistics.median, zip(*trials, strict=True)), strict=True))
     # What differs by less than a busy moment does: the server's own split, or the choice would change from run to run.
     medians[instances] *= CLEARLY
-    best = found[max(medians, key=lambda sessions: medians[sessions])]
-    best.single = found[instances].single
+    best = splits[max(medians, key=lambda sessions: medians[sessions])]
+    best.single = splits[instances].single
     return best
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from perf.analyzer import PerfError
+from perf.load import PerfError
 
 
 class Journal:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from build import files
 from build.reports.fusion_html import markdown_table, number
 from perf import report_html as plots
 from perf.report_html import Line, Plot, Row, Section, Table
@@ -24,7 +25,7 @@ TARGETS = {
     "int8": {"shm": 0.90, "grpc": 0.80, "http": 0.75},
 }
 OVERHEAD_MS, SSD_NMS_MS = 1.0, 2.0
-WAYS = {"shm": "shared memory", "grpc": "gRPC", "http": "HTTP"}
+TRANSPORTS = {"shm": "shared memory", "grpc": "gRPC", "http": "HTTP"}
 PARTS = {
     "client_send": "client sends",
     "network": "network",
@@ -63,12 +64,10 @@ def write(folder: Path, summary: Summary) -> list[Path]:
 
 def write_both(folder: Path, stem: str, text: str, page: str) -> list[Path]:
     """`<stem>.md` and `<stem>.html`, each whole or not at all."""
-    written = []
-    for name, content in ((f"{stem}.md", text), (f"{stem}.html", page)):
-        unfinished = folder / f".{name}"
-        unfinished.write_text(content, encoding="utf-8")
-        written.append(unfinished.replace(folder / name))
-    return written
+    paths = [folder / f"{stem}.md", folder / f"{stem}.html"]
+    for path, content in zip(paths, (text, page), strict=True):
+        files.write(path, content)
+    return paths
 
 
 def markdown(summary: Summary) -> str:
@@ -130,31 +129,31 @@ def verdict(summary: Summary) -> list[Line]:
 
 def _ratio_line(summary: Summary) -> Line:
     said, met = [], []
-    for precision, one in (summary.get("precisions") or {}).items():
-        ways = []
-        for way, value in (one.get("served_ratio") or {}).items():
-            target = TARGETS.get(precision, {}).get(way)
+    for precision, results in (summary.get("precisions") or {}).items():
+        parts = []
+        for transport, value in (results.get("served_ratio") or {}).items():
+            target = TARGETS.get(precision, {}).get(transport)
             missed = target is not None and value < target
             wanted = f" (target {target:.2f}{', MISSED' * missed})" if target else ""
-            ways.append(f"{WAYS.get(way, way)} {figure(value)}{wanted}")
+            parts.append(f"{TRANSPORTS.get(transport, transport)} {figure(value)}{wanted}")
             met += [not missed] if target else []
-        said += [f"{precision} {', '.join(ways)}"] if ways else []
+        said += [f"{precision} {', '.join(parts)}"] if parts else []
     if not said:
         return Line(None, "Served against in-process: not measured.")
     return Line(all(met) if met else None, f"Served / in-process throughput, 4 clients: {'; '.join(said)}.")
 
 
 def _overhead_line(summary: Summary) -> Line:
-    found = {
-        precision: one["single_stream"]["overhead_ms"]
-        for precision, one in (summary.get("precisions") or {}).items()
-        if (one.get("single_stream") or {}).get("overhead_ms") is not None
+    overheads = {
+        precision: results["single_stream"]["overhead_ms"]
+        for precision, results in (summary.get("precisions") or {}).items()
+        if (results.get("single_stream") or {}).get("overhead_ms") is not None
     }
-    if not found:
+    if not overheads:
         return Line(None, "Overhead of a single stream: not measured.")
-    said = ", ".join(f"{precision} {figure(value, 2)} ms" for precision, value in found.items())
+    said = ", ".join(f"{precision} {figure(value, 2)} ms" for precision, value in overheads.items())
     return Line(
-        max(found.values()) <= OVERHEAD_MS,
+        max(overheads.values()) <= OVERHEAD_MS,
         f"What serving adds to a single stream's p50: {said} (at most {OVERHEAD_MS:g} ms).",
     )
 
@@ -214,7 +213,7 @@ def all_rows(summary: Summary) -> list[Row]:
 
 def sections(summary: Summary) -> list[Section]:
     """All that the summary has something for, in the order to read it."""
-    made = [
+    parts = [
         _served(summary),
         _single_stream(summary),
         _split(summary),
@@ -231,23 +230,28 @@ def sections(summary: Summary) -> list[Section]:
         _facts("Settings", summary.get("settings")),
         _raw(summary),
     ]
-    return [one for one in made if one is not None]
+    return [part for part in parts if part is not None]
 
 
 def _served(summary: Summary) -> Section | None:
     rounds: dict[str, dict[str, list[float]]] = {}
     rows = []
-    for precision, one in (summary.get("precisions") or {}).items():
-        if one.get("served_ratio"):
-            rounds[precision] = one.get("ratio_rounds") or {way: [value] for way, value in one["served_ratio"].items()}
-        for size, measured in ((1, one), ((one.get("batches") or {}).get("batch_size"), one.get("batches") or {})):
-            for way, value in (measured.get("served_ratio") or {}).items():
-                target = TARGETS.get(precision, {}).get(way) if size == 1 else None
-                each = (measured.get("ratio_rounds") or {}).get(way) or [value]
-                figures = [(measured.get("served_ips") or {}).get(way), measured.get("direct_ips"), value, target]
+    for precision, results in (summary.get("precisions") or {}).items():
+        if results.get("served_ratio"):
+            rounds[precision] = results.get("ratio_rounds") or {
+                transport: [value] for transport, value in results["served_ratio"].items()
+            }
+        for size, measured in (
+            (1, results),
+            ((results.get("batches") or {}).get("batch_size"), results.get("batches") or {}),
+        ):
+            for transport, value in (measured.get("served_ratio") or {}).items():
+                target = TARGETS.get(precision, {}).get(transport) if size == 1 else None
+                each = (measured.get("ratio_rounds") or {}).get(transport) or [value]
+                figures = [(measured.get("served_ips") or {}).get(transport), measured.get("direct_ips"), value, target]
                 cells = [
                     precision,
-                    WAYS.get(way, way),
+                    TRANSPORTS.get(transport, transport),
                     str(size),
                     *(figure(known) if known else "" for known in figures),
                 ]
@@ -255,12 +259,14 @@ def _served(summary: Summary) -> Section | None:
     if not rows:
         return None
     threads = {
-        f"{precision}: {one['direct_threads']}"
-        for precision, one in summary["precisions"].items()
-        if one.get("direct_threads")
+        f"{precision}: {results['direct_threads']}"
+        for precision, results in summary["precisions"].items()
+        if results.get("direct_threads")
     }
     backends = {
-        f"{precision}: {one['backend']}" for precision, one in summary["precisions"].items() if one.get("backend")
+        f"{precision}: {results['backend']}"
+        for precision, results in summary["precisions"].items()
+        if results.get("backend")
     }
     text = (
         "Bars are medians, dots the rounds, red lines the targets. "
@@ -275,15 +281,15 @@ def _served(summary: Summary) -> Section | None:
     return Section(
         "Served against in-process",
         [text],
-        [Plot("served", alt, partial(plots.served, rounds, TARGETS, WAYS))] if rounds else [],
+        [Plot("served", alt, partial(plots.served, rounds, TARGETS, TRANSPORTS))] if rounds else [],
         [Table(heads, rows, words=2)],
     )
 
 
 def _single_stream(summary: Summary) -> Section | None:
     rows = []
-    for precision, one in (summary.get("precisions") or {}).items():
-        single = one.get("single_stream") or {}
+    for precision, results in (summary.get("precisions") or {}).items():
+        single = results.get("single_stream") or {}
         for name, key in (("served", "served_ms"), ("in-process", "direct_ms")):
             if single.get(key):
                 rows.append((precision, name, *(figure(single[key].get(p)) for p in _PERCENTILES)))
@@ -328,20 +334,20 @@ def _sweep(summary: Summary, series: str) -> Section | None:
     axis, label = _AXES[series]
     text = []
     for name, points in curves(rows, axis).items():
-        found = saturation(points)
-        if found:
-            more = " It is the largest load that was tried: more might give more." if found["ends"] else ""
+        knee = saturation(points)
+        if knee:
+            more = " It is the largest load that was tried: more might give more." if knee["ends"] else ""
             text.append(
-                f"{name} saturates at {found['label']}: {figure(found['throughput'])} images/s, {found['share']:.0%} "
-                f"of its best, p99 {figure(found['p99_ms'])} ms.{more}"
+                f"{name} saturates at {knee['label']}: {figure(knee['throughput'])} images/s, {knee['share']:.0%} "
+                f"of its best, p99 {figure(knee['p99_ms'])} ms.{more}"
             )
     floor = {}
     if series == "concurrency":
         shown = {row["precision"] for row in rows}
         floor = {
-            f"{precision} in-process": one["direct_ips"]
-            for precision, one in (summary.get("precisions") or {}).items()
-            if precision in shown and one.get("direct_ips")
+            f"{precision} in-process": results["direct_ips"]
+            for precision, results in (summary.get("precisions") or {}).items()
+            if precision in shown and results.get("direct_ips")
         }
     title = {"concurrency": "More clients", "batch": "Larger batches"}[series]
     alt = f"Throughput and latency percentiles over {label}, with the saturation point"
@@ -361,12 +367,12 @@ def _rate(summary: Summary) -> Section | None:
         percentile = slo.get("percentile", "p99")
         probes = [
             (
-                f"{figure(one['rate'])} requests/s",
-                "held" if one["held"] else f"not held{': ' + one['why'] if one.get('why') else ''}",
-                figure(one.get(f"{percentile}_ms")),
-                figure(one.get("throughput")),
+                f"{figure(probe['rate'])} requests/s",
+                "held" if probe["held"] else f"not held{': ' + probe['why'] if probe.get('why') else ''}",
+                figure(probe.get(f"{percentile}_ms")),
+                figure(probe.get("throughput")),
             )
-            for one in slo.get("probes") or ()
+            for probe in slo.get("probes") or ()
         ]
         text.append(
             f"{figure(slo['rate'])} requests/s (Poisson) is the highest rate found with {percentile} within "
@@ -408,8 +414,8 @@ def _distribution(summary: Summary) -> Section | None:
 
 def _scenarios(summary: Summary) -> Section | None:
     rows, notes = [], []
-    for precision, found in (summary.get("scenarios") or {}).items():
-        single, offline, server = (found.get(name) or {} for name in ("single_stream", "offline", "server"))
+    for precision, results in (summary.get("scenarios") or {}).items():
+        single, offline, server = (results.get(name) or {} for name in ("single_stream", "offline", "server"))
         if single:
             rows.append(
                 (precision, "single stream", "90th percentile of the latency", f"{figure(single['p90_ms'])} ms")
@@ -421,7 +427,7 @@ def _scenarios(summary: Summary) -> Section | None:
         if server:
             how = f"Poisson arrivals, p99 {figure(server.get('p99_ms'))} ms within {server['bound_ms']:g} ms"
             rows.append((precision, "server", how, f"{figure(server['queries_per_second'])} queries/s"))
-        notes += [f"{name}: {one['note']}." for name, one in found.items() if (one or {}).get("note")]
+        notes += [f"{name}: {result['note']}." for name, result in results.items() if (result or {}).get("note")]
     if not rows:
         return None
     plain = [note.replace("_", " ") for note in dict.fromkeys(notes)]
@@ -431,24 +437,24 @@ def _scenarios(summary: Summary) -> Section | None:
 
 
 def _peers(summary: Summary) -> Section | None:
-    found = summary.get("peers") or []
-    ran = [one for one in found if one.get("images_per_second")]
-    if not found:
+    peers = summary.get("peers") or []
+    ran = [peer for peer in peers if peer.get("images_per_second")]
+    if not peers:
         return None
-    noted = any(one.get("note") for one in ran)
+    noted = any(peer.get("note") for peer in ran)
     rows = [
         (
-            one["name"],
-            *([one.get("note", "")] if noted else []),
-            str(one["batch_size"]),
-            str(one["threads"]),
-            figure(statistics.median(one["images_per_second"])),
-            figure(one.get("median_ms")),
-            figure(one.get("ratio")),
+            peer["name"],
+            *([peer.get("note", "")] if noted else []),
+            str(peer["batch_size"]),
+            str(peer["threads"]),
+            figure(statistics.median(peer["images_per_second"])),
+            figure(peer.get("median_ms")),
+            figure(peer.get("ratio")),
         )
-        for one in ran
+        for peer in ran
     ]
-    skipped = dict.fromkeys(f"{one['name']}: left out, {one['skipped']}" for one in found if one.get("skipped"))
+    skipped = dict.fromkeys(f"{peer['name']}: left out, {peer['skipped']}" for peer in peers if peer.get("skipped"))
     heads = (
         "peer, in process",
         *(["note"] if noted else []),
@@ -472,22 +478,22 @@ def _tune(summary: Summary) -> Section | None:
     if not tune or not tune.get("candidates"):
         return None
     points, rows = [], []
-    for place, one in enumerate(tune["candidates"]):
-        name = f"{one['instances']} x {one['threads']}"
-        name += f", batching, delay {one['queue_delay_us']} us" if one["dynamic_batching"] else ""
-        front, best = place in tune["pareto"], one == tune["winner"]
+    for place, setting in enumerate(tune["candidates"]):
+        name = f"{setting['instances']} x {setting['threads']}"
+        name += f", batching, delay {setting['queue_delay_us']} us" if setting["dynamic_batching"] else ""
+        front, best = place in tune["pareto"], setting == tune["winner"]
         marks = [
             ("before", place == 0),
             ("winner", best),
             ("Pareto front", front),
-            ("beyond the bound", not one["held"]),
+            ("beyond the bound", not setting["held"]),
         ]
-        said = "failed: " + one["failed"].splitlines()[0] if one["failed"] else ""
+        said = "failed: " + setting["failed"].splitlines()[0] if setting["failed"] else ""
         notes = said or ", ".join(mark for mark, is_so in marks if is_so)
-        rows.append((name, notes, figure(one["throughput"]), figure(one["p99_ms"]), str(one["rung"])))
-        if one["throughput"] is not None:
+        rows.append((name, notes, figure(setting["throughput"]), figure(setting["p99_ms"]), str(setting["rung"])))
+        if setting["throughput"] is not None:
             points.append(
-                {"name": name, "front": front, "winner": best, **{k: one[k] for k in ("throughput", "p99_ms")}}
+                {"name": name, "front": front, "winner": best, **{k: setting[k] for k in ("throughput", "p99_ms")}}
             )
     written = "It is written to spec.toml." if tune.get("written") else "spec.toml stays as it was."
     heads = ("instances x threads", "", "images/s", "p99, ms", "rung")
@@ -509,16 +515,16 @@ def _resources(summary: Summary) -> Section | None:
     heads += ["server, MiB", "model's own processes, MiB", "perf_analyzer, MiB"]
     memory = ("server_rss_mib", "model_rss_mib", "analyzer_rss_mib")
     on_gpu = {"utilisation": "GPU, %", "memory_mib": "GPU, MiB", "watts": "W", "images_per_watt": "images per W"}
-    with_gpu = any(one.get("gpu") for one in used)
+    with_gpu = any(usage.get("gpu") for usage in used)
     heads += on_gpu.values() if with_gpu else ()
     cells = [
         (
             _name(row),
-            *(figure(one.get(name), 2) for name in (*CORES, "images_per_core")),
-            *(figure(one.get(name)) for name in memory),
-            *(figure((one.get("gpu") or {}).get(name)) for name in (on_gpu if with_gpu else ())),
+            *(figure(usage.get(name), 2) for name in (*CORES, "images_per_core")),
+            *(figure(usage.get(name)) for name in memory),
+            *(figure((usage.get("gpu") or {}).get(name)) for name in (on_gpu if with_gpu else ())),
         )
-        for row, one in zip(rows, used, strict=True)
+        for row, usage in zip(rows, used, strict=True)
     ]
     alt = "Cores in use by the server, the model, perf_analyzer and others, for every load"
     bars = [(_name(row), row["resources"]) for row in rows]
@@ -597,13 +603,13 @@ def figure(value: Any, digits: int = 3) -> str:
 
 def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Facts within facts as one level, such as `versions.python`."""
-    found: dict[str, Any] = {}
+    facts_by_name: dict[str, Any] = {}
     for name, value in facts.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
+            facts_by_name |= flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            facts_by_name[prefix + name] = value
+    return facts_by_name
 
 
 def words(value: Any) -> str:
@@ -612,7 +618,7 @@ def words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {words(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {words(item)}" for name, item in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(words(one) for one in value)
+        return ", ".join(words(item) for item in value)
     return str(value)

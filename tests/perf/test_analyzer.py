@@ -19,7 +19,8 @@ import pytest
 
 from build.serve import TritonServer
 from perf import analyzer
-from perf.analyzer import Load, PerfError, Point, run, write_input
+from perf.analyzer import run, write_input
+from perf.load import Load, PerfError, Point
 
 THRESHOLDS = {"score_threshold": 0.25, "iou_threshold": 0.45}
 

@@ -20,16 +20,18 @@ from numpy.typing import NDArray
 from ssd_client import ModelConfig, SSDClient
 from ssd_client.preprocess import input_array
 
+from build.contract import Target
 from build.errors import ServeError
 from build.gate.verify import tolerance
 from build.serve import TritonServer
 from models.shapes.scenes import scene
 from perf import answers
-from perf.analyzer import Load, Point, run, write_input
+from perf.analyzer import run, write_input
 from perf.answers import AnswerCheck, Expected, difference, expected_answers, faults
+from perf.load import Load, Point
 from tests.perf import faulty
 
-WITHIN = tolerance("onnxruntime", "fp32")
+WITHIN = tolerance(Target("onnxruntime"))
 
 # -- one answer --------------------------------------------------------------------------------------------------------
 
@@ -138,7 +140,7 @@ def known(triton_server: TritonServer, tmp_path_factory: pytest.TempPathFactory)
     """Eight pictures, what the published model says of them, and perf_analyzer's input of the same pictures."""
     with SSDClient(triton_server.grpc_url, model="shapes") as client:
         config = client.model_config()
-    images = [input_array(scene("held_out", index).image, config)[0] for index in range(8)]
+    images = [input_array(scene("held_out", index).image, config.preprocessing)[0] for index in range(8)]
     expected = expected_answers(triton_server.repository / "shapes" / "1", config, images)
     values = {"score_threshold": config.score_threshold, "iou_threshold": config.iou_threshold}
     return images, expected, write_input(tmp_path_factory.mktemp("load") / "input.json", images, values)
@@ -367,7 +369,7 @@ def test_expected_answers_of_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (tmp_path / "manifest.json").write_text('{"engine": {"tensorrt": "10.9"}}')
     expected = expected_answers(tmp_path, CONFIG, fake_known()[0])
     assert [int(row["num_detections"][0]) for row in expected.rows] == [0, 1, 2, 3]
-    assert expected.within == tolerance("tensorrt", "fp16")
+    assert expected.within == tolerance(Target("tensorrt", "fp16"))
 
 
 def test_nothing_to_compare_with(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from tests.build.test_plan import NEW, FakeCudart, fake, manifest
 
 from build.errors import ServeError
 from build.serve import TritonServer
@@ -21,6 +20,7 @@ from build.tensorrt import plan
 from build.tensorrt.cuda import Cuda
 from perf import direct
 from perf.direct import Direct
+from tests.build.tensorrt.test_plan import NEW, FakeCudart, fake, manifest
 
 FEEDS = direct.feeds([np.full((2, 2, 3), value, np.uint8) for value in range(6)], batch_size=3)
 

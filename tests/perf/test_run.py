@@ -18,9 +18,9 @@ from rich.console import Console
 
 from build.errors import DataError, OptionError
 from build.serve import TritonServer
-from perf import bench, run
-from perf.analyzer import Load, PerfError, Point
-from perf.run import Settings, Size
+from perf import bench, run, settings
+from perf.load import Load, PerfError, Point
+from perf.settings import Settings, Size, keep, open_run, same_model
 from tests.perf import faulty
 
 TINY = Size(1, 0.3, 1, 0.3, 1, (1, 4), (4,), (0.5,), protocols=False, searches=False)
@@ -35,7 +35,7 @@ def serve_copy(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     copy = tmp_path / "model_repository"
     shutil.copytree(repository, copy)
     monkeypatch.setattr(run, "publish", lambda *_: copy)
-    monkeypatch.setattr(run, "QUICK", TINY)
+    monkeypatch.setattr(settings, "QUICK", TINY)
     return copy
 
 
@@ -114,7 +114,7 @@ def test_wrong_answers_fail_the_run(published_python: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_stalls_are_named(published_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(published_python, STALL)
-    monkeypatch.setattr(run, "QUICK", dataclasses.replace(TINY, seconds=3.0, concurrency=(1,), batch=(), rates=()))
+    monkeypatch.setattr(settings, "QUICK", dataclasses.replace(TINY, seconds=3.0, concurrency=(1,), batch=(), rates=()))
     summary = run.perf(QUICK, artifacts=tmp_path, console=quiet())
     faults = summary["series"]["concurrency"][0]["faults"]
     assert any("stall of about" in fault for fault in faults), faults
@@ -207,9 +207,9 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_machine(tmp_path: Path) -> None:
-    folder, _, facts = run._open(QUICK, None, tmp_path)
+    folder, _, facts = open_run(QUICK, None, tmp_path)
     facts["environment"]["cpu"] = "another one"
-    run._keep(folder, QUICK, facts)
+    keep(folder, QUICK, facts)
     with pytest.raises(PerfError, match=r"(?s)cannot be resumed: cpu: another one then.*start a new run"):
         run.perf(QUICK, resume=folder, artifacts=tmp_path, console=quiet())
 
@@ -222,12 +222,12 @@ def bench_of(version: str, manifest: str) -> Any:
 
 def test_a_run_of_another_server_or_model() -> None:
     facts: dict[str, Any] = {"environment": {"versions": {}}, "published": {}}
-    run._same_model(facts, bench_of("2.51.0", "ab"))
-    run._same_model(facts, bench_of("2.51.0", "ab"))
+    same_model(facts, bench_of("2.51.0", "ab"))
+    same_model(facts, bench_of("2.51.0", "ab"))
     with pytest.raises(PerfError, match=r"(?s)began with tritonserver 2\.51\.0, but this one is 2\.60\.0.*new run"):
-        run._same_model(facts, bench_of("2.60.0", "ab"))
+        same_model(facts, bench_of("2.60.0", "ab"))
     with pytest.raises(PerfError, match=r"began with another fp32 model"):
-        run._same_model(facts, bench_of("2.51.0", "cd"))
+        same_model(facts, bench_of("2.51.0", "cd"))
 
 
 def test_two_runs_are_needed_for_a_comparison(tmp_path: Path) -> None:

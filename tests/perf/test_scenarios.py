@@ -12,7 +12,7 @@ import pytest
 
 from build.errors import OptionError
 from perf import scenarios
-from perf.analyzer import Load, PerfError
+from perf.load import Load, PerfError
 from perf.scenarios import BoundError, default_bound, find_rate, offline, server, single_stream
 
 

@@ -7,7 +7,7 @@ from onnx import checker
 
 from build.spec import Nms
 from perf import ssd_nms
-from tests.build import test_ssd_nms as bounded
+from tests.build.graph import test_ssd_nms as bounded
 
 
 def test_the_model_is_ssd_nms_alone() -> None:

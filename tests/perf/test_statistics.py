@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from perf.analyzer import Load
+from perf.load import Load
 from perf.statistics import aggregate, curves, merged_histogram, ratio_interval, saturation, verdict
 from tests.perf import example_run
 

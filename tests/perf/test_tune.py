@@ -1,4 +1,4 @@
-"""The search on simulated servers whose best setting is known; spec.toml's editing on the real file; a real search."""
+"""The search on simulated servers whose best setting is known, and a real search."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ssd_client.preprocess import input_array
 
-from build.errors import ServeError, SpecError
-from build.gate.datasets import to_input
+from build.contract import Target
+from build.errors import ServeError
+from build.publish import backend
 from build.publish import repository as store
-from build.spec import Serving, load
+from build.publish.config import config
+from build.spec import edit, load
 from models.shapes.scenes import scene
 from perf import tune as tuning
-from perf.analyzer import Load, PerfError
 from perf.journal import Journal
-from perf.tune import Candidate, candidates, decide, measurements, pareto, search, tune, write_serving
+from perf.load import Load, PerfError
+from perf.tune import Candidate, candidates, decide, measurements, pareto, search, tune
 from tests.build import tiny_model
 
 SHAPES = Path(__file__).parents[2] / "models" / "shapes"
+PYTHON = backend.look("python")
 PRESENT, BEST = Candidate(2, 1), Candidate(4, 1, True, 500)
 GRID = [
     Candidate(instances, threads, batching, delay)
@@ -194,11 +198,12 @@ def test_spec_and_config_say_the_same(tmp_path: Path, runtime: str) -> None:
     """What a winner writes to spec.toml makes the very config.pbtxt that was measured, whatever was there before."""
     file = tiny_model.write(tmp_path / "tiny")
     original = file.read_text()
-    present = Candidate.of_config(store.config(load(file), 1, "fp32", runtime, ""))
+    present = Candidate.of_config(config(load(file), 1, Target(runtime), "", PYTHON))
     for one in candidates(2, runtime):
         file.write_text(original)
-        write_serving(file, tuning._changes(load(file), present, one, runtime))
-        assert Candidate.of_config(store.config(load(file), 1, "fp32", runtime, "")) == one
+        changes = tuning._changes(load(file), present, one, runtime)
+        edit(file, {f"serving.{key}": value for key, value in changes.items()})
+        assert Candidate.of_config(config(load(file), 1, Target(runtime), "", PYTHON)) == one
 
 
 def test_what_is_as_it_was_stays_open(tmp_path: Path) -> None:
@@ -225,83 +230,11 @@ def test_a_variant_is_the_published_model_set_up_otherwise(tiny: tuple[Path, Pat
     assert store.served(published, "tiny")
 
 
-# -- spec.toml ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def shapes(tmp_path: Path) -> Path:
-    folder = tmp_path / "shapes"
-    shutil.copytree(SHAPES, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder / "spec.toml"
-
-
-def test_the_real_spec_keeps_every_other_byte(shapes: Path) -> None:
-    before = shapes.read_bytes()
-    write_serving(shapes, {"instances": 3, "threads": 2})
-    assert load(shapes).serving == Serving(max_batch_size=32, instances=3, threads=2)
-    wanted = before.replace(b"\ninstances = 0 ", b"\ninstances = 3 ").replace(b"\nthreads = 0 ", b"\nthreads = 2 ")
-    assert shapes.read_bytes() == wanted != before
-    write_serving(shapes, {"instances": 0, "threads": 0})
-    assert shapes.read_bytes() == before
-    assert [path.name for path in shapes.parent.iterdir() if ".new" in path.name] == []
-
-
-def test_keys_that_are_not_there_yet(shapes: Path) -> None:
-    before = shapes.read_text()
-    write_serving(shapes, {"instances": 4, "dynamic_batching": "on", "cuda_graphs": True})
-    serving = load(shapes).serving
-    assert (serving.instances, serving.dynamic_batching, serving.cuda_graphs) == (4, "on", True)
-    added = [line for line in shapes.read_text().splitlines() if line not in before.splitlines()]
-    assert len(added) == 3
-    assert '\ndynamic_batching = "on"\ncuda_graphs = true\n\n[data]' in shapes.read_text()
-
-
-SPECS = {
-    "no table": ("[model]\nname = 'x'", "[model]\nname = 'x'\n\n[serving]\ninstances = 2\n"),
-    "empty table": ("[serving]  # here\n\n[data]\n", "[serving]  # here\ninstances = 2\n\n[data]\n"),
-    "ends in it": ("[serving]", "[serving]\ninstances = 2\n"),
-    "no last newline": ("[serving]\nthreads = 1", "[serving]\nthreads = 1\ninstances = 2\n"),
-    "Windows": ("[serving]\r\ninstances=1 # a\r\n", "[serving]\r\ninstances=2 # a\r\n"),
-    "a text": ('[serving]\ninstances = "auto"  # a\n', "[serving]\ninstances = 2  # a\n"),
-    "quoted, indented": (' [ serving ]\n  "instances" = 1#a\n', ' [ serving ]\n  "instances" = 2#a\n'),
-    "another table's key": ("[a]\ninstances = 1\n[serving]\n", "[a]\ninstances = 1\n[serving]\ninstances = 2\n"),
-    "in a comment": ("[serving]\n# instances = 1\na = 0\n", "[serving]\n# instances = 1\na = 0\ninstances = 2\n"),
-}
-
-
-@pytest.mark.parametrize("name", SPECS)
-def test_other_ways_to_write_it(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "load", lambda path: None)  # these are tables, not whole specs
-    before, after = SPECS[name]
-    file = tmp_path / "spec.toml"
-    file.write_bytes(before.encode())
-    write_serving(file, {"instances": 2})
-    assert file.read_bytes().decode() == after
-
-
-@pytest.mark.parametrize("text", ["serving = {a = 1}\n", "serving.a = 1\n", "a = '''\n[serving]\n'''\n", "a ="])
-def test_what_cannot_be_changed_is_left(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "spec.toml"
-    file.write_text(text)
-    with pytest.raises(SpecError, match=r"cannot be (changed|read)"):
-        write_serving(file, {"instances": 2})
-    assert file.read_text() == text
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_value_that_the_spec_refuses(shapes: Path) -> None:
-    before = shapes.read_bytes()
-    with pytest.raises(SpecError, match=r"in 0\.\.1024"):
-        write_serving(shapes, {"instances": 5000})
-    assert shapes.read_bytes() == before
-    assert [path.name for path in shapes.parent.iterdir() if ".new" in path.name] == []
-
-
 # -- the whole, on simulated servers -----------------------------------------------------------------------------------
 
 
 class FakeServers:
-    """In place of `perf.bench.bench`: simulated servers, set up as the repository's config.pbtxt says."""
+    """In place of `perf.bench.start_bench`: simulated servers, set up as the repository's config.pbtxt says."""
 
     def __init__(self) -> None:
         self.simulation, self.started = Simulation(noise=0.01), list[Candidate]()
@@ -336,9 +269,9 @@ class FakeServers:
 def tiny(tmp_path: Path) -> tuple[Path, Path]:
     """spec.toml of a tiny model, and a repository that it is published to."""
     file = tiny_model.write(tmp_path / "tiny")
-    write_serving(file, {"instances": PRESENT.instances, "threads": PRESENT.threads})
+    edit(file, {"serving.instances": PRESENT.instances, "serving.threads": PRESENT.threads})
     spec = load(file)
-    store.publish(spec, spec.onnx_path, tmp_path / "published", "fp32", "onnxruntime")
+    store.publish(spec, spec.onnx_path, tmp_path / "published", Target("onnxruntime"), served_by=PYTHON)
     return file, tmp_path / "published"
 
 
@@ -422,12 +355,19 @@ def test_what_ends_the_search_leaves_spec_toml(tiny: tuple[Path, Path], error: B
     assert load(file).serving.instances == 4
 
 
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    folder = tmp_path / "shapes"
+    shutil.copytree(SHAPES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "spec.toml"
+
+
 @pytest.mark.triton
 @pytest.mark.slow
 def test_a_real_search(repository: Path, shapes: Path, tmp_path: Path) -> None:
     """Two cores' worth of instances against one, three times in turn, each on a server of its own."""
-    images = [to_input(scene("held_out", index).image, load(shapes).input)[0] for index in range(4)]
-    write_serving(shapes, {"instances": 1, "threads": 1})
+    images = [input_array(scene("held_out", index).image, load(shapes).input.preprocessing)[0] for index in range(4)]
+    edit(shapes, {"serving.instances": 1, "serving.threads": 1})
     run: dict[str, Any] = {
         "others": [Candidate(2, 1)],
         "bound_ms": 2000,

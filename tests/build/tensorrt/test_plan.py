@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.build.fake_tensorrt import VERSIONS, FakeTensorRT
+from tests.build.tensorrt.fake_tensorrt import VERSIONS, FakeTensorRT
 
 from build.errors import EngineError, RuntimeUnavailableError
 from build.tensorrt import plan
