@@ -54,6 +54,7 @@ _MOST_WINDOWS = 6  # a window in which no request ended does not count
 _LONGER = 1.2  # it measures windows this much longer than it is told to
 _WARM_UP = 0.05  # share of the time that is not measured: connections are made then
 _PATIENCE = 60  # seconds that it may take beside the measurement
+_GRACE = 2.0  # seconds that it may go on after a failure
 _STEADY = 0.1  # the windows' throughput may differ by this share of it
 # After these it only waits for requests on the way, in vain where nobody will answer them.
 _FAILED = re.compile(
@@ -375,7 +376,7 @@ def _execute(
                         fix="use shared memory, a shorter run or smaller batches, or allow it more",
                     )
             if not failing and _FAILED.search(printed):
-                failing, deadline = True, min(deadline, time.monotonic() + 2)
+                failing, deadline = True, min(deadline, time.monotonic() + _GRACE)
             if time.monotonic() > deadline:
                 if failing:
                     process.terminate()

@@ -545,7 +545,10 @@ def test_why_there_are_no_figures(program: Program, data: Path, what: str) -> No
     assert len(list(program.calls.iterdir())) == 1
 
 
-def test_a_program_that_waits_for_a_server_that_went_away(program: Program, data: Path) -> None:
+def test_a_program_that_waits_for_a_server_that_went_away(
+    program: Program, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(analyzer, "_GRACE", 0.1)
     gone = "  Pass [2] cb::Error: failed to connect to all addresses; last error: Connection refused"
     program.says(f"print({HEAD + gone!r}, flush=True); time.sleep(60)")
     with pytest.raises(PerfError, match="the server went away"):

@@ -203,7 +203,7 @@ def test_swapped_rows_are_found_and_named(faulty_server: TritonServer, known: Kn
 def test_a_periodic_stall_is_named(faulty_server: TritonServer, known: Known) -> None:
     images, expected, data = known
     with AnswerCheck(faulty_server.grpc_url, "stalls", images, expected) as check:
-        point = every_latency(faulty_server.grpc_url, "stalls", data, 4)
+        point = every_latency(faulty_server.grpc_url, "stalls", data, 2)
     assert check.result["wrong"] == check.result["dropped"] == 0
     named = faults(point)
     spread = point.latency_ms["p90"] - point.latency_ms["p50"]

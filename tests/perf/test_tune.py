@@ -7,7 +7,7 @@ import math
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from build.publish.config import config
 from build.spec import edit, load
 from models.shapes.scenes import scene
 from perf import tune as tuning
+from perf.bench import Bench, start_bench
 from perf.journal import Journal
 from perf.load import Load, PerfError
 from perf.tune import Candidate, candidates, decide, measurements, pareto, search, tune
@@ -365,7 +366,7 @@ def shapes(tmp_path: Path) -> Path:
 @pytest.mark.triton
 @pytest.mark.slow
 def test_a_real_search(repository: Path, shapes: Path, tmp_path: Path) -> None:
-    """Two cores' worth of instances against one, three times in turn, each on a server of its own."""
+    """Two cores' worth of instances against one, three times in turn, on a server for each."""
     images = [input_array(scene("held_out", index).image, load(shapes).input.preprocessing)[0] for index in range(4)]
     edit(shapes, {"serving.instances": 1, "serving.threads": 1})
     run: dict[str, Any] = {
@@ -376,7 +377,16 @@ def test_a_real_search(repository: Path, shapes: Path, tmp_path: Path) -> None:
         "write": False,
     }
     file = tmp_path / "points.jsonl"
-    result = tune(load(shapes), repository, images, Journal(file), **run)
+    benches: dict[Candidate, Bench] = {}
+    with ExitStack() as stack:
+
+        def serving(repository: Path, *what: Any) -> AbstractContextManager[Bench]:
+            candidate = candidate_of(repository)
+            if candidate not in benches:
+                benches[candidate] = stack.enter_context(start_bench(repository, *what))
+            return nullcontext(benches[candidate])
+
+        result = tune(load(shapes), repository, images, Journal(file), serving=serving, **run)
     one, two = result["candidates"]
     assert (one["instances"], two["instances"]) == (1, 2)
     assert not one["failed"]
