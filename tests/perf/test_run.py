@@ -75,6 +75,17 @@ def instant(url: str, model: str, data: Path, load: Load, *, seconds: float, **o
     return Point(load, 100, 0, load.rate or 100.0, latency, {"server_infer": 9.0}, [], [], seconds, True)
 
 
+def sweep_alone(monkeypatch: pytest.MonkeyPatch, seconds: float, **changes: Any) -> None:
+    """perf_analyzer runs for so many seconds at every load of the sweeps, and not at all for the ratios."""
+    measure, size = bench.run, dataclasses.replace(TINY, seconds=seconds, **changes)
+
+    def chosen(*what: Any, seconds: float, **options: Any) -> Point:
+        return (measure if seconds == size.seconds else instant)(*what, seconds=seconds, **options)
+
+    monkeypatch.setattr(settings, "QUICK", size)
+    monkeypatch.setattr(bench, "run", chosen)
+
+
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plots, one look at the machine, sleep in place of the model in process: test_a_run has the real ones."""
@@ -145,7 +156,7 @@ def test_a_resumed_run(published: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("cheap")
 def test_wrong_answers_fail_the_run(published_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(published_python, faulty.SWAP)
-    monkeypatch.setattr(settings, "QUICK", dataclasses.replace(TINY, concurrency=(4,), batch=(), rates=()))
+    sweep_alone(monkeypatch, 0.6, concurrency=(4,), batch=(), rates=())
     with pytest.raises(PerfError, match=r"(?s)checked answers were wrong.*rows were swapped.*report\.html"):
         run.perf(QUICK, artifacts=tmp_path, console=quiet())
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
@@ -159,13 +170,7 @@ def test_wrong_answers_fail_the_run(published_python: Path, tmp_path: Path, monk
 @pytest.mark.usefixtures("cheap")
 def test_stalls_are_named(published_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(published_python, STALL)
-    monkeypatch.setattr(settings, "QUICK", dataclasses.replace(TINY, seconds=1.5, concurrency=(1,), batch=(), rates=()))
-    measure = bench.run
-
-    def only_the_sweep(*what: Any, seconds: float, **options: Any) -> Point:
-        return (measure if seconds == 1.5 else instant)(*what, seconds=seconds, **options)
-
-    monkeypatch.setattr(bench, "run", only_the_sweep)
+    sweep_alone(monkeypatch, 1.5, concurrency=(1,), batch=(), rates=())
     summary = run.perf(QUICK, artifacts=tmp_path, console=quiet())
     faults = summary["series"]["concurrency"][0]["faults"]
     assert any("stall of about" in fault for fault in faults), faults
@@ -179,24 +184,22 @@ def test_a_killed_server_leaves_a_partial_report(
 ) -> None:
     servers: list[TritonServer] = []
     start, measure = TritonServer.start, bench.run
-    monkeypatch.setattr(settings, "QUICK", dataclasses.replace(TINY, seconds=1.5))
 
     def started(server: TritonServer) -> None:
         start(server)
         servers.append(server)
 
-    def kill_in_the_sweep(*what: Any, seconds: float, **options: Any) -> Point:
-        if seconds < 1.5:
-            return instant(*what, seconds=seconds, **options)
+    def kill_meanwhile(*what: Any, **options: Any) -> Point:
         killer = threading.Timer(0.5, os.kill, (servers[0].pid, signal.SIGKILL))
         killer.start()
         try:
-            return measure(*what, seconds=seconds, **options)
+            return measure(*what, **options)
         finally:
             killer.join()
 
     monkeypatch.setattr(TritonServer, "start", started)
-    monkeypatch.setattr(bench, "run", kill_in_the_sweep)
+    monkeypatch.setattr(bench, "run", kill_meanwhile)
+    sweep_alone(monkeypatch, 1.5)
     with pytest.raises(PerfError, match=r"(?s)not everything was measured: .*tritonserver is gone.*--resume"):
         run.perf(QUICK, artifacts=tmp_path, console=quiet())
     folder = only_run(tmp_path)
