@@ -103,7 +103,7 @@ def _load(bench: Bench, *, quick: bool) -> dict[str, Any]:
     from perf import direct
     from perf.ratio import TRANSPORTS, served_ratio, single_stream
 
-    rounds, seconds = (2, 0.6) if quick else (4, 0.8)
+    rounds, seconds = (2, 0.5) if quick else (3, 0.5)
     busy = direct.other_load()
     with direct.beside(bench.server, bench.model, bench.images, bench.config) as raw:
         single = single_stream(bench, raw, rounds=rounds, seconds=seconds)
