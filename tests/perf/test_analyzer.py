@@ -560,10 +560,10 @@ def test_one_at_a_time_with_shared_memory(program: Program, data: Path) -> None:
         "log = open(calls / 'log', 'a'); print('on', file=log, flush=True); time.sleep(0.3); print('off', file=log)"
     )
     runs = [threading.Thread(target=pytest.raises, args=(PerfError, run, "", "", data, SHM)) for _ in range(2)]
-    for one in runs:
-        one.start()
-    for one in runs:
-        one.join()
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
     assert (program.calls / "log").read_text().split() == ["on", "off", "on", "off"]
 
 

@@ -48,16 +48,16 @@ class Simulation:
         self.random, self.noise = random.Random(seed), noise
         self.calls: list[tuple[Candidate, int, int, float]] = []
 
-    def truth(self, one: Candidate) -> tuple[float, float]:
-        throughput = 300.0 + 60 * one.instances + 40 * one.threads
-        throughput += {0: 20, 500: 80, 2000: 40}[one.queue_delay_us] if one.dynamic_batching else 0
-        p99_ms = 8 + 1.5 * one.instances + one.queue_delay_us / 1000 + (20 if one.threads > 1 else 0)
+    def truth(self, candidate: Candidate) -> tuple[float, float]:
+        throughput = 300.0 + 60 * candidate.instances + 40 * candidate.threads
+        throughput += {0: 20, 500: 80, 2000: 40}[candidate.queue_delay_us] if candidate.dynamic_batching else 0
+        p99_ms = 8 + 1.5 * candidate.instances + candidate.queue_delay_us / 1000 + (20 if candidate.threads > 1 else 0)
         return throughput, p99_ms
 
-    def __call__(self, one: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
-        self.calls.append((one, rung, repeat, seconds))
+    def __call__(self, candidate: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
+        self.calls.append((candidate, rung, repeat, seconds))
         spread = self.noise / math.sqrt(seconds)
-        throughput, p99_ms = self.truth(one)
+        throughput, p99_ms = self.truth(candidate)
         return (
             throughput * math.exp(self.random.gauss(0, spread)),
             p99_ms * math.exp(self.random.gauss(0, 3 * spread)),
@@ -80,11 +80,11 @@ def test_the_best_setting_wins() -> None:
     assert (winner.candidate, better) == (BEST, True)
     assert why == "from 2 x 1 to 4 x 1, batching, delay 500 us: 460 to 660 images/s"
     assert tried[0].candidate == PRESENT
-    assert [one.rung for one in tried[1:]] == sorted((one.rung for one in tried[1:]), reverse=True)
+    assert [entry.rung for entry in tried[1:]] == sorted((entry.rung for entry in tried[1:]), reverse=True)
     others = len(GRID) - 1
     assert len(simulation.calls) == measurements(others) == (31 + 16 + 8 + 4 + 4) + 3 * 3
     # The final: the two best and the present setting, three times, in turn, at the longest time.
-    final = [one for one, rung, _, _ in simulation.calls if rung == tried[0].rung]
+    final = [candidate for candidate, rung, _, _ in simulation.calls if rung == tried[0].rung]
     assert len(final) == 9
     assert final[0] == final[5] == final[6] == PRESENT
     assert {(rung, seconds) for _, rung, _, seconds in simulation.calls} == {(n, 2.0**n) for n in range(5)}
@@ -129,23 +129,23 @@ def test_a_difference_within_the_noise_is_none(seed: int) -> None:
 
 
 def test_what_fails_leaves_and_the_search_goes_on() -> None:
-    def measure(one: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
-        if one == BEST or (one.instances == 1 and rung == 1):
+    def measure(candidate: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
+        if candidate == BEST or (candidate.instances == 1 and rung == 1):
             raise ServeError("tritonserver is gone")
-        return Simulation().truth(one)
+        return Simulation().truth(candidate)
 
     tried = search(PRESENT, GRID, measure, 20, 1.0)
-    failed = {one.candidate for one in tried if one.failed}
+    failed = {entry.candidate for entry in tried if entry.failed}
     assert BEST in failed
-    assert all(one.failed == "tritonserver is gone" for one in tried if one.failed)
+    assert all(entry.failed == "tritonserver is gone" for entry in tried if entry.failed)
     assert decide(tried, 20)[0].candidate == Candidate(4, 1, True, 2000)
-    row = next(one for one in tried if one.candidate == BEST).as_dict(20)
+    row = next(entry for entry in tried if entry.candidate == BEST).as_dict(20)
     assert (row["throughput"], row["p99_ms"], row["held"]) == (None, None, False)
 
 
 def test_nothing_but_the_present_setting_works() -> None:
-    def measure(one: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
-        if one != PRESENT:
+    def measure(candidate: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
+        if candidate != PRESENT:
             raise ServeError("no")
         return 100.0, 9.0
 
@@ -153,7 +153,7 @@ def test_nothing_but_the_present_setting_works() -> None:
 
 
 def test_a_present_setting_that_fails_ends_the_search_at_once() -> None:
-    def measure(one: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
+    def measure(candidate: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
         raise ServeError("no tritonserver on PATH")
 
     with pytest.raises(ServeError, match="no tritonserver"):
@@ -168,21 +168,21 @@ def test_pareto() -> None:
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 4, 16, 64])
 def test_candidates_make_sense(cores: int) -> None:
-    found = candidates(cores)
-    assert Candidate(cores, 1) in found
-    assert Candidate(1, cores, True, 500) in found
-    assert len(found) == len(set(found)) <= 160
-    for one in found:
-        assert one.threads <= cores
-        assert cores / 2 <= one.instances * one.threads <= 2 * cores
-        assert one.dynamic_batching or not one.queue_delay_us
+    grid = candidates(cores)
+    assert Candidate(cores, 1) in grid
+    assert Candidate(1, cores, True, 500) in grid
+    assert len(grid) == len(set(grid)) <= 160
+    for candidate in grid:
+        assert candidate.threads <= cores
+        assert cores / 2 <= candidate.instances * candidate.threads <= 2 * cores
+        assert candidate.dynamic_batching or not candidate.queue_delay_us
     plans = candidates(cores, "tensorrt")
-    assert {one.threads for one in plans} == {1}
-    assert {one.instances for one in plans} == {1, 2, 3, 4}
+    assert {candidate.threads for candidate in plans} == {1}
+    assert {candidate.instances for candidate in plans} == {1, 2, 3, 4}
 
 
 def test_two_cores() -> None:
-    assert sorted({(one.instances, one.threads) for one in candidates(2)}) == [
+    assert sorted({(candidate.instances, candidate.threads) for candidate in candidates(2)}) == [
         (1, 1),
         (1, 2),
         (2, 1),
@@ -201,11 +201,11 @@ def test_spec_and_config_say_the_same(tmp_path: Path, runtime: str) -> None:
     file = tiny_model.write(tmp_path / "tiny")
     original = file.read_text()
     present = Candidate.of_config(config(load(file), 1, Target(runtime), "", PYTHON))
-    for one in candidates(2, runtime):
+    for candidate in candidates(2, runtime):
         file.write_text(original)
-        changes = tuning._changes(load(file), present, one, runtime)
+        changes = tuning._changes(load(file), present, candidate, runtime)
         edit(file, {f"serving.{key}": value for key, value in changes.items()})
-        assert Candidate.of_config(config(load(file), 1, Target(runtime), "", PYTHON)) == one
+        assert Candidate.of_config(config(load(file), 1, Target(runtime), "", PYTHON)) == candidate
 
 
 def test_what_is_as_it_was_stays_open(tmp_path: Path) -> None:
@@ -221,8 +221,8 @@ def test_what_is_as_it_was_stays_open(tmp_path: Path) -> None:
 def test_a_variant_is_the_published_model_set_up_otherwise(tiny: tuple[Path, Path]) -> None:
     file, published = tiny
     with tuning.variant(load(file), published, PRESENT) as repository:  # as it is: nothing but the comment is missing
-        was, made = (folder / "tiny" / "config.pbtxt" for folder in (published, repository))
-        assert was.read_text().split("\n", 1)[1] == made.read_text()
+        was, now = (folder / "tiny" / "config.pbtxt" for folder in (published, repository))
+        assert was.read_text().split("\n", 1)[1] == now.read_text()
     with tuning.variant(load(file), published, Candidate(3, 2, True, 500)) as repository:
         version = store.served_version(repository, "tiny")
         for held in (published / "tiny" / str(version)).iterdir():
@@ -246,18 +246,18 @@ class FakeServers:
 
     @contextmanager
     def __call__(self, repository: Path, model: str, images: Any, journal: Journal) -> Iterator[Any]:
-        one = candidate_of(repository)
-        self.started.append(one)
-        if one in self.broken:
-            raise self.broken[one]
+        candidate = candidate_of(repository)
+        self.started.append(candidate)
+        if candidate in self.broken:
+            raise self.broken[candidate]
 
         def point(series: str, traffic: Load, *, seconds: float, check: bool = True, **key: Any) -> dict[str, Any]:
-            if one in self.flaky:
-                self.flaky.remove(one)
+            if candidate in self.flaky:
+                self.flaky.remove(candidate)
                 raise PerfError("perf_analyzer gave no figures")
-            throughput, p99_ms = self.simulation(one, 0, 0, seconds)
+            throughput, p99_ms = self.simulation(candidate, 0, 0, seconds)
             latency = {"p50": p99_ms / 2.1, "p90": p99_ms, "p99": p99_ms}
-            wrong = ["picture 3: box 0 is off by 0.21"] * (one in self.wrong)
+            wrong = ["picture 3: box 0 is off by 0.21"] * (candidate in self.wrong)
             answers = {"checked": 20, "wrong": len(wrong), "dropped": 0, "late": 0, "examples": wrong}
             return {
                 "point": {"throughput": throughput, "latency_ms": latency, "requests": 99, "errors": 0},
@@ -388,11 +388,11 @@ def test_a_real_search(repository: Path, shapes: Path, tmp_path: Path) -> None:
             return nullcontext(dataclasses.replace(benches[candidate], journal=Journal()))  # measured anew
 
         result = tune(load(shapes), repository, images, Journal(file), serving=serving, **run)
-    one, two = result["candidates"]
-    assert (one["instances"], two["instances"]) == (1, 2)
-    assert not one["failed"]
-    assert not two["failed"]
-    for row in (one, two):
+    single, double = result["candidates"]
+    assert (single["instances"], double["instances"]) == (1, 2)
+    assert not single["failed"]
+    assert not double["failed"]
+    for row in (single, double):
         assert len(row["repeats"]) == 3
         assert 0 < row["p99_ms"] < 2000
         assert row["throughput"] > 0
