@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from build.errors import SSDError
 from perf import report, report_html
 from perf.report_html import Line, Plot, Section, Table
+from perf.sections import TRANSPORTS, all_rows, figure, flat, words
 from perf.statistics import LEAST_REPEATS, verdict
 
 if TYPE_CHECKING:
@@ -105,15 +106,15 @@ _Measured = tuple[Sequence[float], str, bool]
 def _measured(summary: Mapping[str, Any]) -> Iterator[tuple[str, _Measured]]:
     for precision, measured in summary["precisions"].items():
         for transport, rounds in (measured.get("ratio_rounds") or {}).items():
-            yield f"{precision}: served / in-process, {report.TRANSPORTS.get(transport, transport)}", (rounds, "", True)
+            yield f"{precision}: served / in-process, {TRANSPORTS.get(transport, transport)}", (rounds, "", True)
         batches = measured.get("batches") or {}
         for transport, rounds in (batches.get("ratio_rounds") or {}).items():
-            name = f"{report.TRANSPORTS.get(transport, transport)}, batch {batches['batch_size']}"
+            name = f"{TRANSPORTS.get(transport, transport)}, batch {batches['batch_size']}"
             yield f"{precision}: served / in-process, {name}", (rounds, "", True)
         yield f"{precision}: in-process", (measured.get("direct_rounds") or [], "images/s", True)
         overhead = (measured.get("single_stream") or {}).get("overhead_rounds") or []
         yield f"{precision}: overhead of a single stream", (overhead, "ms", False)
-    for row in report.all_rows(summary):
+    for row in all_rows(summary):
         name = f"{row['precision']}: {row['label']}"
         if row["load"].get("rate") is None:  # else it is what was asked for
             yield name, (row["throughput"]["values"], "images/s", True)
@@ -142,8 +143,8 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, A
     facts = []
     for summary in (a, b):
         named = {"model": summary["model"], "quick": summary.get("quick")}
-        settings = report.flat(summary.get("settings") or {}, "settings.")
-        facts.append(named | report.flat(summary.get("environment") or {}) | settings)
+        settings = flat(summary.get("settings") or {}, "settings.")
+        facts.append(named | flat(summary.get("environment") or {}) | settings)
     names = dict.fromkeys([*facts[0], *facts[1]])
     return [
         {"what": name, "a": facts[0].get(name), "b": facts[1].get(name)}
@@ -217,7 +218,7 @@ def _lines(result: Mapping[str, Any]) -> list[Line]:
 def _sections(result: Mapping[str, Any]) -> list[Section]:
     sections = []
     if result["differences"]:
-        rows = [(row["what"], report.words(row["a"]), report.words(row["b"])) for row in result["differences"]]
+        rows = [(row["what"], words(row["a"]), words(row["b"])) for row in result["differences"]]
         sections.append(Section("Where they differ", (), (), [Table(("what", "A", "B"), rows, words=3)]))
     shown = [_speed(row) for row in result["rows"] if row["ratio"] is not None]
     alt = "How many times as fast B is as A, with its 95 % interval, for everything that both measured"
@@ -253,7 +254,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         row["what"],
         row["verdict"],
-        *(report.figure(row[side]["median"]) + unit for side in "ab"),
+        *(figure(row[side]["median"]) + unit for side in "ab"),
         "–" if row["ratio"] is None else f"{row['ratio']:.3f}",
         interval,
         f"{row['a']['repeats']}, {row['b']['repeats']}",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from perf import report, report_html
+from perf.sections import all_rows
 from tests.perf import example_run
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def test_a_busy_machine_is_said() -> None:
     summary = example_run.summary()
     assert len(report.verdict(summary)) == 5
-    for row in report.all_rows(summary):
+    for row in all_rows(summary):
         row["resources"]["other_cores"] = 0.9
     assert report.verdict(summary)[-1].text.startswith("Other programs kept 0.9 of 2 cores busy")
 
@@ -274,7 +275,8 @@ addEventListener("load", () => {
     return box(element).width > around.clientWidth && getComputedStyle(around).overflowX !== "auto";
   }).length;
   const card = getComputedStyle(document.querySelector(".scroll")).backgroundColor;
-  seen.contrast = Math.min(...all("th, td, p, li span, a").map(element => contrast(getComputedStyle(element).color, card)));
+  const texts = all("th, td, p, li span, a").map(element => getComputedStyle(element).color);
+  seen.contrast = Math.min(...texts.map(color => contrast(color, card)));
   seen.outside = all("figure svg text").filter(element => {
     const own = box(element), around = box(element.closest("svg"));
     return own.left < around.left - 1 || own.right > around.right + 1 || own.bottom > around.bottom + 1;
