@@ -1,4 +1,4 @@
-"""Whether a server under load still answers right, and what its latencies give away.
+"""Whether a server under load still answers correctly, and which faults its latencies show.
 
     expected = expected_answers(server.repository / "shapes" / server.models["shapes"], config, images)
     with AnswerCheck(server.grpc_url, "shapes", images, expected) as check:
@@ -6,8 +6,8 @@
     check.result, faults(point)
 
 While perf_analyzer makes the load, a small share of the requests comes from here: known pictures, alone and in batches
-of different ones, whose answers must be those of the very file that is served, run in this process. perf_analyzer sees
-the time of every request, but not one wrong answer; for this it is the other way round.
+of different ones. The answers must equal those of the served file, run in this process. perf_analyzer measures the time
+of every request and checks no answer; this check does the opposite.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def difference(answer: Arrays, wanted: Arrays, within: Tolerance) -> str:
     off_box = np.abs(boxes[:due, None] - box_due).max(-1)
     off_score = np.abs(scores[:due, None] - score_due)
     same_class = classes[:due, None] == class_due
-    # Written so that a NaN is no match.
+    # In this form NaN never matches.
     same = same_class & (off_box <= within.detection_boxes) & (off_score <= within.detection_scores)
     free = set(range(due))
     for i in range(due):
@@ -138,8 +138,8 @@ def difference(answer: Arrays, wanted: Arrays, within: Tolerance) -> str:
 class AnswerCheck:
     """Asks a server under load about known pictures while it is in a `with` block, from a thread of its own.
 
-    Its requests come at random moments, so that they never look like a rhythm of the server's, nor fall in step with
-    one. Nothing that happens to the server raises anything here or keeps the block from its end.
+    Its requests come at random moments: they form no rhythm of their own and do not fall in step with the server's.
+    A failing server neither raises an error here nor keeps the block from ending.
 
     Args:
         url: `host:port` of the endpoint that belongs to `protocol`.
@@ -286,7 +286,7 @@ class AnswerCheck:
 
 
 def faults(point: Point) -> list[str]:
-    """What the times of a point's requests give away, a sentence each; usually nothing.
+    """The faults that the times of a point's requests show, a sentence each; usually none.
 
     - Failed requests.
     - An outage: no answer for more than 1 s, 20 of the usual intervals between answers and 5 of the usual latencies.

@@ -1,4 +1,4 @@
-"""The same model in this process: the floor under everything that is served.
+"""The same model in this process: the baseline of everything that is served.
 
     with beside(server, "shapes", images, config) as direct:
         direct.throughput(1.0)  # images per second of n clients

@@ -22,9 +22,9 @@ TRANSPORTS = {
 
 
 def served_ratio(bench: Bench, raw: Direct, *, rounds: int, seconds: float) -> dict[str, Any]:
-    """Served throughput by each way in, divided by that of the same model in this process, in turn within each round.
+    """Served throughput of each transport over that of the same model in this process, in turn within each round.
 
-    Every served run lies between two direct ones, so that whatever else the machine does meets both sides alike.
+    Every served run lies between two direct ones: whatever else the machine does affects both sides alike.
 
     Args:
         one: the served side.
@@ -33,8 +33,8 @@ def served_ratio(bench: Bench, raw: Direct, *, rounds: int, seconds: float) -> d
         seconds: of each run.
 
     Returns:
-        `served_ratio` {shm, grpc, http}, `ratio_rounds` {way: each round's}, `served_ips` and `direct_ips`, the medians
-        behind it in images/s, `direct_rounds`, `direct_threads`: the fastest split of the threads into sessions.
+        `served_ratio` {shm, grpc, http}, `ratio_rounds` {transport: each round's}, `served_ips` and `direct_ips`, the
+        medians behind it in images/s, `direct_rounds`, `direct_threads`: the fastest split of the threads into sessions.
     """
     batch = raw.batch_size
     key = {"series": "ratio", "precision": bench.precision, "batch_size": batch, "seconds": seconds}

@@ -152,7 +152,7 @@ def _faults_line(summary: Summary) -> Line:
         return Line(None, "Faults: nothing was watched.")
     faults = list(dict.fromkeys(fault for row in rows for fault in row.get("faults") or ()))
     more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-    # Without shared memory perf_analyzer tells no single request's time, so that no stall could be seen.
+    # Without shared memory perf_analyzer does not report each request's time, and no stall can be seen.
     seen = sum(row.get("histogram") is not None for row in rows)
     looked = f" (every request's time was known at {seen} of {len(rows)} loads)" if seen < len(rows) else ""
     return Line(not faults, f"Faults: {'; '.join(faults[:3]) or 'none seen'}{more}{looked}.")

@@ -1,7 +1,7 @@
-"""`invoke perf`: what a served model can do, against the same model in this process, with every answer's truth watched.
+"""`invoke perf`: measures a served model against the same model in this process, and checks its answers meanwhile.
 
 A run is a folder `<artifacts>/perf/<run>/`: settings.json, points.jsonl (the journal), summary.json, report.md,
-report.html. It is written whatever happens on the way; `--resume` goes on where it ended.
+report.html. It is written even if the run fails or is interrupted; `--resume` measures what is missing.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ scenarios.
     find_rate(bench, bound_ms=20)["rate"]      # SLO: the highest Poisson rate with p99 <= 20 ms
     single_stream(bench), offline(bench), server(bench)
 
-Every measurement goes through `bench.point`, and what is measured next depends on results alone: a run that is resumed
-asks for the same points again and finds them in its journal.
+Every measurement goes through `bench.point`, and the next point depends on earlier results alone: a resumed run repeats
+the same probes and takes their results from its journal.
 
 The scenarios are those of the MLPerf Inference Rules (github.com/mlcommons/inference_policies, inference_rules.adoc,
 commit 848b9ab), section 3 "Scenarios" and section 5.1 "LoadGen Operation". What is measured here is no MLPerf result:

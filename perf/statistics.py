@@ -98,7 +98,7 @@ def merged_histogram(histograms: Sequence[Mapping[str, Any]]) -> dict[str, list[
     if any(list(part["edges_ms"]) != list(edges) for part in usable):
         low, high = min(part["edges_ms"][0] for part in usable), max(part["edges_ms"][-1] for part in usable)
         edges = np.geomspace(low, high, len(edges)) if low > 0 else np.linspace(low, high, len(edges))
-        edges[0], edges[-1] = low, high  # exactly, so that nothing falls beside it
+        edges[0], edges[-1] = low, high  # exactly: nothing may fall outside
     below = sum(np.interp(edges, part["edges_ms"], np.cumsum([0, *part["counts"]])) for part in usable)
     return {"edges_ms": [float(edge) for edge in edges], "counts": [float(count) for count in np.diff(below)]}
 
@@ -120,7 +120,7 @@ def saturation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
     Returns:
         `precision`, `load`, `label`, `throughput` (images/s), `best` (likewise, of the series), `share` (of it),
-        `p99_ms`, and `ends`: whether it is the largest load of all, so that more might still give more. None where
+        `p99_ms`, and `ends`: whether it is the largest load of all (a larger one might reach more). None where
         there are fewer than two loads.
     """
     curve = [row for row in rows if _kind(row) == _kind(rows[0])]
