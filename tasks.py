@@ -150,8 +150,9 @@ def perf(
     compare: str = "",
 ) -> None:
     """Load the served model, check its answers, set it against the same model in process; writes artifacts/perf/."""
-    from perf.run import Settings, compare_runs
+    from perf.run import compare_runs
     from perf.run import perf as run
+    from perf.settings import Settings
 
     if compare:
         compare_runs([_given_or_name(run) for run in compare.split(",")], ARTIFACTS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -16,63 +15,35 @@ import platform
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import serve, spec
+from build import serve, spec, tritonserver
 from build.contract import Target
 from build.errors import SSDError
-from build.files import MODELS, REPOSITORY, ROOT, relative, sha256
+from build.files import ROOT, relative, sha256
+from build.machine import (
+    Machine,
+    ask_plugin,
+    find_gpu,
+    package_version,
+    system_tensorrt,
+    tensorrt_version,
+    unresolvable,
+    unused_regions,
+)
 from build.publish import backend, repository
+from build.releases import SUPPORT_MATRIX, numbers, release_of, same_minor
 from build.tensorrt import plan, plugins
 from build.tensorrt.cuda import Gpu, driver_version
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-PORTS = (8000, 8001, 8002)
-SHM = Path("/dev/shm")
 STATES = ("ok", "info", "warning", "problem")
-
-
-@dataclass(frozen=True)
-class Release:
-    """What one Triton container holds.
-
-    Attributes:
-        container: the tag of nvcr.io/nvidia/tritonserver.
-        triton, tensorrt, cuda: versions.
-        confirmed: False where the version of TensorRT stands in no release note that we read.
-    """
-
-    container: str
-    triton: str
-    tensorrt: str
-    cuda: str
-    confirmed: bool = True
-
-    @property
-    def source(self) -> str:
-        """NVIDIA's release note; its table of versions is the Deep Learning Frameworks Support Matrix."""
-        base = "https://docs.nvidia.com/deeplearning/triton-inference-server/release-notes"
-        return f"{base}/rel-{self.container.replace('.', '-')}.html"
-
-
-SUPPORT_MATRIX = "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/index.html"
-RELEASES = (
-    Release("24.10", "2.51", "10.5", "12.6", confirmed=False),
-    Release("25.06", "2.59", "10.11", "12.9"),
-    Release("25.08", "2.60", "10.13.2", "13.0"),
-    Release("26.05", "2.69", "10.16.1", "13.2"),
-    Release("26.06", "2.70", "11.0", "13.3"),
-    Release("26.07", "2.71", "11.1", "13.3"),
-    Release("26.08", "2.72", "11.2", "13.4"),
-)
-_WHEELS = {"0.7.0": "2.51.0"}  # nvidia-pytriton → the tritonserver inside (its release notes)
 
 
 @dataclass(frozen=True)
@@ -83,7 +54,7 @@ class Finding:
         area: a heading, such as `GPU`.
         name: what was looked at.
         state: ok; info: no fault, but good to know; warning: works for now; problem: does not work.
-        text: what was found.
+        text: what is so.
         fix: what to do; never empty for a warning or a problem.
     """
 
@@ -94,48 +65,24 @@ class Finding:
     fix: str = ""
 
 
-@dataclass
-class Machine:
-    """Where doctor looks; tests give other places.
-
-    Attributes:
-        run: runs a command and gives its status and its output; status -1 where it cannot be run.
-    """
-
-    models: Path = MODELS
-    repository: Path = REPOSITORY
-    libraries: Path = plugins.LIB
-    shm: Path = SHM
-    ports: Sequence[int] = PORTS
-    run: Callable[[Sequence[str]], tuple[int, str]] = lambda command: _run(command)
-
-
-def _run(command: Sequence[str]) -> tuple[int, str]:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return -1, str(error)
-    return done.returncode, (done.stdout + done.stderr).strip()
-
-
 def doctor(*, as_json: bool = False, machine: Machine | None = None, console: Console | None = None) -> int:
-    """Looks at everything and prints what it found.
+    """Looks at everything and prints the findings.
 
     Returns:
         1 if there is a problem, else 0.
     """
-    found = examine(machine or Machine())
-    bad = any(finding.state == "problem" for finding in found)
+    findings = examine(machine or Machine())
+    bad = any(finding.state == "problem" for finding in findings)
     if as_json:
-        print(json.dumps({"ok": not bad, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=2))
+        print(json.dumps({"ok": not bad, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=2))
     else:
-        _show(found, console)
+        show(findings, console)
     return int(bad)
 
 
 def examine(machine: Machine) -> list[Finding]:
     """All findings, by area. An examination that fails is a finding itself."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     gpu: Gpu | None = None
     with contextlib.suppress(SSDError):
         gpu = find_gpu(machine)
@@ -151,14 +98,14 @@ def examine(machine: Machine) -> list[Finding]:
     )
     for area, look in parts:
         try:
-            found += look()
+            findings += look()
         except SSDError as error:
-            found.append(Finding(area, area, "problem", error.what, error.fix or error.why or "see above"))
+            findings.append(Finding(area, area, "problem", error.what, error.fix or error.why or "see above"))
         except OSError as error:
-            found.append(
+            findings.append(
                 Finding(area, area, "problem", f"cannot be looked at: {error}", "check the rights of that file")
             )
-    return found
+    return findings
 
 
 # -- this machine ------------------------------------------------------------------------------------------------------
@@ -175,31 +122,11 @@ def _python() -> Iterator[Finding]:
             "Python", "Python", "problem", f"{version}, but {asked} is needed", "make .venv with such a Python"
         )
     for package in ("numpy", "onnx", "onnxruntime", "tritonclient"):
-        found = _package(package)
-        if found:
-            yield Finding("Python", package, "ok", found)
+        installed = package_version(package)
+        if installed:
+            yield Finding("Python", package, "ok", installed)
         else:
             yield Finding("Python", package, "problem", "not installed", "run through ./invoke, which installs it")
-
-
-def _package(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def find_gpu(machine: Machine) -> Gpu | None:
-    """The first GPU, as nvidia-smi tells it; None where there is none."""
-    query = "--query-gpu=name,compute_cap,memory.total,driver_version"
-    status, output = machine.run(["nvidia-smi", query, "--format=csv,noheader,nounits"])
-    fields = [field.strip() for field in output.splitlines()[0].split(",")] if status == 0 and output else []
-    if len(fields) != 4 or not re.fullmatch(r"\d+\.\d+", fields[1]):
-        return None
-    memory = int(fields[2]) if fields[2].isdigit() else 0
-    _, text = machine.run(["nvidia-smi"])
-    cuda = re.search(r"CUDA Version:\s*([\d.]+)", text)
-    return Gpu(fields[0], fields[1], memory, fields[3], cuda[1] if cuda else "", "")
 
 
 def _gpu(machine: Machine, gpu: Gpu | None) -> Iterator[Finding]:
@@ -210,7 +137,7 @@ def _gpu(machine: Machine, gpu: Gpu | None) -> Iterator[Finding]:
         yield Finding("GPU", "driver", "ok", cuda)
     elif driver_version() or any(Path("/dev").glob("nvidia[0-9]*")):
         _, output = machine.run(["nvidia-smi"])
-        text = f"there is a driver ({driver_version() or 'unknown version'}), but nvidia-smi says: {output[:200]}"
+        text = f"there is a driver ({driver_version() or 'unknown version'}), but nvidia-smi answers: {output[:200]}"
         fix = "restart the driver or the machine; in a container, start it with --gpus all"
         yield Finding("GPU", "GPU", "problem", text, fix)
     else:
@@ -227,33 +154,15 @@ def _gpu(machine: Machine, gpu: Gpu | None) -> Iterator[Finding]:
         yield Finding("GPU", "nvcc", "ok", f"{release[1] if release else 'unknown version'} at {toolkit}")
 
 
-_TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11")
-
-
-def tensorrt_version() -> str:
-    """The version of the Python package tensorrt; empty where it is not installed."""
-    return next((version for name in _TENSORRT_PACKAGES if (version := _package(name))), "")
-
-
-def _system_tensorrt(machine: Machine) -> str:
-    """The version in the name of the system's libnvinfer; empty where there is none."""
-    _, listed = machine.run(["ldconfig", "-p"])
-    for library in re.findall(r"=> (\S*/libnvinfer\.so\.\S+)", listed):
-        match = re.search(r"\.so\.([\d.]+)$", str(Path(library).resolve()))
-        if match:
-            return match[1]
-    return ""
-
-
 def _tensorrt(machine: Machine) -> Iterator[Finding]:
-    pip, system, container = tensorrt_version(), _system_tensorrt(machine), os.environ.get("TENSORRT_VERSION", "")
+    pip, system, container = tensorrt_version(), system_tensorrt(machine), os.environ.get("TENSORRT_VERSION", "")
     container = container or os.environ.get("NV_TENSORRT_VERSION", "")
     if pip and importlib.util.find_spec("tensorrt") is not None:
-        status, said = machine.run([sys.executable, "-c", "import tensorrt; print(tensorrt.__version__)"])
+        status, output = machine.run([sys.executable, "-c", "import tensorrt; print(tensorrt.__version__)"])
         if status == 0:
-            yield Finding("TensorRT", "Python package", "ok", said.splitlines()[-1])
+            yield Finding("TensorRT", "Python package", "ok", output.splitlines()[-1])
         else:
-            text = f"{pip} is installed, but cannot be imported: {said.splitlines()[-1] if said else status}"
+            text = f"{pip} is installed, but cannot be imported: {output.splitlines()[-1] if output else status}"
             yield Finding("TensorRT", "Python package", "problem", text, "install it again, for this CUDA version")
     else:
         text = "not installed: plans cannot be built or checked here"
@@ -261,57 +170,39 @@ def _tensorrt(machine: Machine) -> Iterator[Finding]:
     for where, version in (("system libraries", system), ("container", container)):
         if version:
             yield Finding("TensorRT", where, "ok", version)
-    major = {_numbers(version)[:2] for version in (pip, system) if version}
-    if len(major) > 1:
+    different = {numbers(version)[:2] for version in (pip, system) if version}
+    if len(different) > 1:
         text = f"the package is {pip}, the system has {system}: a plan of one does not load in the other"
         yield Finding("TensorRT", "two versions", "warning", text, "build plans with the version that the server has")
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version))
-
-
-def triton_version(files: serve.ServerFiles) -> str:
-    """The version of a tritonserver without starting it; empty where nothing tells."""
-    if files.from_wheel:
-        return _WHEELS.get(_package("nvidia-pytriton"), "")
-    with contextlib.suppress(OSError):
-        return (files.binary.parent.parent / "TRITON_VERSION").read_text().strip()
-    return os.environ.get("TRITON_SERVER_VERSION", "")
-
-
-def expected_release(triton: str) -> Release | None:
-    """The container release of a tritonserver version."""
-    return next((release for release in RELEASES if _numbers(triton)[:2] == _numbers(release.triton)), None)
-
-
 def _triton(machine: Machine) -> Iterator[Finding]:
     try:
-        files = serve.find_tritonserver()
+        installed = tritonserver.find()
     except SSDError as error:
         yield Finding("Triton", "tritonserver", "problem", error.what, error.fix)
         return
-    version = triton_version(files)
-    where = "in the wheel nvidia-pytriton" if files.from_wheel else str(files.binary)
+    version = installed.version
+    where = "in the wheel nvidia-pytriton" if installed.from_wheel else str(installed.binary)
     yield Finding("Triton", "tritonserver", "ok", f"{version or 'unknown version'} {where}")
-    chosen = backend.look()
+    chosen = backend.look(libraries=machine.backends)
     native = chosen.name == backend.NATIVE
     state, fix = ("ok", "") if native else ("info", backend.SLOWER)
     yield Finding("Triton", "backend for the CPU", state, f"{chosen.name}: {chosen.why}", fix)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if files.stub.is_file():
+    if installed.stub.is_file():
         yield Finding("Triton", "stub of the python backend", "ok", f"for Python {python}")
     else:
         fix = f"use NVIDIA's container, or add a stub for Python {python} (docs of Triton's python_backend)"
         state = "info" if native else "problem"
-        yield Finding("Triton", "stub of the python backend", state, f"{files.stub} is missing", fix)
-    if files.from_wheel:
+        yield Finding("Triton", "stub of the python backend", state, f"{installed.stub} is missing", fix)
+    if installed.from_wheel:
         libc = platform.libc_ver()[1]
-        if libc and _numbers(libc) < (2, 35):
+        if libc and numbers(libc) < (2, 35):
             fix = "Ubuntu 22.04, Debian 12 or newer, or NVIDIA's container"
             yield Finding("Triton", "C library", "problem", f"glibc {libc}, but the wheel needs 2.35", fix)
-    release = expected_release(version)
-    has_backend = (files.backends / "tensorrt").is_dir()
+    release = release_of(version)
+    has_backend = (installed.backends / "tensorrt").is_dir()
     if release is None:
         if version:
             text = f"which TensorRT {version} has is not in our table"
@@ -321,7 +212,7 @@ def _triton(machine: Machine) -> Iterator[Finding]:
         text = f"{release.tensorrt}{note}, CUDA {release.cuda}, as in container {release.container}"
         text += "" if has_backend else "; this installation has no tensorrt backend"
         pip = tensorrt_version()
-        same = not pip or _numbers(pip)[:2] == _numbers(release.tensorrt)[:2]
+        same = not pip or same_minor(pip, release.tensorrt)
         if same or not has_backend:
             yield Finding("Triton", "its TensorRT", "ok" if has_backend else "info", text, f"source: {release.source}")
         else:
@@ -330,38 +221,6 @@ def _triton(machine: Machine) -> Iterator[Finding]:
 
 
 # -- plugins -----------------------------------------------------------------------------------------------------------
-
-# Asks a library what it is, in a process of its own: loading it may need what is not there, or crash.
-_ASK = """
-import ctypes, sys
-library = ctypes.CDLL(sys.argv[1])
-library.ssdNmsPluginInfo.restype = ctypes.c_char_p
-print(library.ssdNmsPluginInfo().decode())
-"""
-# Whether TensorRT finds the creator once the library is loaded.
-_RESOLVE = """
-import ctypes, sys
-sys.path.insert(0, sys.argv[4])
-import tensorrt
-from build.tensorrt import compat
-compat.load_plugins(tensorrt, tensorrt.Logger(tensorrt.Logger.ERROR), None)
-ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
-raise SystemExit(compat.plugin_creator(tensorrt, sys.argv[2], sys.argv[3]) is None)
-"""
-
-
-def ask_plugin(machine: Machine, library: Path) -> tuple[dict[str, str], str]:
-    """What a plugin library says of itself, and why it cannot be loaded here (empty where it can)."""
-    status, output = machine.run([sys.executable, "-c", _ASK, str(library)])
-    last = output.splitlines()[-1] if output else f"ended with {status}"
-    if status == 0:
-        with contextlib.suppress(ValueError):
-            info: dict[str, str] = json.loads(last)
-            return info, ""
-    info = {}
-    with contextlib.suppress(SSDError, ValueError):
-        info = plugins.plugin_info(library)  # written in the file, so that one knows what it would need
-    return info, last.removeprefix("OSError: ")
 
 
 def _plugins(machine: Machine) -> Iterator[Finding]:
@@ -393,15 +252,6 @@ def _plugins(machine: Machine) -> Iterator[Finding]:
 def _without_tensorrt(library: Path) -> bool:
     """The CPU reference and the CUDA core, which are no plugins."""
     return library.name in ("libssd_nms_reference.so", "libssd_nms_core.so")
-
-
-def _resolvable(machine: Machine, library: Path, name: str, version: str) -> str:
-    """Why this process could not resolve a plan's plugin from a library; empty where it could."""
-    command = [sys.executable, "-c", _RESOLVE, str(library), name, version, str(ROOT)]
-    status, output = machine.run(command)
-    if status == 0:
-        return ""
-    return f"TensorRT finds no creator {name} version {version} in it" if status == 1 and not output else output[-200:]
 
 
 # -- what is published -------------------------------------------------------------------------------------------------
@@ -453,18 +303,23 @@ def _stale(machine: Machine, name: str, manifest: Mapping[str, Any]) -> Iterator
         text = f"has no source in {relative(machine.models)}: it cannot be built again here"
         yield Finding("Published", f"{name}: source", "info", text, "keep its sources under models/")
         return
-    source = spec.load(machine.models / name)
-    target = Target.of(manifest)
-    served_by = backend.of(manifest)
-    if served_by:
-        today = backend.look(source.serving.backend)
-        served_by = today if today.files else served_by  # without files, only a build can tell which it will be
-    changed = repository.changed(manifest, repository.recipe(source, target, served_by))
+    try:
+        source = spec.load(machine.models / name)
+        target = Target.of(manifest)
+        served_by = backend.of(manifest)
+        if served_by:
+            today = backend.look(source.serving.backend, machine.backends)
+            served_by = today if today.files else served_by  # without files, only a build can tell which it will be
+        changed = repository.changed(manifest, repository.recipe(source, target, served_by))
+    except SSDError as error:
+        fix = error.fix or f"see {relative(machine.models / name)}"
+        yield Finding("Published", f"{name}: source", "problem", error.what, fix)
+        return
     if changed:
         text = f"changed since: {', '.join(changed)}"
         yield Finding("Published", f"{name}: source", "warning", text, f"./invoke build-engines --model {name}")
     else:
-        yield Finding("Published", f"{name}: source", "ok", "as it was when this version was built")
+        yield Finding("Published", f"{name}: source", "ok", "unchanged since this version was built")
 
 
 def _plan(
@@ -482,8 +337,8 @@ def _plan(
         state, fix = ("problem", again) if reason else ("ok", "")
         yield Finding("Published", f"{where}: plan", state, reason or built, fix)
     with contextlib.suppress(SSDError):
-        release = expected_release(triton_version(serve.find_tritonserver()))
-        if release and _numbers(release.tensorrt)[:2] != _numbers(engine["tensorrt"])[:2]:
+        release = release_of(tritonserver.find().version)
+        if release and not same_minor(release.tensorrt, engine["tensorrt"]):
             text = f"{built}, but tritonserver {release.triton} has TensorRT {release.tensorrt}"
             fix = f"build with {release.tensorrt}, or serve from a container with {engine['tensorrt']}"
             yield Finding("Published", f"{where}: server", "problem", text, fix)
@@ -503,7 +358,7 @@ def _plan(
         text = f"needs {named}, which is there; without the package tensorrt this process cannot resolve it"
         yield Finding("Published", label, "info", text, f"serve it with LD_PRELOAD={library}")
     else:
-        reason = _resolvable(machine, library, needed["plugin"], needed["plugin_version"])
+        reason = unresolvable(machine, library, needed["plugin"], needed["plugin_version"])
         if reason:
             yield Finding("Published", label, "problem", f"needs {named}: {reason}", "./invoke build-plugins")
         else:
@@ -528,13 +383,12 @@ def _resources(machine: Machine) -> Iterator[Finding]:
     if not machine.shm.is_dir():
         yield Finding("Resources", "shared memory", "problem", f"{machine.shm} is not there", "mount a tmpfs there")
     else:
-        size = shutil.disk_usage(machine.shm)
-        text = f"{size.free / 2**20:,.0f} of {size.total / 2**20:,.0f} MiB free in {machine.shm}"
-        small = size.free < 256 << 20
+        shm = shutil.disk_usage(machine.shm)
+        text = f"{shm.free / 2**20:,.0f} of {shm.total / 2**20:,.0f} MiB free in {machine.shm}"
+        small = shm.free < 256 << 20
         fix = "enlarge it (docker run --shm-size=1g): every instance takes some" if small else ""
-        yield Finding(
-            "Resources", "shared memory", "problem" if size.free < 64 << 20 else "warning" if small else "ok", text, fix
-        )
+        state = "problem" if shm.free < 64 << 20 else "warning" if small else "ok"
+        yield Finding("Resources", "shared memory", state, text, fix)
         yield from _leftovers(machine)
     disk = shutil.disk_usage(ROOT)
     text, small = f"{disk.free / 2**30:,.1f} GiB free", disk.free < 2 << 30
@@ -542,17 +396,8 @@ def _resources(machine: Machine) -> Iterator[Finding]:
     yield Finding("Resources", "disk", "warning" if small else "ok", text, fix)
 
 
-_REGIONS = ("ssd-triton-*", "triton_python_backend_shm_region_*")
-
-
 def _leftovers(machine: Machine) -> Iterator[Finding]:
-    """Shared memory that a killed server left: regions of servers of which no process has any open or mapped."""
-    used = _mapped()
-    servers: dict[str, list[Path]] = {}
-    for path in sorted(path for pattern in _REGIONS for path in machine.shm.glob(pattern)):
-        match = re.match(r"ssd-triton-[0-9a-f]+-", path.name)
-        servers.setdefault(f"{match[0]}*" if match else path.name, []).append(path)
-    left = {name: paths for name, paths in servers.items() if not any(str(path) in used for path in paths)}
+    left = unused_regions(machine)
     if not left:
         return
     size = 0
@@ -564,27 +409,13 @@ def _leftovers(machine: Machine) -> Iterator[Finding]:
     yield Finding("Resources", "leftovers", "warning", text, fix)
 
 
-def _mapped() -> set[str]:
-    """The files under /dev/shm that a process of this user has mapped or open."""
-    found: set[str] = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            found.update(re.findall(r"(/dev/shm/\S+)", (process / "maps").read_text(errors="replace")))
-        with contextlib.suppress(OSError):
-            for descriptor in (process / "fd").iterdir():
-                with contextlib.suppress(OSError):
-                    target = str(descriptor.readlink())
-                    if target.startswith("/dev/shm/"):
-                        found.add(target)
-    return found
-
-
 # -- showing it --------------------------------------------------------------------------------------------------------
 
 _SIGNS = {"ok": "[green]✓[/]", "info": "[blue]·[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
 
 
-def _show(found: Sequence[Finding], console: Console | None) -> None:
+def show(findings: Sequence[Finding], console: Console | None = None) -> None:
+    """Prints findings as a table, with a verdict below it."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -595,7 +426,7 @@ def _show(found: Sequence[Finding], console: Console | None) -> None:
     table.add_column(overflow="fold", max_width=44)
     table.add_column(overflow="fold")
     area = ""
-    for finding in found:
+    for finding in findings:
         if finding.area != area:
             area = finding.area
             table.add_row("", f"[bold]{escape(area)}[/]")
@@ -604,6 +435,6 @@ def _show(found: Sequence[Finding], console: Console | None) -> None:
             text += f"\n[dim]→ {escape(finding.fix)}[/]"
         table.add_row(_SIGNS[finding.state], escape(finding.name), text)
     console.print(table)
-    counts = {state: sum(finding.state == state for finding in found) for state in STATES}
+    counts = {state: sum(finding.state == state for finding in findings) for state in STATES}
     verdict = "[red bold]not ready[/]" if counts["problem"] else "[green bold]ready[/]"
     console.print(f"\n{verdict}: {counts['problem']} problems, {counts['warning']} warnings, {counts['ok']} in order")

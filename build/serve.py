@@ -3,96 +3,37 @@
     with TritonServer(Path("model_repository")) as server:
         ...  # server.http_url, server.grpc_url, server.version
 
-The server is the one on PATH (NVIDIA's container), else the one inside the PyPI wheel `nvidia-pytriton`. The wheel
-keeps its parts in places of its own: the overlay that joins them is made of symbolic links, because a copied stub would
-no longer find the libraries beside it.
+build/tritonserver.py finds the program and explains its log.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from build import tritonserver
 from build.errors import ServeError
-from build.files import ARTIFACTS, REPOSITORY, relative
-from build.tensorrt.plugins import PLUGIN
+from build.files import ARTIFACTS, REPOSITORY
+from build.tritonserver import SHM_PREFIX, Installation
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 LOG = ARTIFACTS / "logs" / "tritonserver.log"
-SHM_PREFIX = "ssd-triton"  # of every name that the server and its stubs use in /dev/shm
-
-# What tritonserver logs as warning or error on every machine without an NVIDIA GPU.
-_HARMLESS = re.compile(
-    "Unable to allocate pinned system memory|CUDA memory pool disabled|CudaDriverHelper has not been initialized"
-    "|Failed to initialize NVML|DCGM unable to start"
-)
-_TABLE = re.compile(r"^\+[-+]+\+?$|^\|.*\|$|^[IWE]\d{4} \S+ \d+ \S+\]\s*$|^\s*$")
-
-# First match wins: what the log says, why it is so, what to do about it. {0} is what the pattern's group caught.
-_CAUSES = (
-    (
-        r"error while loading shared libraries: (lib(?:python)\S+?):",
-        "the python backend's stub needs {0}: this Python was built without its shared library, or it is not installed",
-        "use a Python that has it (Debian, Ubuntu: package libpython3.X; pyenv: PYTHON_CONFIGURE_OPTS=--enable-shared)",
-    ),
-    (
-        r"error while loading shared libraries: (\S+?):",
-        "{0} is not on this machine",
-        "install the package that holds it, or serve from NVIDIA's container",
-    ),
-    (
-        r"version `(GLIBC\S*)' not found",
-        "this tritonserver needs {0}, newer than this machine's C library",
-        "serve from NVIDIA's container nvcr.io/nvidia/tritonserver, or on Ubuntu 22.04, Debian 12 or newer",
-    ),
-    (
-        r"Socket '(\S+)' already in use",
-        "another program took {0} between the check and the start",
-        "start again, or choose other ports",
-    ),
-    (
-        r"(?:find|No importer registered for|creator for) [^\n]*\b(SSDNMS)\b",
-        "the plugin library that holds {0} was not loaded into the server",
-        f"build {relative(PLUGIN)} (see plugins/) or start tritonserver with LD_PRELOAD naming it",
-    ),
-    (
-        r"unable to find backend library for backend '(ssd_onnxruntime)'",
-        "the version folder lacks its libtriton_{0}.so",
-        "publish the model again: invoke build-engines --force",
-    ),
-    (
-        r"unable to find backend library for backend '(\w+)'",
-        "this tritonserver comes without the {0} backend",
-        "serve from NVIDIA's container, or publish for the CPU: invoke build-engines --runtime onnxruntime",
-    ),
-    (
-        r"(No space left on device|Failed to (?:initialize|increase) the shared memory\b[^\n\"]*)",
-        "{0}: /dev/shm is too small for the model's instances",
-        "enlarge it (docker run --shm-size=1g) or publish with fewer instances",
-    ),
-    (r"failed to stat file (\S+)", "the repository {0} is not there", "publish a model first: invoke build-engines"),
-)
 
 # The child asks the kernel to end it when its parent goes, then becomes tritonserver. A tiny program between the two
 # does this without running code in a forked copy of a process that has threads. LD_PRELOAD is for tritonserver alone.
@@ -106,53 +47,6 @@ if preload:
     os.environ["LD_PRELOAD"] = preload
 os.execv(command[0], command)
 """
-
-
-@dataclass(frozen=True)
-class ServerFiles:
-    """The parts of one tritonserver installation.
-
-    Attributes:
-        binary: the tritonserver program.
-        backends: its backend folder.
-        stub: the python backend's program for the Python that runs now.
-        from_wheel: whether the parts are the PyPI wheel's, which need the overlay.
-    """
-
-    binary: Path
-    backends: Path
-    stub: Path
-    from_wheel: bool
-
-
-def find_tritonserver() -> ServerFiles:
-    """The tritonserver on PATH, else the one in the installed wheel.
-
-    Raises:
-        ServeError: there is none, or the wheel has no stub for this version of Python.
-    """
-    found = shutil.which("tritonserver")
-    if found:
-        binary = Path(found).resolve()
-        backends = binary.parent.parent / "backends"
-        return ServerFiles(binary, backends, backends / "python" / "triton_python_backend_stub", from_wheel=False)
-    spec = importlib.util.find_spec("pytriton")
-    base = Path(spec.origin).parent / "tritonserver" if spec and spec.origin else None
-    if base is None or not (base / "bin" / "tritonserver").is_file():
-        raise ServeError(
-            "no tritonserver on PATH, and the wheel that carries one (nvidia-pytriton) is not installed",
-            why="the environment was not made by ./invoke, or the wheel has no build for this machine (Linux x86_64)",
-            fix="run through ./invoke, or inside the container nvcr.io/nvidia/tritonserver",
-        )
-    stubs = base / "python_backend_stubs"
-    stub = stubs / f"{sys.version_info.major}.{sys.version_info.minor}" / "triton_python_backend_stub"
-    if not stub.is_file():
-        held = ", ".join(sorted((path.name for path in stubs.glob("3.*")), key=lambda name: int(name.split(".")[1])))
-        raise ServeError(
-            f"the server in nvidia-pytriton has no stub for Python {stub.parent.name}; it has {held}",
-            fix="make the environment with one of these Pythons",
-        )
-    return ServerFiles(base / "bin" / "tritonserver", base / "backends", stub, from_wheel=True)
 
 
 class TritonServer:
@@ -234,9 +128,9 @@ class TritonServer:
         return Path(self._folder.name) / "tritonserver.log"
 
     def log_lines(self) -> list[str]:
-        """The log without its tables and without what it says on every machine that has no GPU."""
+        """The log, as far as it is worth reading."""
         with contextlib.suppress(OSError):
-            return _telling(self.log_path.read_text(errors="replace").splitlines())
+            return tritonserver.worth_reading(self.log_path.read_text(errors="replace").splitlines())
         return []
 
     def model_config(self, model: str) -> dict[str, Any]:
@@ -267,20 +161,20 @@ class TritonServer:
         """Starts the server and waits until every published model is ready.
 
         Raises:
-            ServeError: it cannot start or does not get ready; says why and leaves nothing running.
+            ServeError: it cannot start or does not get ready; the error gives the reason, and nothing is left running.
         """
         configs = _published(self.repository)
         self._check_ports()
-        files = find_tritonserver()
-        environment = _environment()
+        installation = tritonserver.find()
+        environment = tritonserver.environment()
         uses_tensorrt = any(config.platform == "tensorrt_plan" or config.backend == "tensorrt" for config in configs)
-        options = _preflight(files.binary, environment)
+        options = tritonserver.usage(installation.binary, environment)
         if any(config.backend == "python" for config in configs):
-            _preflight(files.stub, environment)
+            tritonserver.usage(installation.stub, environment)
         self._folder = tempfile.TemporaryDirectory(prefix="ssd-triton-")
         try:
-            command = self._command(files, options, Path(self._folder.name))
-            preload = _preload() if uses_tensorrt else ""
+            command = self._command(installation, options, Path(self._folder.name))
+            preload = tritonserver.preload() if uses_tensorrt else ""
             launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), preload]
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             with self.log_path.open("wb") as log:
@@ -363,8 +257,8 @@ class TritonServer:
         return f"[{host}]:{self._ports[which]}" if ":" in host else f"{host}:{self._ports[which]}"
 
     def _statistics(self, model: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(self._http(f"v2/models/{model}/stats"))["model_stats"]
-        return found
+        statistics: list[dict[str, Any]] = json.loads(self._http(f"v2/models/{model}/stats"))["model_stats"]
+        return statistics
 
     def _check_ports(self) -> None:
         """Fills in free ports for those that are 0 and makes sure that the others are free."""
@@ -383,11 +277,11 @@ class TritonServer:
                     ) from None
                 self._ports[which] = probe.getsockname()[1]
 
-    def _command(self, files: ServerFiles, options: str, folder: Path) -> list[str]:
+    def _command(self, installation: Installation, options: str, folder: Path) -> list[str]:
         command = [
-            str(files.binary),
+            str(installation.binary),
             f"--model-repository={self.repository}",
-            "--disable-auto-complete-config",  # what is published says all; asking each model costs seconds
+            "--disable-auto-complete-config",  # config.pbtxt is complete; asking each model costs seconds
             # One model that does not load would otherwise end the server before it could be asked for the reason.
             "--exit-on-error=false",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
@@ -398,12 +292,8 @@ class TritonServer:
             command += ["--model-control-mode=poll", f"--repository-poll-secs={self._poll_seconds}"]
         if "--allow-client-shm" in options:  # from 2.68 on off by default; older servers refuse the flag
             command.append("--allow-client-shm=true")
-        if files.from_wheel:
-            overlay = folder / "backends" / "python"
-            overlay.mkdir(parents=True)
-            for part in (*(files.backends / "python").iterdir(), files.stub):
-                (overlay / part.name).symlink_to(part)
-            command.append(f"--backend-directory={overlay.parent}")
+        if installation.from_wheel:
+            command.append(f"--backend-directory={installation.overlay(folder)}")
         return command + self._extra_args
 
     def _wait_ready(self, names: Sequence[str]) -> None:
@@ -439,7 +329,7 @@ class TritonServer:
             state, name = entry.get("state", ""), entry["name"]
             if _ready(states, name):
                 continue
-            reason = _first_part(entry.get("reason", ""))
+            reason = tritonserver.first_part(entry.get("reason", ""))
             states[name] = (state if state == "READY" else reason or state or "not loaded", entry.get("version", ""))
         return states
 
@@ -493,20 +383,15 @@ class TritonServer:
 
     def _tail(self, lines: int = 10) -> str:
         """The last lines of the log; what it warns of, where it warns."""
-        found = self.log_lines()
-        found = [line for line in found if not line.startswith("I")] or found
-        return "\n".join(["the log ends with:", *(f"  {_first_part(line)}" for line in found[-lines:])])
+        log = self.log_lines()
+        log = [line for line in log if not line.startswith("I")] or log
+        return "\n".join(["the log ends with:", *(f"  {tritonserver.first_part(line)}" for line in log[-lines:])])
 
     def _failure(
         self, what: str, *, why: str = "", fix: str = "publish the model again: invoke build-engines --force"
     ) -> ServeError:
         """An error with the end of the log, and with the cause where the log gives it away."""
-        text = "\n".join([what, *self.log_lines()])
-        for pattern, cause, cure in _CAUSES:
-            match = re.search(pattern, text)
-            if match:
-                why, fix = cause.format(match[1]), cure
-                break
+        why, fix = tritonserver.cause("\n".join([what, *self.log_lines()])) or (why, fix)
         return ServeError(f"{what}\n{self._tail()}", why=why, fix=fix)
 
 
@@ -558,7 +443,7 @@ def serve(
                     time.sleep(1)
                     server.check_alive()
                     *lines, rest = (rest + written.read()).split("\n")
-                    for line in _telling(lines):
+                    for line in tritonserver.worth_reading(lines):
                         if line[:1] in "EW":
                             console.print(line, markup=False, highlight=False)
     except KeyboardInterrupt:
@@ -589,46 +474,6 @@ def _published(repository: Path) -> list[ModelConfig]:
     return configs
 
 
-def _environment() -> dict[str, str]:
-    """The server's environment, in which its stub finds this Python, its packages and its library."""
-    environment = dict(os.environ)
-    environment["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), environment.get("PATH", os.defpath)])
-    library = sysconfig.get_config_var("LIBDIR")
-    environment["LD_LIBRARY_PATH"] = ":".join(filter(None, [environment.get("LD_LIBRARY_PATH"), library]))
-    # numpy's BLAS would make a thread per core in every instance; the model runs none of it.
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        environment.setdefault(name, "1")
-    return environment
-
-
-def _preflight(program: Path, environment: Mapping[str, str]) -> str:
-    """Lets `program` print its usage: what the loader or the C library refuses shows here, not as a server that hangs.
-
-    Raises:
-        ServeError: it cannot run on this machine.
-    """
-    try:
-        done = subprocess.run(
-            [str(program), "--help"], env=environment, capture_output=True, text=True, errors="replace", timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ServeError(f"{program} cannot run: {error}", fix="install tritonserver again") from error
-    output = done.stdout + done.stderr
-    for pattern, why, fix in _CAUSES[:3]:  # those of the loader
-        match = re.search(pattern, output)
-        if match:
-            raise ServeError(f"{program} cannot run on this machine", why=why.format(match[1]), fix=fix)
-    if done.returncode < 0:
-        raise ServeError(f"{program} ended with signal {-done.returncode}", why=output.strip()[-300:])
-    return output
-
-
-def _preload() -> str:
-    """LD_PRELOAD for a server of plans that hold SSDNMS: what is set already, and the plugin where it was built."""
-    given = os.environ.get("LD_PRELOAD", "")
-    return ":".join(filter(None, [given, str(PLUGIN) if PLUGIN.is_file() else ""]))
-
-
 def holder(port: int) -> str:
     """Who listens on `port`, as far as this user may know."""
     import psutil
@@ -639,15 +484,6 @@ def holder(port: int) -> str:
                 name = psutil.Process(connection.pid).name() if connection.pid else "another user's program"
                 return f"{name} (process {connection.pid or 'unknown'}) listens there"
     return ""
-
-
-def _telling(lines: Iterable[str]) -> list[str]:
-    return [line.rstrip() for line in lines if not _HARMLESS.search(line) and not _TABLE.match(line)]
-
-
-def _first_part(message: str) -> str:
-    """The message without the place in model.py that the python backend puts after it."""
-    return re.split(r"(?:\\n|\n){2}At:", message)[0]
 
 
 def _ready(states: Mapping[str, tuple[Any, ...]], name: str) -> bool:

@@ -388,7 +388,7 @@ def edit(path: Path, settings: Mapping[str, Any]) -> None:
         settings: `table.key` → value.
 
     Raises:
-        SpecError: the file cannot be read or is no longer a right spec.toml with these values; it is then as it was.
+        SpecError: the file cannot be read or changed, or these values make it a wrong spec.toml; it is then as it was.
         WriteError: the operating system refuses.
     """
     import tomlkit
@@ -396,22 +396,38 @@ def edit(path: Path, settings: Mapping[str, Any]) -> None:
 
     try:
         text = path.read_bytes().decode()
-        document = tomlkit.parse(text)
-    except (OSError, UnicodeDecodeError, TOMLKitError) as error:
+        document, wanted = tomlkit.parse(text), tomllib.loads(text)
+    except (OSError, ValueError) as error:  # neither UTF-8 nor TOML
         raise SpecError(f"{path}: cannot be read: {error}") from None
-    for setting, value in settings.items():
-        table, key = setting.split(".")
-        if table not in document:
-            if document.body and not text.endswith(("\n\n", "\n\r\n")):
-                document.add(tomlkit.nl())
-            document.add(table, tomlkit.table())
-        item = tomlkit.item(list(value) if isinstance(value, tuple) else value)
-        if isinstance(item, tomlkit.items.Array):
-            item.multiline(True)
-        document[table][key] = item
-    content = tomlkit.dumps(document)
-    if "\r\n" in text:
-        content = content.replace("\r\n", "\n").replace("\n", "\r\n")
+    try:
+        for setting, given in settings.items():
+            table, key = setting.split(".")
+            value = list(given) if isinstance(given, tuple) else given
+            if table not in document:
+                while document.body and not tomlkit.dumps(document).replace("\r", "").endswith("\n\n"):
+                    document.add(tomlkit.nl())
+                document.add(table, tomlkit.table())
+            item = tomlkit.item(value)
+            if isinstance(item, tomlkit.items.Array):
+                item.multiline(bool(value))
+            place, behind = document[table], list[Any]()
+            if isinstance(place, tomlkit.items.Table) and key not in place:
+                body = place.value.body  # a new key comes before blank lines and comments: the next table's, maybe
+                while body and isinstance(body[-1][1], (tomlkit.items.Comment, tomlkit.items.Whitespace)):
+                    behind.insert(0, body.pop())
+            place[key] = item
+            if behind:
+                place.value.body.extend(behind)
+            wanted.setdefault(table, {})[key] = value
+        content = tomlkit.dumps(document)
+        if "\r\n" in text and "\n" not in text.replace("\r\n", ""):
+            content = content.replace("\r\n", "\n").replace("\n", "\r\n")
+        right = tomllib.loads(content) == wanted
+    except (TOMLKitError, TypeError, ValueError):
+        right = False
+    if not right:
+        lines = "; ".join(f"{name} = {json.dumps(value)}" for name, value in settings.items())
+        raise SpecError(f"{path}: cannot be changed in the way it is written", fix=f"write by hand: {lines}")
     with replacing(path) as unfinished:
         unfinished.write_bytes(content.encode())
         shutil.copymode(path, unfinished)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import csv
-import dataclasses
 import fcntl
 import importlib.util
 import json
@@ -28,26 +27,16 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from build.errors import SSDError
+from perf.failures import NothingEndedError, failure
+from perf.load import Load, PerfError, Point
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Arrivals = Literal["constant", "poisson"]
-Protocol = Literal["http", "grpc", "stream"]
-SharedMemory = Literal["system", "cuda"]
-
-_PROTOCOLS = {"http": "HTTP", "grpc": "gRPC", "stream": "gRPC stream"}
-_CHOICES = {
-    "arrivals": ("constant", "poisson"),
-    "protocol": tuple(_PROTOCOLS),
-    "shared_memory": (None, "system", "cuda"),
-}
 _PERCENTILES = (50, 90, 95, 99, 99.9)
 # Columns of its csv → names here. The parts add up to the average latency.
 _LATENCIES = {"Avg latency": "avg", **{f"p{n} latency": f"p{n}" for n in (50, 90, 95, 99)}}
@@ -65,6 +54,7 @@ _MOST_WINDOWS = 6  # a window in which no request ended does not count
 _LONGER = 1.2  # it measures windows this much longer than it is told to
 _WARM_UP = 0.05  # share of the time that is not measured: connections are made then
 _PATIENCE = 60  # seconds that it may take beside the measurement
+_GRACE = 2.0  # seconds that it may go on after a failure
 _STEADY = 0.1  # the windows' throughput may differ by this share of it
 # After these it only waits for requests on the way, in vain where nobody will answer them.
 _FAILED = re.compile(
@@ -80,124 +70,16 @@ _LIBRARIES = {
 }
 
 
-class PerfError(SSDError):
-    """perf_analyzer is missing or could not measure."""
-
-
-class _NothingEndedError(PerfError):
-    """Not one request ended in a window."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is put on the server: so many clients, or so many requests per second.
-
-    Attributes:
-        concurrency: closed loop: clients that each have one request on the way. 1 where no rate is given.
-        rate: open loop: requests per second, sent whether or not earlier ones were answered.
-        arrivals: of a rate: evenly spaced, or a Poisson process, drawn anew for every run.
-        batch_size: images per request.
-        protocol: stream is gRPC with one bidirectional stream per client.
-        shared_memory: how pictures and detections are handed over, on one machine; None = inside the requests.
-
-    Raises:
-        PerfError: a value that cannot be.
-    """
-
-    concurrency: int | None = None
-    rate: float | None = None
-    arrivals: Arrivals = "constant"
-    batch_size: int = 1
-    protocol: Protocol = "grpc"
-    shared_memory: SharedMemory | None = None
-
-    def __post_init__(self) -> None:
-        if self.concurrency is None and self.rate is None:
-            object.__setattr__(self, "concurrency", 1)
-        if self.concurrency is not None and self.rate is not None:
-            raise PerfError(
-                f"a load of {self.concurrency} clients and of {self.rate:g} requests/s", fix="give one of the two"
-            )
-        if self.concurrency is not None and self.concurrency < 1:
-            raise PerfError(f"a load of {self.concurrency} clients", fix="give at least 1")
-        if self.rate is not None and not 0 < self.rate < math.inf:
-            raise PerfError(f"a load of {self.rate:g} requests/s", fix="give a rate above 0")
-        if self.batch_size < 1:
-            raise PerfError(f"a batch of {self.batch_size} images", fix="give at least 1")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise PerfError(f"{name} {getattr(self, name)!r} is not known", fix=f"choose from {known}")
-        if self.arrivals == "poisson" and self.rate is None:
-            raise PerfError("Poisson arrivals from a number of clients", fix="give a rate instead of concurrency")
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Load:
-        return cls(**values)
-
-    def __str__(self) -> str:
-        if self.rate is None:
-            amount = f"{self.concurrency} client{'s' if self.concurrency != 1 else ''}"
-        else:
-            amount = f"{self.rate:g} requests/s" + (" (Poisson)" if self.arrivals == "poisson" else "")
-        parts = [amount, f"batch {self.batch_size}", _PROTOCOLS[self.protocol]]
-        if self.shared_memory:
-            parts.append(f"{self.shared_memory.replace('cuda', 'CUDA')} shared memory")
-        return ", ".join(parts)
-
-
-@dataclass(frozen=True)
-class Point:
-    """What one run of perf_analyzer measured.
-
-    Attributes:
-        load: what it put on the server.
-        requests: how many were measured: those that ended in its windows, the warm-up's not counted.
-        errors: how many requests failed. perf_analyzer 2.51 to 2.60 ends at the first, so this is 0: a server that
-            answers with errors is a PerfError.
-        throughput: images per second.
-        latency_ms: avg, p50, p90, p95, p99 of a request as its client sees it; p99.9 and max only where every request
-            is known.
-        parts_ms: the average request by where its time went, from client_send to client_receive; 0 where a server
-            without statistics does not say.
-        latencies_ms: every measured request, in order of sending. Empty without shared memory: perf_analyzer would
-            write out every request's bytes beside its times, as decimal numbers.
-        sent_s: when each was sent, in seconds from the first; same length.
-        seconds: measured time.
-        stable: the windows' throughput was the same within 10 % (and what chance alone does to so few requests).
-    """
-
-    load: Load
-    requests: int
-    errors: int
-    throughput: float
-    latency_ms: dict[str, float]
-    parts_ms: dict[str, float]
-    latencies_ms: list[float]
-    sent_s: list[float]
-    seconds: float
-    stable: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Point:
-        return cls(**{**values, "load": Load.from_dict(values["load"])})
-
-
 def find_perf_analyzer() -> Path:
     """The perf_analyzer for this machine.
 
     Raises:
         PerfError: there is none.
     """
-    found = shutil.which("perf_analyzer")
+    on_path = shutil.which("perf_analyzer")
     # The package's own script in this Python's bin loses the exit code and leaves the program running when it is ended.
-    if found and Path(found).parent != Path(sys.prefix) / "bin":
-        return Path(found)
+    if on_path and Path(on_path).parent != Path(sys.prefix) / "bin":
+        return Path(on_path)
     new = _glibc() >= _NEW_GLIBC
     package = importlib.util.find_spec("perf_analyzer")
     inside = Path(package.origin).parent / "bin" / "perf_analyzer" if package and package.origin else None
@@ -286,7 +168,7 @@ def run(
     for attempt in range(3):
         try:
             point = _measure(url, model, data, load, seconds, memory_gib)
-        except _NothingEndedError:  # a model that is slower than one window, or a machine that stood still for one
+        except NothingEndedError:  # a model that is slower than one window, or a machine that stood still for one
             if attempt == 2 and point is None:
                 raise
             seconds *= 4
@@ -318,7 +200,7 @@ def _measure(url: str, model: str, data: Path, load: Load, seconds: float, memor
         with _region_names(load):
             output, code = _execute(command, program_environment(folder), seconds, memory_gib)
         if code != 0 or not report.is_file():
-            raise _failure(output, code, url, model, load)
+            raise failure(output, code, url, model, load)
         row = _only_row(report)
         parts = {name: float(row.get(column) or 0) / 1000 for column, name in _PARTS.items()}
         exact = _read_export(export) if export.is_file() else None
@@ -377,7 +259,9 @@ def _read_export(path: Path) -> tuple[list[tuple[int, int]], list[int]] | None:
     """
     try:
         experiment = json.loads(path.read_text())["experiments"][0]
-        requests = sorted((one["timestamp"], one["response_timestamps"][-1]) for one in experiment["requests"])
+        requests = sorted(
+            (request["timestamp"], request["response_timestamps"][-1]) for request in experiment["requests"]
+        )
         return requests, sorted(set(experiment["window_boundaries"]))
     except json.JSONDecodeError:
         return None
@@ -396,7 +280,7 @@ def _exact_point(
     edges = [start, *(edge for edge in boundaries if edge > start)]
     kept = [(sent, answered) for sent, answered in requests if answered > start]
     if not kept:
-        raise _NothingEndedError("perf_analyzer measured no request", why="its windows are too short")
+        raise NothingEndedError("perf_analyzer measured no request", why="its windows are too short")
     counts = [0] * (len(edges) - 1)
     for _, answered in kept:
         counts[min(bisect_right(edges, answered), len(counts)) - 1] += 1
@@ -492,7 +376,7 @@ def _execute(
                         fix="use shared memory, a shorter run or smaller batches, or allow it more",
                     )
             if not failing and _FAILED.search(printed):
-                failing, deadline = True, min(deadline, time.monotonic() + 2)
+                failing, deadline = True, min(deadline, time.monotonic() + _GRACE)
             if time.monotonic() > deadline:
                 if failing:
                     process.terminate()
@@ -528,8 +412,8 @@ def _region_names(load: Load) -> Iterator[None]:
 
 def _regions(pid: int) -> set[Path]:
     """The files of shared memory that a process has mapped."""
-    found = re.findall(r"\s(/dev/shm/.*)$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE)
-    return {Path(name) for name in found if not name.endswith(" (deleted)")}
+    mapped = re.findall(r"\s(/dev/shm/.*)$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE)
+    return {Path(name) for name in mapped if not name.endswith(" (deleted)")}
 
 
 def _only_row(report: Path) -> dict[str, str]:
@@ -543,101 +427,3 @@ def _only_row(report: Path) -> dict[str, str]:
             fix="use the one of requirements/perf_analyzer.lock",
         )
     return rows[0]
-
-
-# First match wins: what perf_analyzer prints, why it is so, what to do about it. {0} is what the first group caught.
-_CAUSES = (
-    (
-        r"error while loading shared libraries: (\S+?):",
-        "{0} is not on this machine",
-        "install nvidia-pytriton, which carries it: run through ./invoke",
-    ),
-    (
-        r"version `(GLIBC\S*)' not found",
-        "it needs {0}, newer than this machine's C library",
-        "use the perf_analyzer of requirements/perf_analyzer.lock, or NVIDIA's SDK container",
-    ),
-    (
-        r"(?:unrecognized|invalid) option -*\s*'?([\w-]+)",
-        "this version of perf_analyzer does not know the option {0}",
-        "use the one of requirements/perf_analyzer.lock",
-    ),
-    (
-        r"std::bad_alloc|std::system_error|Cannot allocate memory|ended by signal 9",
-        "there was no more memory for it: without shared memory it keeps the bytes of every request",
-        "use shared memory, a shorter run or smaller batches",
-    ),
-    (
-        r"ended by signal 7",  # SIGBUS: a file in /dev/shm takes its space only when it is written
-        "/dev/shm is full: it holds every picture once for each place in a batch",
-        "make /dev/shm larger (docker: --shm-size=1g), or use fewer pictures or smaller batches",
-    ),
-    (
-        r"unknown model: '([^\n]*) is not found",
-        "the server does not serve '{0}",
-        "publish it first: invoke build-engines",
-    ),
-    (
-        r"shape of (\[[\d,]*\]) for input \"(\w+)\" is incompatible with the model's input shape of (\[[-\d,]*\])",
-        "the load's {1} are {0}, the model takes {2}",
-        "bring the pictures to the model's size before write_input (ssd_client.preprocess.input_array)",
-    ),
-    (r"missing tensor (\w+)", "the load has no {0}, which is an input of the model", "give write_input its thresholds"),
-    (
-        r"batch-size must be <= (\d+)",
-        "the model takes at most {0} images in a request",
-        "ask for smaller batches, or raise max_batch_size in its spec.toml",
-    ),
-    (
-        r"[Ss]hared memory is disabled",
-        "the server does not allow clients to use shared memory",
-        "start it with --allow-client-shm=true (invoke serve does), or measure without",
-    ),
-    (
-        r"Unable to open shared memory region",
-        "the server does not see this memory: it runs on another machine, or in a container of its own",
-        "measure on the server's machine (docker: --ipc=host), or without shared memory",
-    ),
-    (
-        r"on gpu for|[Cc]uda|CUDA",
-        "CUDA shared memory needs an NVIDIA GPU with a driver for CUDA 12, and the server on the same GPU",
-        "use system shared memory",
-    ),
-    (
-        r"(?s)Measurement Settings .*(?:connect to|reset by peer|Socket closed|HTTP client failed|is empty)",
-        "the server went away while it was measured",
-        "see its log (artifacts/logs/tritonserver.log); start it again: invoke serve",
-    ),
-    (
-        r"[Ff]ailed to connect to remote host|Couldn't connect|Connection refused|[Rr]esol(?:ve host|ution failed)",
-        "no server answers there",
-        "start one: invoke serve",
-    ),
-    (
-        r"metadata: (?:failed to connect to all addresses|HTTP client failed|failed to parse|.*[Uu]nimplemented)",
-        "what listens there does not speak Triton's {protocol}",
-        "give the server's {protocol} port (invoke serve shows both)",
-    ),
-    (r"Thread \[\d+\] had error: ([^\n]*)", "a request failed: {0}", "see the server's log"),
-)
-_NOTHING_ENDED = "No valid requests recorded|Failed to obtain stable|failed to find the requested model version"
-
-
-def _failure(output: str, code: int, url: str, model: str, load: Load) -> PerfError:
-    ended = f"exit code {code}" if code >= 0 else f"ended by signal {-code}"
-    lines = [
-        line.strip() for line in output.split("Usage: ")[0].splitlines() if not re.match(r"\s*$|Unable to un", line)
-    ]
-    what = "\n  ".join([f"perf_analyzer gave no figures for model {model} at {url} ({ended})", *lines[-5:]])
-    for pattern, why, fix in _CAUSES:
-        match = re.search(pattern, f"{output}\n{ended}")
-        if match:
-            protocol = "HTTP" if load.protocol == "http" else "gRPC"
-            return PerfError(
-                what, why=why.format(*match.groups(), protocol=protocol), fix=fix.format(protocol=protocol)
-            )
-    if re.search(_NOTHING_ENDED, output):
-        return _NothingEndedError(
-            what, why="no request ended in time: the server is too busy, or hangs", fix="see what else runs there"
-        )
-    return PerfError(what)

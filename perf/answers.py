@@ -1,4 +1,4 @@
-"""Whether a server under load still answers right, and what its latencies give away.
+"""Whether a server under load still answers correctly, and which faults its latencies show.
 
     expected = expected_answers(server.repository / "shapes" / server.models["shapes"], config, images)
     with AnswerCheck(server.grpc_url, "shapes", images, expected) as check:
@@ -6,8 +6,8 @@
     check.result, faults(point)
 
 While perf_analyzer makes the load, a small share of the requests comes from here: known pictures, alone and in batches
-of different ones, whose answers must be those of the very file that is served, run in this process. perf_analyzer sees
-the time of every request, but not one wrong answer; for this it is the other way round.
+of different ones. The answers must equal those of the served file, run in this process. perf_analyzer measures the time
+of every request and checks no answer; this check does the opposite.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ssd_client import AsyncSSDClient
     from ssd_client.config import ModelConfig
 
-    from perf.analyzer import Point
+    from perf.load import Point
 
     Arrays = Mapping[str, NDArray[Any]]
 
@@ -101,7 +101,7 @@ def expected_answers(folder: Path, config: ModelConfig, images: Sequence[NDArray
     return Expected(rows, within, config.max_batch_size)
 
 
-def difference(found: Arrays, wanted: Arrays, within: Tolerance) -> str:
+def difference(answer: Arrays, wanted: Arrays, within: Tolerance) -> str:
     """How one picture's outputs differ from the expected ones, as a piece of a sentence; empty where they do not.
 
     There must be as many detections, of the same classes, and each box and score within the tolerance. Neighbours in
@@ -109,17 +109,17 @@ def difference(found: Arrays, wanted: Arrays, within: Tolerance) -> str:
     """
     import numpy as np
 
-    number, due = int(found["num_detections"][0]), int(wanted["num_detections"][0])
+    number, due = int(answer["num_detections"][0]), int(wanted["num_detections"][0])
     if number != due:
         return f"{number} detections instead of {due}"
-    boxes, scores, classes = (found[f"detection_{name}"] for name in ("boxes", "scores", "classes"))
+    boxes, scores, classes = (answer[f"detection_{name}"] for name in ("boxes", "scores", "classes"))
     if boxes[due:].any() or scores[due:].any() or (classes[due:] != -1).any():
         return f"what follows its {due} detections is not empty"
     box_due, score_due, class_due = (wanted[f"detection_{name}"][:due] for name in ("boxes", "scores", "classes"))
     off_box = np.abs(boxes[:due, None] - box_due).max(-1)
     off_score = np.abs(scores[:due, None] - score_due)
     same_class = classes[:due, None] == class_due
-    # Written so that a NaN is no match.
+    # In this form NaN never matches.
     same = same_class & (off_box <= within.detection_boxes) & (off_score <= within.detection_scores)
     free = set(range(due))
     for i in range(due):
@@ -138,8 +138,8 @@ def difference(found: Arrays, wanted: Arrays, within: Tolerance) -> str:
 class AnswerCheck:
     """Asks a server under load about known pictures while it is in a `with` block, from a thread of its own.
 
-    Its requests come at random moments, so that they never look like a rhythm of the server's, nor fall in step with
-    one. Nothing that happens to the server raises anything here or keeps the block from its end.
+    Its requests come at random moments: they form no rhythm of their own and do not fall in step with the server's.
+    A failing server neither raises an error here nor keeps the block from ending.
 
     Args:
         url: `host:port` of the endpoint that belongs to `protocol`.
@@ -286,7 +286,7 @@ class AnswerCheck:
 
 
 def faults(point: Point) -> list[str]:
-    """What the times of a point's requests give away, a sentence each; usually nothing.
+    """The faults that the times of a point's requests show, a sentence each; usually none.
 
     - Failed requests.
     - An outage: no answer for more than 1 s, 20 of the usual intervals between answers and 5 of the usual latencies.
@@ -301,9 +301,9 @@ def faults(point: Point) -> list[str]:
     """
     import numpy as np
 
-    found = [f"{point.errors} requests failed"] if point.errors else []
+    noticed = [f"{point.errors} requests failed"] if point.errors else []
     if len(point.latencies_ms) <= FEWEST:
-        return found
+        return noticed
     order = np.argsort(point.sent_s, kind="stable")
     latencies, sent = np.asarray(point.latencies_ms)[order], np.asarray(point.sent_s)[order]
     answered = np.sort(sent + latencies / 1000)
@@ -311,7 +311,7 @@ def faults(point: Point) -> list[str]:
     median, p90 = np.percentile(latencies, (50, 90))
     longest = intervals.max()
     if longest > max(OUTAGE_S, 20 * np.median(intervals), 5 * median / 1000):
-        found.append(f"no answer for {longest:.1f} s")
+        noticed.append(f"no answer for {longest:.1f} s")
     positions, sizes = _stalls(latencies - median, sent, latencies, max(LATE_MS, 3 * (p90 - median)))
     for size, (spread, strictness) in itertools.product(np.sort(sizes)[::-1], ALIKE):
         slack = max(spread * size, SAME_SIZE_MS)
@@ -320,9 +320,9 @@ def faults(point: Point) -> list[str]:
         spacing = _rhythm(positions[alike], len(latencies), strictness) if alike.sum() >= fewest else 0.0
         if spacing and alike.sum() >= MOST * (sizes >= size - slack).sum():
             usual = np.median(sizes[alike])
-            found.append(f"a stall of about {_about(usual)} ms, once in about {_about(spacing)} requests")
+            noticed.append(f"a stall of about {_about(usual)} ms, once in about {_about(spacing)} requests")
             break
-    return found
+    return noticed
 
 
 def _stalls(

@@ -1,7 +1,7 @@
 """One running server with one model, and what a point of load on it needs: pictures, what they must give, a journal.
 
-with bench(repository, "shapes", images, journal) as one:
-    record = one.point("concurrency", Load(concurrency=4), seconds=2.0)
+with start_bench(repository, "shapes", images, journal) as bench:
+    record = bench.point("concurrency", Load(concurrency=4), seconds=2.0)
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from build.errors import ServeError
 from perf import answers
-from perf.analyzer import Load, PerfError, Point, run, write_input
+from perf.analyzer import run, write_input
 from perf.direct import thresholds
 from perf.journal import Journal
+from perf.load import Load, PerfError, Point
 from perf.resources import Sampler
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Bench:
 
 
 @contextlib.contextmanager
-def bench(
+def start_bench(
     repository: Path,
     model: str,
     images: Sequence[NDArray[np.uint8]],

@@ -18,6 +18,7 @@ from build.errors import SSDError
 from build.reports.html import Table
 from perf import report, report_html
 from perf.report_html import Line, Plot, Section
+from perf.sections import TRANSPORTS, all_rows, figure, flat, words
 from perf.statistics import LEAST_REPEATS, verdict
 
 if TYPE_CHECKING:
@@ -104,17 +105,17 @@ _Measured = tuple[Sequence[float], str, bool]
 
 
 def _measured(summary: Mapping[str, Any]) -> Iterator[tuple[str, _Measured]]:
-    for precision, one in summary["precisions"].items():
-        for way, rounds in (one.get("ratio_rounds") or {}).items():
-            yield f"{precision}: served / in-process, {report.WAYS.get(way, way)}", (rounds, "", True)
-        batches = one.get("batches") or {}
-        for way, rounds in (batches.get("ratio_rounds") or {}).items():
-            name = f"{report.WAYS.get(way, way)}, batch {batches['batch_size']}"
+    for precision, measured in summary["precisions"].items():
+        for transport, rounds in (measured.get("ratio_rounds") or {}).items():
+            yield f"{precision}: served / in-process, {TRANSPORTS.get(transport, transport)}", (rounds, "", True)
+        batches = measured.get("batches") or {}
+        for transport, rounds in (batches.get("ratio_rounds") or {}).items():
+            name = f"{TRANSPORTS.get(transport, transport)}, batch {batches['batch_size']}"
             yield f"{precision}: served / in-process, {name}", (rounds, "", True)
-        yield f"{precision}: in-process", (one.get("direct_rounds") or [], "images/s", True)
-        overhead = (one.get("single_stream") or {}).get("overhead_rounds") or []
+        yield f"{precision}: in-process", (measured.get("direct_rounds") or [], "images/s", True)
+        overhead = (measured.get("single_stream") or {}).get("overhead_rounds") or []
         yield f"{precision}: overhead of a single stream", (overhead, "ms", False)
-    for row in report.all_rows(summary):
+    for row in all_rows(summary):
         name = f"{row['precision']}: {row['label']}"
         if row["load"].get("rate") is None:  # else it is what was asked for
             yield name, (row["throughput"]["values"], "images/s", True)
@@ -130,21 +131,21 @@ def _measured(summary: Mapping[str, Any]) -> Iterator[tuple[str, _Measured]]:
 def _row(what: str, a: Sequence[float], unit: str, higher: bool, b: Sequence[float]) -> dict[str, Any]:
     import statistics
 
-    found = verdict(a, b, higher_is_better=higher)
+    judged = verdict(a, b, higher_is_better=higher)
     sides = {
         name: {"repeats": len(values), "median": statistics.median(values) if values else None}
         for name, values in (("a", a), ("b", b))
     }
-    return {"what": what, "unit": unit, "better": "higher" if higher else "lower", **sides, **dataclasses.asdict(found)}
+    better = "higher" if higher else "lower"
+    return {"what": what, "unit": unit, "better": better, **sides, **dataclasses.asdict(judged)}
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
     facts = []
-    for one in (a, b):
-        named = {"model": one["model"], "quick": one.get("quick")}
-        facts.append(
-            named | report.flat(one.get("environment") or {}) | report.flat(one.get("settings") or {}, "settings.")
-        )
+    for summary in (a, b):
+        named = {"model": summary["model"], "quick": summary.get("quick")}
+        settings = flat(summary.get("settings") or {}, "settings.")
+        facts.append(named | flat(summary.get("environment") or {}) | settings)
     names = dict.fromkeys([*facts[0], *facts[1]])
     return [
         {"what": name, "a": facts[0].get(name), "b": facts[1].get(name)}
@@ -176,17 +177,17 @@ def table(result: Mapping[str, Any]) -> RichTable:
     from rich.table import Table as RichTable
 
     title = f"B = {result['b']} against A = {result['a']}"
-    made = RichTable("measured", "verdict of B", title=title, title_justify="left")
+    grid = RichTable("measured", "verdict of B", title=title, title_justify="left")
     for head in ("B / A", "95 % interval"):
-        made.add_column(head, justify="right", no_wrap=True)
+        grid.add_column(head, justify="right", no_wrap=True)
     colors = {"faster": "green", "slower": "red"}
     judged = [row for row in result["rows"] if row["verdict"] != "too few repeats"]
     for row in judged:
         what, verdict_of_b, _, _, ratio, interval, _ = _cells(row)
-        made.add_row(what, verdict_of_b, ratio, interval, style=colors.get(row["verdict"]))
+        grid.add_row(what, verdict_of_b, ratio, interval, style=colors.get(row["verdict"]))
     few = len(result["rows"]) - len(judged)
-    made.caption = f"{few} more with fewer than {LEAST_REPEATS} repeats a side: no verdict" if few else None
-    return made
+    grid.caption = f"{few} more with fewer than {LEAST_REPEATS} repeats a side: no verdict" if few else None
+    return grid
 
 
 _TITLE = "Run B against run A"
@@ -208,7 +209,7 @@ def _lines(result: Mapping[str, Any]) -> list[Line]:
         ),
     ]
     if result["differences"]:
-        names = ", ".join(one["what"] for one in result["differences"])
+        names = ", ".join(difference["what"] for difference in result["differences"])
         lines.append(Line(None, f"The runs differ in {names}: what is slower or faster may come from that."))
     if few:
         lines.append(Line(None, f"{few} more cannot be judged: too few repeats, three a side are the least."))
@@ -216,10 +217,10 @@ def _lines(result: Mapping[str, Any]) -> list[Line]:
 
 
 def _sections(result: Mapping[str, Any]) -> list[Section]:
-    made = []
+    sections = []
     if result["differences"]:
-        rows = [(one["what"], report.words(one["a"]), report.words(one["b"])) for one in result["differences"]]
-        made.append(Section("Where they differ", (), (), [Table(("what", "A", "B"), rows, words=3)]))
+        rows = [(row["what"], words(row["a"]), words(row["b"])) for row in result["differences"]]
+        sections.append(Section("Where they differ", (), (), [Table(("what", "A", "B"), rows, words=3)]))
     shown = [_speed(row) for row in result["rows"] if row["ratio"] is not None]
     alt = "How many times as fast B is as A, with its 95 % interval, for everything that both measured"
     text = (
@@ -231,13 +232,13 @@ def _sections(result: Mapping[str, Any]) -> list[Section]:
     text += " In the picture right is faster, for times too."
     text += f" It has the first {_MOST_DRAWN}." if len(shown) > _MOST_DRAWN else ""
     drawn = [Plot("compare", alt, partial(report_html.intervals, shown[:_MOST_DRAWN]))] if shown else []
-    made.append(
+    sections.append(
         Section("Measured by both", [text], drawn, [Table(_HEADS, [_cells(row) for row in result["rows"]], words=2)])
     )
     alone = [(run.upper(), what) for run in "ab" for what in result[f"only_{run}"]]
     if alone:
-        made.append(Section("Measured by one alone", (), (), [Table(("run", "what"), alone, words=2)]))
-    return made
+        sections.append(Section("Measured by one alone", (), (), [Table(("run", "what"), alone, words=2)]))
+    return sections
 
 
 def _speed(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,7 +255,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         row["what"],
         row["verdict"],
-        *(report.figure(row[side]["median"]) + unit for side in "ab"),
+        *(figure(row[side]["median"]) + unit for side in "ab"),
         "–" if row["ratio"] is None else f"{row['ratio']:.3f}",
         interval,
         f"{row['a']['repeats']}, {row['b']['repeats']}",

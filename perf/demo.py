@@ -5,13 +5,13 @@ Writes `<artifacts>/demo/detections.png` (a contact sheet) and `<artifacts>/demo
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from build.files import MODELS, write_json
 from perf.direct import CLIENTS
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from perf.bench import Bench
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = "shapes"
 DRAWN = 24
 DRAW_THRESHOLD = 0.5
@@ -44,7 +43,7 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     from build import pipeline, spec
     from build.gate import verify
     from models.shapes.scenes import write_split
-    from perf.bench import PICTURES, bench
+    from perf.bench import PICTURES, start_bench
     from perf.environment import machine, versions
     from perf.journal import Journal
     from perf.run import short
@@ -59,25 +58,25 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     pipeline.build_engines([MODEL], repository=repository)
     with console.status(f"drawing {images} held-out scenes (once; kept in {artifacts.name}/datasets)"):
         pictures, truth = write_split(artifacts / "datasets" / MODEL, "held_out", images)
-    sent, _ = verify.images_for(spec.load(ROOT / "models" / MODEL / "spec.toml"), artifacts / "datasets", PICTURES)
+    sent, _ = verify.images_for(spec.load(MODELS / MODEL / "spec.toml"), artifacts / "datasets", PICTURES)
 
-    with bench(repository, MODEL, list(sent), Journal()) as one:
-        server = one.server
+    with start_bench(repository, MODEL, list(sent), Journal()) as bench:
+        server = bench.server
         console.print(f"tritonserver {server.version} serves {MODEL}: gRPC {server.grpc_url}, HTTP {server.http_url}")
         with SSDClient(server.grpc_url, model=MODEL, shared_memory="system") as client:
-            found = client.detect(pictures[:DRAWN], score_threshold=DRAW_THRESHOLD)
-            sheet = contact_sheet([detections.draw() for detections in found])
+            detected = client.detect(pictures[:DRAWN], score_threshold=DRAW_THRESHOLD)
+            sheet = contact_sheet([detections.draw() for detections in detected])
             sheet.save(out / "detections.png")
             with console.status(f"evaluating {images} scenes through the server"):
                 evaluation_started = time.monotonic()
                 accuracy = evaluate_served(client, pictures, truth)
                 evaluation_seconds = time.monotonic() - evaluation_started
         with console.status("perf_analyzer: single stream, then 4 clients, beside the same model in process"):
-            load = _load(one, quick=quick)
+            load = _load(bench, quick=quick)
         summary = {
             "server_version": server.version,
-            "runtime": one.config.runtime,
-            "precision": one.config.precision,
+            "runtime": bench.config.runtime,
+            "precision": bench.config.precision,
             "map50": accuracy.map50,
             "map": accuracy.map,
             "map_by_size": {"small": accuracy.map_small, "medium": accuracy.map_medium, "large": accuracy.map_large},
@@ -88,7 +87,7 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
             "versions": versions(),
             "machine": machine(),
         }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(out / "summary.json", summary)
     console.print(_table(summary))
     console.print(f"done in {time.monotonic() - started:.0f} s; where to look next:")
     console.print(f"  {short(out / 'detections.png')}   what it sees: {DRAWN} held-out scenes with boxes")
@@ -99,19 +98,19 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     return summary
 
 
-def _load(one: Bench, *, quick: bool) -> dict[str, Any]:
+def _load(bench: Bench, *, quick: bool) -> dict[str, Any]:
     """The part of `invoke perf` that a first look needs: its ratio and single stream, and throughput by clients."""
     from perf import direct
-    from perf.run import WAYS, served_ratio, single_stream
+    from perf.ratio import TRANSPORTS, served_ratio, single_stream
 
-    rounds, seconds = (2, 0.6) if quick else (4, 0.8)
+    rounds, seconds = (2, 0.5) if quick else (3, 0.5)
     busy = direct.other_load()
-    with direct.beside(one.server, one.model, one.images, one.config) as raw:
-        single = single_stream(one, raw, rounds=rounds, seconds=seconds)
-        ratio = served_ratio(one, raw, rounds=rounds, seconds=seconds)
+    with direct.beside(bench.server, bench.model, bench.images, bench.config) as raw:
+        single = single_stream(bench, raw, rounds=rounds, seconds=seconds)
+        ratio = served_ratio(bench, raw, rounds=rounds, seconds=seconds)
     throughput = {}
     for clients in (1, 2):
-        record = one.point("concurrency", replace(WAYS["shm"], concurrency=clients), seconds=seconds, retries=0)
+        record = bench.point("concurrency", replace(TRANSPORTS["shm"], concurrency=clients), seconds=seconds, retries=0)
         throughput[str(clients)] = record["point"]["throughput"]
     return {
         "latency_ms": single["served_ms"],

@@ -1,4 +1,4 @@
-"""The same model in this process: the floor under everything that is served.
+"""The same model in this process: the baseline of everything that is served.
 
     with beside(server, "shapes", images, config) as direct:
         direct.throughput(1.0)  # images per second of n clients
@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from build import contract
 from build.errors import ServeError
+from build.session import runner
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
     from numpy.typing import NDArray
     from ssd_client.config import ModelConfig
 
@@ -31,12 +33,11 @@ if TYPE_CHECKING:
 
 CLIENTS = 4
 FEWEST = 20  # runs behind a percentile
-REQUESTS = 24  # behind a throughput that is compared
+REQUESTS, TRIAL_S = 24, 0.3  # behind a throughput that is compared, at least
 CLEARLY = 1.05  # times faster than the server's split another must be to be taken instead
 
 Feed = dict[str, "NDArray[np.generic]"]
 Runner = Callable[[Feed], Any]  # one request, answered
-Options = Callable[[int], Any]  # threads of a session → onnxruntime.SessionOptions
 
 
 class Direct:
@@ -64,9 +65,9 @@ class Direct:
         self.batch_size = len(next(iter(feeds[0].values())))
         self._feeds = feeds
         self._idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
-        for runner in runners:
-            runner(feeds[0])
-            self._idle.put(runner)
+        for run in runners:
+            run(feeds[0])
+            self._idle.put(run)
 
     def __str__(self) -> str:
         return f"{self.sessions} x {self.threads}"
@@ -79,11 +80,11 @@ class Direct:
         def client(number: int) -> int:
             done = 0
             while time.perf_counter() < deadline:
-                runner = self._idle.get()
+                run = self._idle.get()
                 try:
-                    runner(self._feeds[(number + done) % len(self._feeds)])
+                    run(self._feeds[(number + done) % len(self._feeds)])
                 finally:
-                    self._idle.put(runner)
+                    self._idle.put(run)
                 done += 1
             return done
 
@@ -113,7 +114,6 @@ def beside(
     *,
     batch_size: int = 1,
     clients: int = CLIENTS,
-    options: Options | None = None,
 ) -> Iterator[Direct]:
     """What a server serves, in this process, with the server's number of threads or of plans at once.
 
@@ -124,7 +124,6 @@ def beside(
         config: the model's, for its thresholds.
         batch_size: images of a request.
         clients: as for `Direct`.
-        options: as for `fastest`.
 
     Raises:
         ServeError: the served version has no model.onnx or model.plan here.
@@ -137,7 +136,7 @@ def beside(
     with contextlib.ExitStack() as closing:
         path = served_file(folder)
         if path.suffix == ".onnx":
-            yield fastest(path, requests, instances, threads, clients=clients, options=options)
+            yield fastest(path, requests, instances, threads, clients=clients)
         else:
             from build.publish import repository
             from build.tensorrt.plan import Plan
@@ -170,16 +169,8 @@ def served_file(folder: Path) -> Path:
     )
 
 
-def fastest(
-    path: Path,
-    requests: Sequence[Feed],
-    instances: int,
-    threads: int,
-    *,
-    clients: int = CLIENTS,
-    options: Options | None = None,
-) -> Direct:
-    """The split of all threads into sessions × threads that gets the most through: the opponent is given its best.
+def fastest(path: Path, requests: Sequence[Feed], instances: int, threads: int, *, clients: int = CLIENTS) -> Direct:
+    """The split of all threads into sessions × threads with the highest throughput: the strongest baseline.
 
     Its `latency` is that of one session with `threads` threads: what one instance of the server has.
 
@@ -189,12 +180,14 @@ def fastest(
         instances: the server's.
         threads: of each instance.
         clients: as for `Direct`.
-        options: makes each session's options; None = ONNX Runtime's own, with the number of threads set.
     """
+    import onnx
+
+    model = onnx.load(path)
     total = instances * threads
-    found = {
+    splits = {
         sessions: Direct(
-            _sessions(path, sessions, total // sessions, options or own_options),
+            _sessions(model, sessions, total // sessions),
             requests,
             threads=total // sessions,
             clients=clients,
@@ -202,39 +195,23 @@ def fastest(
         for sessions in range(1, total + 1)
         if total % sessions == 0
     }
-    rate = max(one.throughput(0.1) for one in found.values())
+    rate = max(candidate.throughput(0.1) for candidate in splits.values())
     # Long enough for whole requests to tell, and in turn: one may meet a busy moment.
-    seconds = max(0.3, REQUESTS * len(requests[0]["images"]) / rate)
-    trials = [[one.throughput(seconds) for one in found.values()] for _ in range(3)]
-    medians = dict(zip(found, map(statistics.median, zip(*trials, strict=True)), strict=True))
+    seconds = max(TRIAL_S, REQUESTS * len(requests[0]["images"]) / rate)
+    trials = [[candidate.throughput(seconds) for candidate in splits.values()] for _ in range(3)]
+    medians = dict(zip(splits, map(statistics.median, zip(*trials, strict=True)), strict=True))
     # What differs by less than a busy moment does: the server's own split, or the choice would change from run to run.
     medians[instances] *= CLEARLY
-    best = found[max(medians, key=lambda sessions: medians[sessions])]
-    best.single = found[instances].single
+    best = splits[max(medians, key=lambda sessions: medians[sessions])]
+    best.single = splits[instances].single
     return best
 
 
-def own_options(threads: int) -> Any:
-    """ONNX Runtime's defaults, but for the number of threads."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return options
-
-
-def _sessions(path: Path, count: int, threads: int, options: Options) -> list[Runner]:
+def _sessions(model: onnx.ModelProto, count: int, threads: int) -> list[Runner]:
     """As many as may run at once. Those of one thread run in their callers' threads: one session serves them all."""
     if threads == 1:
-        return [_session(path, threads, options)] * count
-    return [_session(path, threads, options) for _ in range(count)]
-
-
-def _session(path: Path, threads: int, options: Options) -> Runner:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), options(threads), providers=["CPUExecutionProvider"])
-    return lambda feed: session.run(None, feed)
+        return [runner(model, threads=1)] * count
+    return [runner(model, threads=threads) for _ in range(count)]
 
 
 def split(triton: Mapping[str, Any]) -> tuple[int, int]:

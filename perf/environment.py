@@ -12,9 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from build.files import ROOT
 from perf.direct import other_load
+from perf.load import PerfError
 
-ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient", "pycocotools")
 _OPTIONAL = ("onnxruntime-gpu", "torch", "tensorrt")
 
@@ -43,11 +44,11 @@ def capture(**given: str) -> dict[str, Any]:
 
 def versions(**given: str) -> dict[str, str]:
     """Versions of what the figures depend on, as far as it is installed, and those that the caller knows."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for name in (*_PACKAGES, *_OPTIONAL):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return {**found, **{name: version for name, version in given.items() if version}}
+            known[name] = metadata.version(name)
+    return {**known, **{name: version for name, version in given.items() if version}}
 
 
 def perf_analyzer() -> str:
@@ -63,10 +64,10 @@ def perf_analyzer() -> str:
                 text=True,
                 timeout=20,
             )
-    except (analyzer.PerfError, OSError, subprocess.SubprocessError):
+    except (PerfError, OSError, subprocess.SubprocessError):
         return ""
-    found = re.search(r"\d+(\.\d+)+", done.stdout + done.stderr)
-    return found[0] if found else ""
+    version = re.search(r"\d+(\.\d+)+", done.stdout + done.stderr)
+    return version[0] if version else ""
 
 
 def machine() -> dict[str, Any]:
@@ -87,8 +88,8 @@ def machine() -> dict[str, Any]:
 
 def governor() -> str:
     """The CPU's frequency governors, as Linux names them; empty where it shows none, as in most virtual machines."""
-    found = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
-    return ", ".join(sorted({line for path in found for line in _lines(path)}))
+    files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
+    return ", ".join(sorted({line for path in files for line in _lines(path)}))
 
 
 def container(root: Path = Path("/")) -> str:
@@ -107,7 +108,7 @@ def gpus() -> list[dict[str, Any]]:
     try:
         import pynvml  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
-        from build.doctor import Machine, find_gpu
+        from build.machine import Machine, find_gpu
 
         gpu = find_gpu(Machine())
         return [{"name": gpu.name, "memory_mib": gpu.memory_mib, "driver": gpu.driver}] if gpu else []

@@ -3,8 +3,8 @@
     journal = Journal(Path("artifacts/perf/2026-11-22T15-00-00/points.jsonl"))
     result = journal.measure({"series": "ratio", "repeat": 0}, lambda: {"throughput": 190.0})
 
-That is all there is to resuming a run: the code that plans it runs again, and what it measured before is read back.
-So a plan must be deterministic in the results that it sees, as a binary search is.
+A resumed run runs the same code again and reads back every measurement that is already in the journal. So what is
+measured next must depend on earlier results alone, as in a binary search.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from perf.analyzer import PerfError
+from perf.load import PerfError
 
 
 class Journal:

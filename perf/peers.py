@@ -111,7 +111,10 @@ def _side_by_side(
     for _ in range(rounds):
         for name, peer in ready.items():
             times[name].append(_round(peer, seconds))
-    speeds = {name: [batch_size * 1000 / statistics.fmean(one) for one in found] for name, found in times.items()}
+    speeds = {
+        name: [batch_size * 1000 / statistics.fmean(milliseconds) for milliseconds in series]
+        for name, series in times.items()
+    }
     rows: list[dict[str, Any]] = []
     for name in makers:
         row = {"name": name, "threads": threads, "batch_size": batch_size}
@@ -123,7 +126,7 @@ def _side_by_side(
             {
                 **row,
                 "images_per_second": speeds[name],
-                "median_ms": statistics.median(one for found in times[name] for one in found),
+                "median_ms": statistics.median(milliseconds for series in times[name] for milliseconds in series),
                 "ratio": statistics.median(ratios),
                 "note": ready[name].note,
             }
@@ -133,11 +136,11 @@ def _side_by_side(
 
 def _round(peer: Peer, seconds: float) -> list[float]:
     peer.timed()  # whatever ran before has left its data in the caches and its threads spinning
-    found: list[float] = []
+    times: list[float] = []
     deadline = time.perf_counter() + seconds
-    while len(found) < FEWEST or time.perf_counter() < deadline:
-        found.append(peer.timed())
-    return found
+    while len(times) < FEWEST or time.perf_counter() < deadline:
+        times.append(peer.timed())
+    return times
 
 
 def _why(error: Exception) -> str:
@@ -235,11 +238,11 @@ def network_of(spec: Spec) -> tuple[Any, str]:
     from build.graph.attach import load_source
 
     name, path = f"{spec.model.name}_network", _network_path(spec)
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None
-    assert found.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(found)  # torch.compile looks it up there
-    found.loader.exec_module(module)
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(module_spec)  # torch.compile looks it up there
+    module_spec.loader.exec_module(module)
     kinds = [
         kind
         for kind in vars(module).values()
@@ -251,7 +254,7 @@ def network_of(spec: Spec) -> tuple[Any, str]:
         )
     network = kinds[0]()
     state = network.state_dict()
-    trained = {one.name: numpy_helper.to_array(one) for one in load_source(spec).graph.initializer}
+    trained = {tensor.name: numpy_helper.to_array(tensor) for tensor in load_source(spec).graph.initializer}
     wanted = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     known = all(key in trained and trained[key].shape == tuple(value.shape) for key, value in wanted.items())
     if known:

@@ -5,47 +5,26 @@ Both are made of the same sections. What a run did not measure has no section.
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from build.reports.html import Table, number
+from build import files
 from perf import report_html as plots
-from perf.report_html import Line, Plot, Row, Section
-from perf.statistics import curves, saturation
+from perf.report_html import Line, Section
+from perf.sections import (
+    ANSWERS,
+    OVERHEAD_MS,
+    TARGETS,
+    TRANSPORTS,
+    Summary,
+    all_rows,
+    figure,
+    precisions,
+    sections,
+)
 
-# What is aimed at, on 2 cores with the model `shapes`: served / in-process throughput of 4 clients by precision and by
-# the way that pictures travel; what serving adds to a single stream's p50; and SSDNMS for 8732 x 21.
-TARGETS = {
-    "fp32": {"shm": 0.95, "grpc": 0.90, "http": 0.85},
-    "int8": {"shm": 0.90, "grpc": 0.80, "http": 0.75},
-}
-OVERHEAD_MS, SSD_NMS_MS = 1.0, 2.0
-WAYS = {"shm": "shared memory", "grpc": "gRPC", "http": "HTTP"}
-PARTS = {
-    "client_send": "client sends",
-    "network": "network",
-    "server_queue": "queue",
-    "server_input": "compute input",
-    "server_infer": "compute infer",
-    "server_output": "compute output",
-    "client_receive": "client receives",
-}
-CORES = {
-    "server_cores": "server",
-    "model_cores": "model's own processes",
-    "analyzer_cores": "perf_analyzer",
-    "other_cores": "others",
-}
-ANSWERS = ("checked", "wrong", "dropped", "late")
-_AXES = {"concurrency": ("concurrency", "clients"), "batch": ("batch_size", "images per request")}
-_PERCENTILES = ("p50", "p90", "p99")
 BUSY = 0.15  # of the cores taken by other programs: above it figures say little
-
-Summary = Mapping[str, Any]
 
 
 def write(folder: Path, summary: Summary) -> list[Path]:
@@ -63,12 +42,10 @@ def write(folder: Path, summary: Summary) -> list[Path]:
 
 def write_both(folder: Path, stem: str, text: str, page: str) -> list[Path]:
     """`<stem>.md` and `<stem>.html`, each whole or not at all."""
-    written = []
-    for name, content in ((f"{stem}.md", text), (f"{stem}.html", page)):
-        unfinished = folder / f".{name}"
-        unfinished.write_text(content, encoding="utf-8")
-        written.append(unfinished.replace(folder / name))
-    return written
+    paths = [folder / f"{stem}.md", folder / f"{stem}.html"]
+    for path, content in zip(paths, (text, page), strict=True):
+        files.write(path, content)
+    return paths
 
 
 def markdown(summary: Summary) -> str:
@@ -129,31 +106,31 @@ def verdict(summary: Summary) -> list[Line]:
 
 def _ratio_line(summary: Summary) -> Line:
     said, met = [], []
-    for precision, one in (summary.get("precisions") or {}).items():
-        ways = []
-        for way, value in (one.get("served_ratio") or {}).items():
-            target = TARGETS.get(precision, {}).get(way)
+    for precision, results in precisions(summary).items():
+        parts = []
+        for transport, value in (results.get("served_ratio") or {}).items():
+            target = TARGETS.get(precision, {}).get(transport)
             missed = target is not None and value < target
             wanted = f" (target {target:.2f}{', MISSED' * missed})" if target else ""
-            ways.append(f"{WAYS.get(way, way)} {figure(value)}{wanted}")
+            parts.append(f"{TRANSPORTS.get(transport, transport)} {figure(value)}{wanted}")
             met += [not missed] if target else []
-        said += [f"{precision} {', '.join(ways)}"] if ways else []
+        said += [f"{precision} {', '.join(parts)}"] if parts else []
     if not said:
         return Line(None, "Served against in-process: not measured.")
     return Line(all(met) if met else None, f"Served / in-process throughput, 4 clients: {'; '.join(said)}.")
 
 
 def _overhead_line(summary: Summary) -> Line:
-    found = {
-        precision: one["single_stream"]["overhead_ms"]
-        for precision, one in (summary.get("precisions") or {}).items()
-        if (one.get("single_stream") or {}).get("overhead_ms") is not None
+    overheads = {
+        precision: results["single_stream"]["overhead_ms"]
+        for precision, results in precisions(summary).items()
+        if (results.get("single_stream") or {}).get("overhead_ms") is not None
     }
-    if not found:
+    if not overheads:
         return Line(None, "Overhead of a single stream: not measured.")
-    said = ", ".join(f"{precision} {figure(value, 2)} ms" for precision, value in found.items())
+    said = ", ".join(f"{precision} {figure(value, 2)} ms" for precision, value in overheads.items())
     return Line(
-        max(found.values()) <= OVERHEAD_MS,
+        max(overheads.values()) <= OVERHEAD_MS,
         f"What serving adds to a single stream's p50: {said} (at most {OVERHEAD_MS:g} ms).",
     )
 
@@ -173,7 +150,7 @@ def _faults_line(summary: Summary) -> Line:
         return Line(None, "Faults: nothing was watched.")
     faults = list(dict.fromkeys(fault for row in rows for fault in row.get("faults") or ()))
     more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-    # Without shared memory perf_analyzer tells no single request's time, so that no stall could be seen.
+    # Without shared memory perf_analyzer does not report each request's time, and no stall can be seen.
     seen = sum(row.get("histogram") is not None for row in rows)
     looked = f" (every request's time was known at {seen} of {len(rows)} loads)" if seen < len(rows) else ""
     return Line(not faults, f"Faults: {'; '.join(faults[:3]) or 'none seen'}{more}{looked}.")
@@ -200,418 +177,3 @@ def _complete_line(summary: Summary) -> Line:
     return Line(
         not problems, f"Complete, but: {problems}." if problems else "Complete: all that was asked for is measured."
     )
-
-
-# -- the sections ------------------------------------------------------------------------------------------------------
-
-
-def all_rows(summary: Summary) -> list[Row]:
-    """The rows of all series; a load that is in several of them once."""
-    rows = [row for series in (summary.get("series") or {}).values() for row in series or ()]
-    return list({(row["precision"], str(row["load"])): row for row in rows}.values())
-
-
-def sections(summary: Summary) -> list[Section]:
-    """All that the summary has something for, in the order to read it."""
-    made = [
-        _served(summary),
-        _single_stream(summary),
-        _split(summary),
-        *(_sweep(summary, series) for series in _AXES),
-        _rate(summary),
-        _protocols(summary),
-        _distribution(summary),
-        _scenarios(summary),
-        _peers(summary),
-        _tune(summary),
-        _resources(summary),
-        _wrong(summary),
-        _facts("Environment", summary.get("environment")),
-        _facts("Settings", summary.get("settings")),
-        _raw(summary),
-    ]
-    return [one for one in made if one is not None]
-
-
-def _served(summary: Summary) -> Section | None:
-    rounds: dict[str, dict[str, list[float]]] = {}
-    rows = []
-    for precision, one in (summary.get("precisions") or {}).items():
-        if one.get("served_ratio"):
-            rounds[precision] = one.get("ratio_rounds") or {way: [value] for way, value in one["served_ratio"].items()}
-        for size, measured in ((1, one), ((one.get("batches") or {}).get("batch_size"), one.get("batches") or {})):
-            for way, value in (measured.get("served_ratio") or {}).items():
-                target = TARGETS.get(precision, {}).get(way) if size == 1 else None
-                each = (measured.get("ratio_rounds") or {}).get(way) or [value]
-                figures = [(measured.get("served_ips") or {}).get(way), measured.get("direct_ips"), value, target]
-                cells = [
-                    precision,
-                    WAYS.get(way, way),
-                    str(size),
-                    *(figure(known) if known else "" for known in figures),
-                ]
-                rows.append((*cells, " ".join(figure(ratio) for ratio in each)))
-    if not rows:
-        return None
-    threads = {
-        f"{precision}: {one['direct_threads']}"
-        for precision, one in summary["precisions"].items()
-        if one.get("direct_threads")
-    }
-    backends = {
-        f"{precision}: {one['backend']}" for precision, one in summary["precisions"].items() if one.get("backend")
-    }
-    text = (
-        "Bars are medians, dots the rounds, red lines the targets. "
-        + (f"Served by Triton's backend {', '.join(sorted(backends))}. " if backends else "")
-        + "Both sides were measured in turn, 4 clients each "
-        "with one picture on the way; in-process is the same model in one process with as many threads"
-        + (f" (sessions x threads, {', '.join(sorted(threads))})" if threads else "")
-        + ", no network and no copies."
-    )
-    heads = ("precision", "way", "batch", "served, images/s", "in-process, images/s", "ratio", "target", "rounds")
-    alt = "Served over in-process throughput by precision and way, with each round and the targets"
-    return Section(
-        "Served against in-process",
-        [text],
-        [Plot("served", alt, partial(plots.served, rounds, TARGETS, WAYS))] if rounds else [],
-        [Table(heads, rows, words=2)],
-    )
-
-
-def _single_stream(summary: Summary) -> Section | None:
-    rows = []
-    for precision, one in (summary.get("precisions") or {}).items():
-        single = one.get("single_stream") or {}
-        for name, key in (("served", "served_ms"), ("in-process", "direct_ms")):
-            if single.get(key):
-                rows.append((precision, name, *(figure(single[key].get(p)) for p in _PERCENTILES)))
-    text, nms = [], summary.get("ssd_nms")
-    if nms:
-        met = nms["median_ms"] <= SSD_NMS_MS
-        text.append(
-            f"SSDNMS alone, {nms['anchors']} anchors x {nms['classes']} classes on one thread, score threshold "
-            f"{nms['score_threshold']:g}: {figure(nms['median_ms'])} ms, median of {nms['runs']} runs "
-            f"({figure(nms['low_ms'])} to {figure(nms['high_ms'])}); the target of {SSD_NMS_MS:g} ms is "
-            f"{'met' if met else 'MISSED'}."
-        )
-        low = nms.get("low_threshold")
-        if low:
-            text.append(
-                f"With a score threshold of {low['score_threshold']:g}, where far more candidates compete: "
-                f"{figure(low['median_ms'])} ms."
-            )
-    if not rows and not text:
-        return None
-    tables = [Table(("precision", "", *(f"{p}, ms" for p in _PERCENTILES)), rows, words=2)] if rows else []
-    return Section("One picture at a time", text, (), tables)
-
-
-def _split(summary: Summary) -> Section | None:
-    rows = [(_name(row), row["parts_ms"]) for row in all_rows(summary) if any((row.get("parts_ms") or {}).values())]
-    if not rows:
-        return None
-    alt = "Share of each part in the average request, for every load"
-    text = "The average request of every load, split by where its time went; its whole time stands at the right."
-    return Section(
-        "Where the time goes",
-        [text],
-        [Plot("split", alt, partial(plots.stacked, rows, PARTS, "ms", shares=True))],
-    )
-
-
-def _sweep(summary: Summary, series: str) -> Section | None:
-    rows = (summary.get("series") or {}).get(series)
-    if not rows:
-        return None
-    axis, label = _AXES[series]
-    text = []
-    for name, points in curves(rows, axis).items():
-        found = saturation(points)
-        if found:
-            more = " It is the largest load that was tried: more might give more." if found["ends"] else ""
-            text.append(
-                f"{name} saturates at {found['label']}: {figure(found['throughput'])} images/s, {found['share']:.0%} "
-                f"of its best, p99 {figure(found['p99_ms'])} ms.{more}"
-            )
-    floor = {}
-    if series == "concurrency":
-        shown = {row["precision"] for row in rows}
-        floor = {
-            f"{precision} in-process": one["direct_ips"]
-            for precision, one in (summary.get("precisions") or {}).items()
-            if precision in shown and one.get("direct_ips")
-        }
-    title = {"concurrency": "More clients", "batch": "Larger batches"}[series]
-    alt = f"Throughput and latency percentiles over {label}, with the saturation point"
-    hint = "The ring is the smallest load with 95 % of the best throughput; the band reaches over the repeats" + (
-        "; dotted: in-process." if floor else "."
-    )
-    drawn = Plot(series, alt, partial(plots.sweep, rows, axis, label, floor))
-    return Section(title, [*text, hint], [drawn], [_brief(rows)])
-
-
-def _rate(summary: Summary) -> Section | None:
-    rows, slo = (summary.get("series") or {}).get("rate") or [], summary.get("slo")
-    if not rows and not slo:
-        return None
-    text, tables = [], []
-    if slo:
-        percentile = slo.get("percentile", "p99")
-        probes = [
-            (
-                f"{figure(one['rate'])} requests/s",
-                "held" if one["held"] else f"not held{': ' + one['why'] if one.get('why') else ''}",
-                figure(one.get(f"{percentile}_ms")),
-                figure(one.get("throughput")),
-            )
-            for one in slo.get("probes") or ()
-        ]
-        text.append(
-            f"{figure(slo['rate'])} requests/s (Poisson) is the highest rate found with {percentile} within "
-            f"{slo['bound_ms']:g} ms."
-        )
-        tables.append(Table(("probe", f"{slo['bound_ms']:g} ms", f"{percentile}, ms", "images/s"), probes, words=2))
-    if rows:
-        tables.insert(0, _brief(rows))
-    alt = "Latency percentiles over the rate of requests, with the bound and the highest rate that holds it"
-    return Section("Requests at a given rate", text, [Plot("rate", alt, partial(plots.rates, rows, slo))], tables)
-
-
-def _protocols(summary: Summary) -> Section | None:
-    rows = (summary.get("series") or {}).get("protocol")
-    return Section("Protocols and shared memory", tables=[_brief(rows)]) if rows else None
-
-
-def _brief(rows: Iterable[Row]) -> Table:
-    heads = ("load", "images/s", *(f"{p}, ms" for p in _PERCENTILES))
-    return Table(
-        heads,
-        [
-            (_name(row), figure(row["throughput"]["median"]), *(figure(row["latency_ms"].get(p)) for p in _PERCENTILES))
-            for row in rows
-        ],
-    )
-
-
-def _distribution(summary: Summary) -> Section | None:
-    series = summary.get("series") or {}
-    rows = plots.chosen(series.get("concurrency") or []) + plots.chosen(
-        [row for row in series.get("rate") or [] if row["load"].get("arrivals") == "poisson"]
-    )
-    if not rows:
-        return None
-    alt = "Distribution of the latency of chosen loads, and the share of requests that take longer"
-    return Section("How latency is spread", (), [Plot("spread", alt, partial(plots.distributions, rows))])
-
-
-def _scenarios(summary: Summary) -> Section | None:
-    rows, notes = [], []
-    for precision, found in (summary.get("scenarios") or {}).items():
-        single, offline, server = (found.get(name) or {} for name in ("single_stream", "offline", "server"))
-        if single:
-            rows.append(
-                (precision, "single stream", "90th percentile of the latency", f"{figure(single['p90_ms'])} ms")
-            )
-        if offline:
-            clients = f" from {offline['concurrency']} clients" if offline.get("concurrency") else ""
-            how = f"throughput in batches of {offline['batch_size']}{clients}"
-            rows.append((precision, "offline", how, f"{figure(offline['images_per_second'])} images/s"))
-        if server:
-            how = f"Poisson arrivals, p99 {figure(server.get('p99_ms'))} ms within {server['bound_ms']:g} ms"
-            rows.append((precision, "server", how, f"{figure(server['queries_per_second'])} queries/s"))
-        notes += [f"{name}: {one['note']}." for name, one in found.items() if (one or {}).get("note")]
-    if not rows:
-        return None
-    plain = [note.replace("_", " ") for note in dict.fromkeys(notes)]
-    return Section(
-        "MLPerf's scenarios", plain, (), [Table(("precision", "scenario", "metric", "result"), rows, words=3)]
-    )
-
-
-def _peers(summary: Summary) -> Section | None:
-    found = summary.get("peers") or []
-    ran = [one for one in found if one.get("images_per_second")]
-    if not found:
-        return None
-    noted = any(one.get("note") for one in ran)
-    rows = [
-        (
-            one["name"],
-            *([one.get("note", "")] if noted else []),
-            str(one["batch_size"]),
-            str(one["threads"]),
-            figure(statistics.median(one["images_per_second"])),
-            figure(one.get("median_ms")),
-            figure(one.get("ratio")),
-        )
-        for one in ran
-    ]
-    skipped = dict.fromkeys(f"{one['name']}: left out, {one['skipped']}" for one in found if one.get("skipped"))
-    heads = (
-        "peer, in process",
-        *(["note"] if noted else []),
-        "batch",
-        "threads",
-        "images/s",
-        "batch, ms",
-        "times ONNX Runtime fp32",
-    )
-    alt = "Images per second of every peer, with each repeat"
-    return Section(
-        "Peers",
-        ["The same network in one process, in turn within each round.", *skipped],
-        [Plot("peers", alt, partial(plots.peers, ran))] if ran else [],
-        [Table(heads, rows, words=1 + noted)] if ran else [],
-    )
-
-
-def _tune(summary: Summary) -> Section | None:
-    tune = summary.get("tune")
-    if not tune or not tune.get("candidates"):
-        return None
-    points, rows = [], []
-    for place, one in enumerate(tune["candidates"]):
-        name = f"{one['instances']} x {one['threads']}"
-        name += f", batching, delay {one['queue_delay_us']} us" if one["dynamic_batching"] else ""
-        front, best = place in tune["pareto"], one == tune["winner"]
-        marks = [
-            ("before", place == 0),
-            ("winner", best),
-            ("Pareto front", front),
-            ("beyond the bound", not one["held"]),
-        ]
-        said = "failed: " + one["failed"].splitlines()[0] if one["failed"] else ""
-        notes = said or ", ".join(mark for mark, is_so in marks if is_so)
-        rows.append((name, notes, figure(one["throughput"]), figure(one["p99_ms"]), str(one["rung"])))
-        if one["throughput"] is not None:
-            points.append(
-                {"name": name, "front": front, "winner": best, **{k: one[k] for k in ("throughput", "p99_ms")}}
-            )
-    written = "It is written to spec.toml." if tune.get("written") else "spec.toml stays as it was."
-    heads = ("instances x threads", "", "images/s", "p99, ms", "rung")
-    alt = "Throughput over p99 latency of the settings that were tried, with the Pareto front and the winner"
-    return Section(
-        "Tuning",
-        [f"{tune['why'][:1].upper()}{tune['why'][1:]}. {written}"],
-        [Plot("tune", alt, partial(plots.pareto, points, tune.get("bound_ms")))] if points else [],
-        [Table(heads, rows, words=2)],
-    )
-
-
-def _resources(summary: Summary) -> Section | None:
-    rows = [row for row in all_rows(summary) if row.get("resources")]
-    if not rows:
-        return None
-    used = [row["resources"] for row in rows]
-    heads = ["load", *(f"{name}, cores" for name in CORES.values()), "images per core"]
-    heads += ["server, MiB", "model's own processes, MiB", "perf_analyzer, MiB"]
-    memory = ("server_rss_mib", "model_rss_mib", "analyzer_rss_mib")
-    on_gpu = {"utilisation": "GPU, %", "memory_mib": "GPU, MiB", "watts": "W", "images_per_watt": "images per W"}
-    with_gpu = any(one.get("gpu") for one in used)
-    heads += on_gpu.values() if with_gpu else ()
-    cells = [
-        (
-            _name(row),
-            *(figure(one.get(name), 2) for name in (*CORES, "images_per_core")),
-            *(figure(one.get(name)) for name in memory),
-            *(figure((one.get("gpu") or {}).get(name)) for name in (on_gpu if with_gpu else ())),
-        )
-        for row, one in zip(rows, used, strict=True)
-    ]
-    alt = "Cores in use by the server, the model, perf_analyzer and others, for every load"
-    bars = [(_name(row), row["resources"]) for row in rows]
-    text = (
-        "Cores that were busy on average, by whom; images per core count the server and the model. A model runs inside "
-        "the server, unless its backend has processes of its own, as the python backend does."
-    )
-    return Section(
-        "Cores and memory",
-        [text],
-        [Plot("cores", alt, partial(plots.stacked, bars, CORES, "cores", shares=False))],
-        [Table(heads, cells)],
-    )
-
-
-def _wrong(summary: Summary) -> Section | None:
-    rows = []
-    for row in all_rows(summary):
-        answers = row.get("answers") or {}
-        if row.get("faults") or any(answers.get(name) for name in ANSWERS[1:]):
-            said = "; ".join([*(row.get("faults") or ()), *(answers.get("examples") or ())])
-            rows.append((_name(row), said, *(str(answers.get(name, "")) for name in ANSWERS)))
-    return (
-        Section("Wrong answers and faults", (), (), [Table(("load", "what", *ANSWERS), rows, words=2)])
-        if rows
-        else None
-    )
-
-
-def _facts(title: str, facts: Mapping[str, Any] | None) -> Section | None:
-    rows = [(name, words(value)) for name, value in flat(facts or {}).items()]
-    return Section(title, (), (), [Table(("what", "value"), rows, words=2)]) if rows else None
-
-
-def _raw(summary: Summary) -> Section | None:
-    tables = []
-    for series, rows in (summary.get("series") or {}).items():
-        if rows:
-            latency = list(dict.fromkeys(name for row in rows for name in row["latency_ms"]))
-            heads = [series, "images/s", "lowest", "highest", "each repeat", *(f"{name}, ms" for name in latency)]
-            heads += [f"{name}, ms" for name in PARTS.values()] + list(ANSWERS)
-            cells = [
-                (
-                    _name(row),
-                    *(figure(row["throughput"].get(name), 4) for name in ("median", "low", "high")),
-                    " ".join(figure(value, 4) for value in row["throughput"]["values"]),
-                    *(figure(row["latency_ms"].get(name), 4) for name in latency),
-                    *(figure((row.get("parts_ms") or {}).get(name)) for name in PARTS),
-                    *(str((row.get("answers") or {}).get(name, "–")) for name in ANSWERS),
-                )
-                for row in rows
-            ]
-            tables.append(Table(heads, cells))
-    if not tables:
-        return None
-    text = ["Medians over the repeats. The same and more is in summary.json."]
-    unsteady = [_name(row) for row in all_rows(summary) if not row.get("stable", True)]
-    if unsteady:
-        text.append(f"Not steady, windows that differ by more than 10 %: {'; '.join(unsteady)}.")
-    return Section("Every figure", text, (), tables)
-
-
-# -- words -------------------------------------------------------------------------------------------------------------
-
-
-def _name(row: Row) -> str:
-    return f"{row['precision']}, {row['label']}"
-
-
-def figure(value: Any, digits: int = 3) -> str:
-    """A figure with so many digits; a dash where there is none."""
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return ("-" if value < 0 else "") + number(abs(value), digits)
-    return "–"
-
-
-def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Facts within facts as one level, such as `versions.python`."""
-    found: dict[str, Any] = {}
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
-
-
-def words(value: Any) -> str:
-    if value is None or value == "" or value == []:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {words(one)}" for name, one in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(words(one) for one in value)
-    return str(value)

@@ -109,10 +109,10 @@ class Sampler:
             stubs = self._children(self._server_process) if whole else self._model.processes
             self._model.look(stubs, first)
         if not any(process.is_running() for process in self._analyzer.processes):
-            found = [child for child in self._children(self._psutil.Process()) if _is_analyzer(child)]
+            analyzers = [child for child in self._children(self._psutil.Process()) if _is_analyzer(child)]
         else:
-            found = self._analyzer.processes
-        self._analyzer.look(found, first)
+            analyzers = self._analyzer.processes
+        self._analyzer.look(analyzers, first)
         if self._gpu is not None:
             self._gpu.look()
 
@@ -191,12 +191,12 @@ class _Gpu:
                 self._samples[name].append(ask())
 
     def result(self, images_per_second: float) -> dict[str, float | None]:
-        found: dict[str, float | None] = {
+        figures: dict[str, float | None] = {
             name: (max if name == "memory_mib" else statistics.fmean)(values) if values else None
             for name, values in self._samples.items()
         }
-        watts = found["watts"]
-        return {**found, "images_per_watt": images_per_second / watts if watts else None}
+        watts = figures["watts"]
+        return {**figures, "images_per_watt": images_per_second / watts if watts else None}
 
     def close(self) -> None:
         with contextlib.suppress(self._nvml.NVMLError):

@@ -4,8 +4,8 @@ scenarios.
     find_rate(bench, bound_ms=20)["rate"]      # SLO: the highest Poisson rate with p99 <= 20 ms
     single_stream(bench), offline(bench), server(bench)
 
-Every measurement goes through `bench.point`, and what is measured next depends on results alone: a run that is resumed
-asks for the same points again and finds them in its journal.
+Every measurement goes through `bench.point`, and the next point depends on earlier results alone: a resumed run repeats
+the same probes and takes their results from its journal.
 
 The scenarios are those of the MLPerf Inference Rules (github.com/mlcommons/inference_policies, inference_rules.adoc,
 commit 848b9ab), section 3 "Scenarios" and section 5.1 "LoadGen Operation". What is measured here is no MLPerf result:
@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from build.errors import OptionError, SSDError
-from perf.analyzer import Load, PerfError
+from perf.load import Load, PerfError
 
 if TYPE_CHECKING:
     from perf.bench import Bench
@@ -91,7 +91,7 @@ def find_rate(
         high = max(high, 2 * low) if low else high
     lower, upper = _rounded(low or high / 10), _rounded(high)
     probes: list[dict[str, Any]] = []
-    found = {"bound_ms": bound_ms, "percentile": percentile, "probes": probes}
+    result = {"bound_ms": bound_ms, "percentile": percentile, "probes": probes}
 
     def held(rate: float) -> bool:
         arriving = dataclasses.replace(load, concurrency=None, rate=rate, arrivals="poisson")
@@ -105,13 +105,13 @@ def find_rate(
             break
         lower, upper = upper, _rounded(upper * _GROWTH)
     else:
-        return {**found, "rate": lower, "note": f"still held at {lower:g} requests/s, the highest rate that was tried"}
+        return {**result, "rate": lower, "note": f"still held at {lower:g} requests/s, the highest rate that was tried"}
     while upper - lower > tolerance * upper:
         middle = _rounded((lower + upper) / 2)
         if middle in (lower, upper):
             break
         lower, upper = (middle, upper) if held(middle) else (lower, middle)
-    return {**found, "rate": lower, "note": ""}
+    return {**result, "rate": lower, "note": ""}
 
 
 def single_stream(bench: Bench, *, seconds: float = 3.0, load: Load | None = None) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def offline(
         full = _closed(load, count, batch)
         point = _point(bench, "offline", full, seconds)
         tried.append({"batch_size": batch, "concurrency": count, "images_per_second": point["throughput"]})
-    best = max(tried, key=lambda one: one["images_per_second"])
+    best = max(tried, key=lambda attempt: attempt["images_per_second"])
     size = {key: best[key] for key in ("batch_size", "concurrency")}
     point = _point(bench, "offline", _closed(load, best["concurrency"], best["batch_size"]), seconds, repeat=1)
     samples = point["requests"] * best["batch_size"]
@@ -192,15 +192,15 @@ def server(
     load = dataclasses.replace(load or Load(), batch_size=1)
     if bound_ms is None:
         bound_ms = default_bound(single_stream(bench, seconds=seconds, load=load)["p50_ms"])
-    found = find_rate(bench, bound_ms, tolerance=tolerance, seconds=seconds, load=load)
-    rate = found["rate"]
-    p99 = next(probe["p99_ms"] for probe in found["probes"] if probe["rate"] == rate)
+    search = find_rate(bench, bound_ms, tolerance=tolerance, seconds=seconds, load=load)
+    rate = search["rate"]
+    p99 = next(probe["p99_ms"] for probe in search["probes"] if probe["rate"] == rate)
     note = _note(seconds, f"about {rate * _length(rate, seconds):.0f} queries at the rate that was found")
     return {
         "queries_per_second": rate,
         "p99_ms": p99,
         "bound_ms": bound_ms,
-        "probes": found["probes"],
+        "probes": search["probes"],
         "note": note,
     }
 
@@ -247,7 +247,7 @@ def _probe(
 
 
 def _median(values: Iterable[float]) -> float | None:
-    return statistics.median(found) if (found := list(values)) else None
+    return statistics.median(known) if (known := list(values)) else None
 
 
 def _judge(point: Mapping[str, Any], load: Load, bound_ms: float, percentile: str) -> tuple[str, bool]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from perf.analyzer import Load
+from perf.load import Load
 
 ENOUGH = 0.95  # of the best throughput of a series: there it is saturated
 LEAST_REPEATS = 3
@@ -50,7 +50,7 @@ def aggregate(records: Sequence[Mapping[str, Any]], precision: str = "") -> dict
         "label": str(Load.from_dict(first["load"])),
         "throughput": {"median": statistics.median(values), "low": min(values), "high": max(values), "values": values},
         "latency_ms": _medians(latency),
-        "latency_values": {name: [one[name] for one in latency if name in one] for name in ("p50", "p99")},
+        "latency_values": {name: [row[name] for row in latency if name in row] for name in ("p50", "p99")},
         "parts_ms": _medians([point["parts_ms"] for point in points]),
         "requests": sum(point.get("requests", 0) for point in points),
         "errors": sum(point.get("errors", 0) for point in points),
@@ -67,39 +67,39 @@ def summed_answers(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
     if not answers:
         return None
     sums: dict[str, Any] = {
-        name: sum(one.get(name, 0) for one in answers) for name in ("checked", "wrong", "dropped", "late")
+        name: sum(record.get(name, 0) for record in answers) for name in ("checked", "wrong", "dropped", "late")
     }
-    sums["examples"] = list(dict.fromkeys(text for one in answers for text in one.get("examples") or ()))[:5]
+    sums["examples"] = list(dict.fromkeys(text for record in answers for text in record.get("examples") or ()))[:5]
     return sums
 
 
 def _medians(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The median of each figure, inner ones included; what is no figure is the first's."""
-    found: dict[str, Any] = {}
+    medians: dict[str, Any] = {}
     for name in dict.fromkeys(name for record in records for name in record):
         values = [record[name] for record in records if record.get(name) is not None]
         if values and isinstance(values[0], Mapping):
-            found[name] = _medians(values)
+            medians[name] = _medians(values)
         elif values and all(isinstance(value, (int, float)) for value in values):
-            found[name] = statistics.median(values)
+            medians[name] = statistics.median(values)
         else:
-            found[name] = values[0] if values else None
-    return found
+            medians[name] = values[0] if values else None
+    return medians
 
 
 def merged_histogram(histograms: Sequence[Mapping[str, Any]]) -> dict[str, list[float]] | None:
     """Several histograms as one over the bins of the finest; a bin that is cut gives each side its share."""
     import numpy as np
 
-    usable = [one for one in histograms if len(one["edges_ms"]) == len(one["counts"]) + 1 > 1]
+    usable = [part for part in histograms if len(part["edges_ms"]) == len(part["counts"]) + 1 > 1]
     if not usable:
         return None
-    edges = max((one["edges_ms"] for one in usable), key=len)
-    if any(list(one["edges_ms"]) != list(edges) for one in usable):
-        low, high = min(one["edges_ms"][0] for one in usable), max(one["edges_ms"][-1] for one in usable)
+    edges = max((part["edges_ms"] for part in usable), key=len)
+    if any(list(part["edges_ms"]) != list(edges) for part in usable):
+        low, high = min(part["edges_ms"][0] for part in usable), max(part["edges_ms"][-1] for part in usable)
         edges = np.geomspace(low, high, len(edges)) if low > 0 else np.linspace(low, high, len(edges))
-        edges[0], edges[-1] = low, high  # exactly, so that nothing falls beside it
-    below = sum(np.interp(edges, one["edges_ms"], np.cumsum([0, *one["counts"]])) for one in usable)
+        edges[0], edges[-1] = low, high  # exactly: nothing may fall outside
+    below = sum(np.interp(edges, part["edges_ms"], np.cumsum([0, *part["counts"]])) for part in usable)
     return {"edges_ms": [float(edge) for edge in edges], "counts": [float(count) for count in np.diff(below)]}
 
 
@@ -120,7 +120,7 @@ def saturation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
     Returns:
         `precision`, `load`, `label`, `throughput` (images/s), `best` (likewise, of the series), `share` (of it),
-        `p99_ms`, and `ends`: whether it is the largest load of all, so that more might still give more. None where
+        `p99_ms`, and `ends`: whether it is the largest load of all (a larger one might reach more). None where
         there are fewer than two loads.
     """
     curve = [row for row in rows if _kind(row) == _kind(rows[0])]
@@ -128,16 +128,16 @@ def saturation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     best = max(row["throughput"]["median"] for row in curve)
     ordered = sorted(curve, key=lambda row: amount(row["load"]))
-    found = next(row for row in ordered if row["throughput"]["median"] >= ENOUGH * best)
+    first = next(row for row in ordered if row["throughput"]["median"] >= ENOUGH * best)
     return {
-        "precision": found["precision"],
-        "load": found["load"],
-        "label": found["label"],
-        "throughput": found["throughput"]["median"],
+        "precision": first["precision"],
+        "load": first["load"],
+        "label": first["label"],
+        "throughput": first["throughput"]["median"],
         "best": best,
-        "share": found["throughput"]["median"] / best if best else 1.0,
-        "p99_ms": found["latency_ms"].get("p99"),
-        "ends": found is ordered[-1],
+        "share": first["throughput"]["median"] / best if best else 1.0,
+        "p99_ms": first["latency_ms"].get("p99"),
+        "ends": first is ordered[-1],
     }
 
 
@@ -158,10 +158,10 @@ def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str
     """
     fields = [name for name in ("concurrency", "batch_size", "protocol", "shared_memory", "arrivals") if name != axis]
     several = [name for name in fields if len({row["load"].get(name) for row in rows}) > 1]
-    found: dict[str, list[dict[str, Any]]] = {}
+    named: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["load"].get(axis) or 0):
-        found.setdefault(", ".join([row["precision"], *(_said(name, row["load"]) for name in several)]), []).append(row)
-    return found
+        named.setdefault(", ".join([row["precision"], *(_said(name, row["load"]) for name in several)]), []).append(row)
+    return named
 
 
 def _said(name: str, load: Mapping[str, Any]) -> str:

@@ -32,10 +32,9 @@ from build.publish import backend
 from build.publish import config as publish
 from build.publish import repository as store
 from build.spec import Spec, edit
-from perf.analyzer import Load, PerfError
-from perf.bench import Bench
-from perf.bench import bench as start_bench
+from perf.bench import Bench, start_bench
 from perf.journal import Journal
+from perf.load import Load, PerfError
 from perf.scenarios import default_bound, single_stream
 from perf.statistics import verdict
 
@@ -183,19 +182,19 @@ def search(
     Raises:
         SSDError: the present setting cannot be measured. Any other that cannot only leaves the search.
     """
-    tried = {one: Tried(one) for one in [present, *others]}
-    left = [one for one in tried if one != present]
+    tried = {candidate: Tried(candidate) for candidate in [present, *others]}
+    left = [candidate for candidate in tried if candidate != present]
 
-    def take(one: Candidate, rung: int, repeat: int, length: float) -> None:
-        entry = tried[one]
+    def take(candidate: Candidate, rung: int, repeat: int, length: float) -> None:
+        entry = tried[candidate]
         if entry.failed:
             return
         if repeat == 0:
             entry.rung, entry.throughput, entry.p99_ms = rung, [], []
         try:
-            throughput, p99_ms = measure(one, rung, repeat, length)
+            throughput, p99_ms = measure(candidate, rung, repeat, length)
         except SSDError as error:
-            if one == present:
+            if candidate == present:
                 raise
             entry.failed = str(error)
         else:
@@ -204,17 +203,19 @@ def search(
 
     rung = 0
     while len(left) > FINALISTS:
-        for one in [present, *left]:
-            take(one, rung, 0, seconds * 2**rung)
-        best = sorted((one for one in left if not tried[one].failed), key=lambda one: tried[one].rank(bound_ms))
+        for candidate in [present, *left]:
+            take(candidate, rung, 0, seconds * 2**rung)
+        working = [candidate for candidate in left if not tried[candidate].failed]
+        best = sorted(working, key=lambda candidate: tried[candidate].rank(bound_ms))
         left = best[: max(FINALISTS, math.ceil(len(left) / 2))]
         rung += 1
     for repeat in range(ROUNDS):
         finalists = [present, *left]
-        for one in finalists if repeat % 2 == 0 else reversed(finalists):  # who comes first is not always the same
-            take(one, rung, repeat, seconds * 2**rung)
-    rest = sorted((one for one in tried.values() if one.candidate != present), key=lambda one: one.rank(bound_ms))
-    return [tried[present], *sorted(rest, key=lambda one: -one.rung)]
+        # The first place alternates: whoever has it may gain or lose by that.
+        for candidate in finalists if repeat % 2 == 0 else reversed(finalists):
+            take(candidate, rung, repeat, seconds * 2**rung)
+    rest = [entry for entry in tried.values() if entry.candidate != present]
+    return [tried[present], *sorted(rest, key=lambda entry: (-entry.rung, *entry.rank(bound_ms)))]
 
 
 def measurements(others: int) -> int:
@@ -236,8 +237,8 @@ def decide(tried: Sequence[Tried], bound_ms: float) -> tuple[Tried, bool, str]:
         bound_ms: as there.
     """
     present = tried[0]
-    final = [one for one in tried if one.rung == present.rung and not one.failed]
-    winner = min(final, key=lambda one: one.rank(bound_ms))
+    final = [entry for entry in tried if entry.rung == present.rung and not entry.failed]
+    winner = min(final, key=lambda entry: entry.rank(bound_ms))
     if winner is present:
         return winner, False, f"the present setting ({present.candidate}) is the best of {len(tried)}"
     if present.held(bound_ms):
@@ -261,7 +262,7 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> list[int]:
         as_good: bool = a["throughput"] >= b["throughput"] and a["p99_ms"] <= b["p99_ms"]
         return as_good and (a["throughput"], a["p99_ms"]) != (b["throughput"], b["p99_ms"])
 
-    return [one for one in usable if not any(beats(rows[other], rows[one]) for other in usable)]
+    return [number for number in usable if not any(beats(rows[other], rows[number]) for other in usable)]
 
 
 # -- on real servers ---------------------------------------------------------------------------------------------------
@@ -309,7 +310,7 @@ def tune(
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from ssd_client import SSDClientError
 
-    say = console or Console(highlight=False, soft_wrap=True)
+    show = console or Console(highlight=False, soft_wrap=True)
     if not 0 < seconds < math.inf:
         raise OptionError(f"seconds is {seconds!r}, but must be a number greater than 0")
     traffic = traffic or Load(concurrency=4)
@@ -318,16 +319,16 @@ def tune(
     target = Target.of(manifest)
     runtime, precision = target.runtime, target.precision
     present = Candidate.of_config(publish.config(spec, 0, target, "", backend.of(manifest)))
-    others = [one for one in others or candidates(publish.cores(), runtime) if one != present]
+    others = [candidate for candidate in others or candidates(publish.cores(), runtime) if candidate != present]
 
     def on_server(candidate: Candidate, function: Callable[[Bench], dict[str, Any]], **what: Any) -> dict[str, Any]:
         def run() -> dict[str, Any]:
             try:
                 with (
                     variant(spec, published, candidate) as repository,
-                    serving(repository, name, images, Journal()) as one,
+                    serving(repository, name, images, Journal()) as bench,
                 ):
-                    return function(one)
+                    return function(bench)
             except (SSDClientError, OSError) as error:  # of a server that went between two requests
                 raise TuneError(f"the server of {candidate} failed: {error}") from error
 
@@ -336,22 +337,22 @@ def tune(
 
     if bound_ms is None:
         single = on_server(
-            present, lambda one: single_stream(one, seconds=seconds, load=traffic), alone=True, seconds=seconds
+            present, lambda bench: single_stream(bench, seconds=seconds, load=traffic), alone=True, seconds=seconds
         )
         bound_ms = default_bound(single["p50_ms"])
     count = measurements(len(others))
-    say.print(f"{name}: {len(others)} settings against {present}, p99 <= {bound_ms:g} ms at {traffic}", markup=False)
+    show.print(f"{name}: {len(others)} settings against {present}, p99 <= {bound_ms:g} ms at {traffic}", markup=False)
     columns = (TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=say, transient=True, disable=not say.is_terminal) as progress:
+    with Progress(*columns, console=show, transient=True, disable=not show.is_terminal) as progress:
         task = progress.add_task("", total=count)
 
         def measure(candidate: Candidate, rung: int, repeat: int, length: float) -> tuple[float, float]:
             progress.update(task, description=f"rung {rung}: {candidate}")
             check = rung == 0 and repeat == 0  # that each answers right is seen once; then figures are undisturbed
 
-            def point(one: Bench) -> dict[str, Any]:
+            def point(bench: Bench) -> dict[str, Any]:
                 # All for the same time, steady or not: the next rung is what doubt costs.
-                ask = functools.partial(one.point, "tune", traffic, seconds=length, check=check, retries=0)
+                ask = functools.partial(bench.point, "tune", traffic, seconds=length, check=check, retries=0)
                 try:
                     return ask()
                 except PerfError:  # perf_analyzer fails now and then for reasons of its own
@@ -360,14 +361,14 @@ def tune(
             try:
                 return _figures(on_server(candidate, point, rung=rung, repeat=repeat, seconds=length), traffic)
             except SSDError as error:
-                say.print(f"{candidate}: {error}", markup=False)
+                show.print(f"{candidate}: {error}", markup=False)
                 raise
             finally:
                 progress.advance(task)
 
         tried = search(present, others, measure, bound_ms, seconds)
     winner, better, why = decide(tried, bound_ms)
-    rows = [one.as_dict(bound_ms) for one in tried]
+    rows = [entry.as_dict(bound_ms) for entry in tried]
     best = rows[tried.index(winner)]
     result = {
         "candidates": rows,
@@ -380,16 +381,16 @@ def tune(
         "written": better and write,
         "why": why,
     }
-    say.print(table(result))
-    say.print(f"{name}: {why}", markup=False)
+    show.print(table(result))
+    show.print(f"{name}: {why}", markup=False)
     if result["written"]:
         edit(
             spec.path,
             {f"serving.{key}": value for key, value in _changes(spec, present, winner.candidate, runtime).items()},
         )
-        say.print(f"{name}: written to [serving] of {spec.path}; publish it: invoke build-engines", markup=False)
+        show.print(f"{name}: written to [serving] of {spec.path}; publish it: invoke build-engines", markup=False)
     else:
-        say.print(f"{name}: {spec.path.name} stays as it is", markup=False)
+        show.print(f"{name}: {spec.path.name} stays as it is", markup=False)
     return result
 
 
@@ -397,9 +398,9 @@ def table(result: Mapping[str, Any], most: int = 12) -> Table:
     """The settings that got furthest and the Pareto front."""
     from rich.table import Table
 
-    made = Table(title=f"p99 <= {result['bound_ms']:g} ms", title_justify="left")
+    grid = Table(title=f"p99 <= {result['bound_ms']:g} ms", title_justify="left")
     for column in ("instances x threads", "images/s", "p99, ms", "rung", ""):
-        made.add_column(column, justify="right" if column in ("images/s", "p99, ms", "rung") else "left")
+        grid.add_column(column, justify="right" if column in ("images/s", "p99, ms", "rung") else "left")
     for number, row in enumerate(result["candidates"]):
         if number >= most and number not in result["pareto"]:
             continue
@@ -409,8 +410,8 @@ def table(result: Mapping[str, Any], most: int = 12) -> Table:
         notes += ["Pareto front"] if number in result["pareto"] else []
         notes += ["failed"] if row["failed"] else [] if row["held"] else ["beyond the bound"]
         figures = ["", ""] if row["failed"] else [f"{row['throughput']:.0f}", f"{row['p99_ms']:.1f}"]
-        made.add_row(str(Candidate(**fields)), *figures, str(row["rung"]), ", ".join(notes))
-    return made
+        grid.add_row(str(Candidate(**fields)), *figures, str(row["rung"]), ", ".join(notes))
+    return grid
 
 
 @contextmanager
@@ -463,8 +464,8 @@ def _figures(record: Mapping[str, Any], traffic: Load) -> tuple[float, float]:
     point, answers = record["point"], record["answers"] or {}
     bad = {"wrong": answers.get("wrong", 0), "dropped": answers.get("dropped", 0), "failed": point["errors"]}
     if any(bad.values()):
-        found = ", ".join(f"{count} {what}" for what, count in bad.items() if count)
+        counts = ", ".join(f"{count} {what}" for what, count in bad.items() if count)
         raise TuneError(
-            f"under {traffic} its answers were not all right: {found}", why="; ".join(answers.get("examples", ()))
+            f"under {traffic} its answers were not all right: {counts}", why="; ".join(answers.get("examples", ()))
         )
     return point["throughput"], point["latency_ms"]["p99"]

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from build.serve import TritonServer
 
@@ -31,16 +33,22 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def python_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, with the python backend: what is served where there is no C++ compiler, in processes of its own."""
-    from build.pipeline import build_engines
+def python_repository(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same file with the python backend: what is served where there is no C++ compiler, in processes of its own."""
+    from build import spec
+    from build.contract import Target
+    from build.publish import backend
+    from build.publish import repository as store
 
     folder = tmp_path_factory.mktemp("published-python")
     shutil.copytree(ROOT / "models" / "shapes", folder / "models" / "shapes")
-    spec = folder / "models" / "shapes" / "spec.toml"
-    spec.write_text(spec.read_text().replace("[serving]\n", '[serving]\nbackend = "python"\n'))
-    target, artifacts = folder / "model_repository", folder / "artifacts"
-    build_engines(["shapes"], "onnxruntime", repository=target, artifacts=artifacts, sources=folder / "models")
+    source = folder / "models" / "shapes" / "spec.toml"
+    spec.edit(source, {"serving.backend": backend.PYTHON})
+    built, manifest = store.served(repository, "shapes")
+    facts = {"verified": manifest["verified"]}
+    served_by = backend.prepare(backend.PYTHON)
+    target = folder / "model_repository"
+    store.publish(spec.load(source), built / "model.onnx", target, Target("onnxruntime"), facts, served_by)
     return target
 
 
@@ -74,7 +82,7 @@ def native() -> None:
 
 @dataclass(frozen=True)
 class Traces:
-    """Finds what the servers of one test leave, and nothing of anyone else's.
+    """What the servers of a test leave, and nothing of anyone else's.
 
     Attributes:
         token: in the environment of their processes and in their names in /dev/shm.
@@ -84,12 +92,12 @@ class Traces:
 
     def processes(self) -> set[str]:
         """Their processes, the dead ones that nobody collected not counted."""
-        found = set()
+        running = set()
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if process.pid != os.getpid() and process.environ().get(TOKEN) == self.token:
-                    found.add(f"{process.name()} {process.pid}")
-        return found
+                    running.add(f"{process.name()} {process.pid}")
+        return running
 
     def regions(self) -> set[str]:
         """Their names in /dev/shm."""
@@ -105,12 +113,30 @@ class Traces:
         return True
 
 
+def new_traces() -> Traces:
+    """Traces of servers that are started with its token in their environment and as `build.serve.SHM_PREFIX`."""
+    return Traces(f"ssd-test-{uuid.uuid4().hex[:8]}")
+
+
 @pytest.fixture
 def traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
     """Fails the test if a process of its servers outlives it, or something of theirs stays in /dev/shm."""
-    token = f"ssd-test-{uuid.uuid4().hex[:8]}"
-    monkeypatch.setenv(TOKEN, token)
-    monkeypatch.setattr("build.serve.SHM_PREFIX", token)
-    found = Traces(token)
-    yield found
-    assert found.gone(), (found.processes(), found.regions())
+    traces = new_traces()
+    monkeypatch.setenv(TOKEN, traces.token)
+    monkeypatch.setattr("build.serve.SHM_PREFIX", traces.token)
+    yield traces
+    assert traces.gone(), (traces.processes(), traces.regions())
+
+
+def unregister(client: Any, region: str) -> None:
+    """Unregisters shared memory; the server holds it until shortly after the answer is on its way."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            client.unregister_system_shared_memory(region)
+        except InferenceServerException as error:
+            if "currently in use" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return

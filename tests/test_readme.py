@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ def test_only_these_blocks_do_not_run() -> None:
 )
 def test_block_runs(block: Block, triton_server: TritonServer, tmp_path: Path) -> None:
     scene("held_out", 0).image.save(tmp_path / "picture.jpg", quality=95)
+    started = time.time()
     text = block.text.replace("localhost:8001", triton_server.grpc_url)
     if block.language == "python":
         command, folder = [sys.executable, "-c", text], tmp_path
@@ -62,6 +64,9 @@ def test_block_runs(block: Block, triton_server: TritonServer, tmp_path: Path) -
         )
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
+    if block.text == "./invoke demo\n":
+        for name in ("detections.png", "summary.json"):
+            assert (ROOT / "artifacts" / "demo" / name).stat().st_mtime > started
     if block.language == "python":
         assert (tmp_path / "picture-detections.png").stat().st_size > 0
         assert done.stdout.strip(), "no detection in a scene that has objects"

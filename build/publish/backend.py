@@ -1,8 +1,8 @@
 """What runs a model's ONNX file inside tritonserver on a CPU: our own backend in C++, else the python backend.
 
-Both are in build/publish/backends/<Triton's name of it>/ and give the same answers. Ours runs in the server's process
-and copies nothing (docs/perf.md: what that gains). The first publish compiles it, which takes a C++ compiler and the
-ONNX Runtime library of the installed package, no other headers or libraries.
+Both lie in build/publish/backends/, each in a folder of Triton's name for it, and give the same answers. Ours runs in
+the server's process and copies nothing (docs/perf.md has the gain). The first publish compiles it. That takes a C++
+compiler and the ONNX Runtime library of the installed package, and no other headers or libraries.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Backend:
     """A Triton backend for ONNX files.
 
     Attributes:
-        name: Triton's name of it, for config.pbtxt.
-        why: why it is this one.
-        files: what goes into a version folder beside model.onnx, by its name there; empty where it is not compiled yet.
-        sources: what those are made of in this repository.
+        name: Triton's name for it, in config.pbtxt.
+        why: the reason for choosing it.
+        files: the files beside model.onnx in a version folder, by their name there; empty until it is compiled.
+        sources: the files of this project that those are built from.
     """
 
     name: str
@@ -51,26 +51,26 @@ class Backend:
 
 
 def look(wanted: str = "auto", libraries: Path = LIBRARIES) -> Backend:
-    """The backend that a build would publish ONNX files with, as far as that shows without compiling anything.
+    """The backend that the next build would use for ONNX files, as far as that is known without compiling anything.
 
     Args:
-        wanted: auto (ours where it can be compiled), ssd_onnxruntime or python: `[serving] backend` of spec.toml.
-        libraries: where compiled ones are kept, by the digest of their source.
+        wanted: `[serving] backend` of spec.toml: auto (ours if it can be compiled), ssd_onnxruntime or python.
+        libraries: the folder of compiled libraries, which are named by the digest of their sources.
 
     Raises:
-        RuntimeUnavailableError: ours was asked for and cannot be had.
+        RuntimeUnavailableError: ours was asked for and cannot be compiled.
     """
     return _choose(wanted, libraries, compile_it=False)
 
 
 def prepare(wanted: str = "auto", libraries: Path = LIBRARIES) -> Backend:
-    """The backend to publish ONNX files with; compiles it where that was not done yet (two seconds).
+    """The backend to publish ONNX files with; compiles it if that was not done before (two seconds).
 
     Args:
         wanted, libraries: as for `look`.
 
     Raises:
-        RuntimeUnavailableError: ours was asked for and cannot be had.
+        RuntimeUnavailableError: ours was asked for and cannot be compiled.
     """
     return _choose(wanted, libraries, compile_it=True)
 
@@ -95,8 +95,8 @@ def _choose(wanted: str, libraries: Path, *, compile_it: bool) -> Backend:
 
 
 def of(manifest: Mapping[str, Any]) -> Backend | None:
-    """The backend that a published version was made for; None for a plan. It says nothing of this machine."""
-    name = manifest["serving"].get("backend")
+    """The backend that a published version has, from its manifest alone; None for a plan."""
+    name = manifest.get("serving", {}).get("backend")
     if name is None:
         return None
     return _python("published") if name == PYTHON else Backend(name, "published", {}, _native_sources())

@@ -32,10 +32,13 @@ from build.spec import Spec
 CONFIG, MANIFEST, LABELS = "config.pbtxt", "manifest.json", "labels.txt"
 MODEL_FILE = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 
-# What decides what is published, beside the model's own files: a change in one of these files makes a version stale.
+# A change in one of these files makes a version stale, as a change in the model's own files does.
 _BUILDERS = ("build/contract.py", "build/graph/attach.py", "build/graph/ssd_nms.py", "build/publish")
 _OF_PLANS = ("build/tensorrt/engine.py", "build/tensorrt/compat.py")
-_OF_TYPED = ("build/graph/precision.py", "build/quantization/calibration.py", "build/quantization/qdq.py")
+_OF_TYPED = (
+    "build/graph/precision.py",
+    *(f"build/quantization/{name}.py" for name in ("calibration", "candidates", "qdq")),
+)
 _OF_IMPLICIT = ("build/quantization/implicit.py",)
 _OF_PICTURES = ("build/gate/datasets.py", "client/ssd_client/preprocess.py")
 _TOOLS = ("onnx", "onnxscript", "onnxruntime")
@@ -44,7 +47,7 @@ _UNTOUCHED = "not published, what was served before is untouched"
 
 
 def recipe(spec: Spec, target: Target, served_by: Backend | None = None) -> dict[str, Any]:
-    """All that decides what is published: equal recipes make the same model, so a published one is still fresh.
+    """Everything that decides what is published: a published version with an equal recipe is fresh.
 
     Args:
         spec: the model.
@@ -52,9 +55,9 @@ def recipe(spec: Spec, target: Target, served_by: Backend | None = None) -> dict
         served_by: the backend that runs an ONNX file; None for a plan.
 
     Returns:
-        The first part of manifest.json: every setting of the spec with its defaults resolved, SHA-256 of every input
-        file by its name, tool versions, precision, runtime, the way and method of the calibration where there is one,
-        and the instances, threads and backend chosen for this machine.
+        The first part of manifest.json: every setting of the spec with its defaults resolved, the SHA-256 of every
+        input file by its name, tool versions, precision, runtime, the way and method of a calibration, and the
+        instances, threads and backend that were chosen for this machine.
 
     Raises:
         PublishError: an input cannot be read.
@@ -99,7 +102,7 @@ def recipe(spec: Spec, target: Target, served_by: Backend | None = None) -> dict
 
 
 def changed(manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs between a published version's manifest and a recipe: names of keys, settings and files, sorted."""
+    """The names of the settings, files and other keys that differ between a manifest and a recipe, sorted."""
     names = []
     for key, value in wanted.items():
         old = manifest.get(key)
@@ -123,7 +126,7 @@ def publish(
     Args:
         spec: its spec.
         model: the built file, model.onnx or model.plan.
-        repository: the model repository; made where it is not there.
+        repository: the model repository; created where it is missing.
         target: what it was built for.
         facts: more for the manifest: `target` and `engine` of a plan, `verified` of the gate.
         served_by: as for `recipe`.
@@ -272,7 +275,7 @@ def fresh_manifest(
     machine: Mapping[str, str] | None = None,
     served_by: Backend | None = None,
 ) -> dict[str, Any] | None:
-    """The served version's manifest if that version is whole and what a publish would make again, else None.
+    """The served version's manifest if that version is whole and a publish would give the same again, else None.
 
     Args:
         spec, repository, target, served_by: as for `publish`.
@@ -288,12 +291,12 @@ def fresh_manifest(
 
 
 def damage(folder: Path) -> str:
-    """What a version folder lacks, in words; empty when it is as it was published."""
+    """What is wrong with a version folder, in words; empty if it is as it was published."""
     try:
         data = (folder / MANIFEST).read_bytes()
         digests: Mapping[str, str] = json.loads(data)["files"]
         if hashlib.sha256(data).hexdigest() not in (folder / CONFIG).read_text():
-            return f"{MANIFEST} is not the one that {CONFIG} was made with"
+            return f"{MANIFEST} is not the one that {CONFIG} names"
         different = [name for name, digest in digests.items() if files.sha256(folder / name) != digest]
     except (OSError, ValueError, KeyError) as error:
         return str(error)
@@ -305,9 +308,8 @@ def _locked(repository: Path, name: str) -> Iterator[Path]:
     """The model's folder, held against a second publish until the end of the block or of the process."""
     with files.explained(repository, _UNTOUCHED, PublishError):
         repository.mkdir(parents=True, exist_ok=True)
-        lock = (repository / f".{name}.lock").open(
-            "a"
-        )  # a file: of folders, tritonserver takes even hidden ones for models
+        # A file: of folders, tritonserver takes even hidden ones for models.
+        lock = (repository / f".{name}.lock").open("a")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +90,14 @@ def scenes(split: str, count: int) -> Iterator[Scene]:
 
 def coco_ground_truth(split: str, count: int) -> dict[str, Any]:
     """The first `count` scenes as a COCO `instances` dictionary: image id = index + 1, category = class + 1."""
+    return _instances(split, [(drawn.boxes, drawn.classes) for drawn in scenes(split, count)])
+
+
+def _instances(split: str, objects: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]]) -> dict[str, Any]:
+    """COCO's `instances` of scenes by their boxes and classes."""
     annotations: list[dict[str, Any]] = []
-    for image_id, one in enumerate(scenes(split, count), start=1):
-        for box, class_index in zip(one.boxes.tolist(), one.classes.tolist(), strict=True):
+    for image_id, (boxes, classes) in enumerate(objects, start=1):
+        for box, class_index in zip(boxes.tolist(), classes.tolist(), strict=True):
             x1, y1, x2, y2 = box
             annotations.append(
                 {
@@ -104,6 +109,7 @@ def coco_ground_truth(split: str, count: int) -> dict[str, Any]:
                     "iscrowd": 0,
                 }
             )
+    count = len(objects)
     return {
         "info": {"description": f"shapes, split {split}, first {count} scenes"},
         "images": [{"id": i + 1, "width": SIZE, "height": SIZE, "file_name": f"{i:05d}.png"} for i in range(count)],
@@ -126,15 +132,17 @@ def write_split(folder: Path, split: str, count: int) -> tuple[list[Path], dict[
         with ThreadPoolExecutor(
             os.cpu_count()
         ) as pool:  # numpy and Pillow release the interpreter lock where it counts
-            list(pool.map(_write_scene, pictures, [split] * count, range(count)))
+            objects = list(pool.map(_write_scene, pictures, [split] * count, range(count)))
         partial = truth.with_suffix(".tmp")
-        partial.write_text(json.dumps(coco_ground_truth(split, count)))
+        partial.write_text(json.dumps(_instances(split, objects)))
         partial.replace(truth)
     return pictures, json.loads(truth.read_text())
 
 
-def _write_scene(path: Path, split: str, index: int) -> None:
-    scene(split, index).image.save(path, compress_level=1)
+def _write_scene(path: Path, split: str, index: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    drawn = scene(split, index)
+    drawn.image.save(path, compress_level=1)
+    return drawn.boxes, drawn.classes
 
 
 def _source_digest() -> str:

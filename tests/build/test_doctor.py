@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,10 +20,18 @@ from google.protobuf import text_format
 from rich.console import Console
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from build import doctor, serve
-from build.doctor import Finding, Machine, examine
+from build import doctor, tritonserver
+from build import machine as looks
+from build import spec as specs
+from build.contract import Target
+from build.doctor import Finding, examine
 from build.errors import ServeError
-from build.publish import backend
+from build.graph.attach import attach
+from build.machine import Machine
+from build.publish import backend, repository
+from build.publish.backend import Backend
+from build.tritonserver import Installation
+from tests.build import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = {
@@ -54,7 +64,13 @@ def machine(tmp_path: Path) -> Machine:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return Machine(
-        tmp_path / "models", tmp_path / "repository", tmp_path / "lib", tmp_path / "shm", [port], fake_run({})
+        tmp_path / "models",
+        tmp_path / "repository",
+        tmp_path / "lib",
+        tmp_path / "shm",
+        [port],
+        fake_run({}),
+        tmp_path / "backends",
     )
 
 
@@ -76,54 +92,54 @@ def published(machine: Machine, name: str = "shapes", version: int = 1, **manife
 
 
 def only(findings: list[Finding], area: str, name: str) -> Finding:
-    found = [finding for finding in findings if finding.area == area and finding.name == name]
-    assert len(found) == 1, [(f.area, f.name) for f in findings]
-    return found[0]
+    matching = [finding for finding in findings if finding.area == area and finding.name == name]
+    assert len(matching) == 1, [(f.area, f.name) for f in findings]
+    return matching[0]
 
 
 def test_a_machine_without_anything_is_examined_to_the_end(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> Any:
         raise ServeError("no tritonserver on PATH", fix="run through ./invoke")
 
-    monkeypatch.setattr(serve, "find_tritonserver", none)
+    monkeypatch.setattr(tritonserver, "find", none)
     monkeypatch.setattr(doctor, "driver_version", lambda: "")
-    found = examine(machine)
-    assert {finding.area for finding in found} >= {"Python", "GPU", "TensorRT", "Triton", "Plugins", "Published"}
-    assert only(found, "GPU", "GPU").state == "info"
-    assert only(found, "Triton", "tritonserver").state == "problem"
-    assert only(found, "Published", "models").state == "info"
+    findings = examine(machine)
+    assert {finding.area for finding in findings} >= {"Python", "GPU", "TensorRT", "Triton", "Plugins", "Published"}
+    assert only(findings, "GPU", "GPU").state == "info"
+    assert only(findings, "Triton", "tritonserver").state == "problem"
+    assert only(findings, "Published", "models").state == "info"
 
 
 def test_which_backend_serves_on_the_cpu(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     python = backend.prepare("python")
-    files = serve.ServerFiles(tmp_path, tmp_path, tmp_path / "no stub", from_wheel=False)
-    monkeypatch.setattr(serve, "find_tritonserver", lambda: files)
+    installed = Installation(tmp_path, tmp_path, tmp_path / "no stub", from_wheel=False)
+    monkeypatch.setattr(tritonserver, "find", lambda: installed)
     for chosen, of_backend, of_stub in (
         (replace(python, why="no C++ compiler on PATH"), "info", "problem"),
         (replace(python, name=backend.NATIVE, why="compiled here"), "ok", "info"),
     ):
-        monkeypatch.setattr(backend, "choose", lambda chosen=chosen: chosen)
-        found = examine(machine)
-        finding = only(found, "Triton", "backend for the CPU")
+        monkeypatch.setattr(backend, "look", lambda *args, chosen=chosen, **kwargs: chosen)
+        findings = examine(machine)
+        finding = only(findings, "Triton", "backend for the CPU")
         assert (finding.state, finding.text) == (of_backend, f"{chosen.name}: {chosen.why}")
         assert ("install one" in finding.fix) == (chosen.name == "python")
-        assert only(found, "Triton", "stub of the python backend").state == of_stub
+        assert only(findings, "Triton", "stub of the python backend").state == of_stub
 
 
 def test_every_fault_says_what_to_do(machine: Machine) -> None:
     published(machine, engine=ENGINE)
     (machine.libraries / "libother.so").write_bytes(b"no library")
-    found = examine(machine)
-    assert [finding for finding in found if finding.state in ("warning", "problem")]
-    assert all(finding.fix for finding in found if finding.state in ("warning", "problem"))
-    assert all(finding.state in doctor.STATES and finding.text for finding in found)
+    findings = examine(machine)
+    assert [finding for finding in findings if finding.state in ("warning", "problem")]
+    assert all(finding.fix for finding in findings if finding.state in ("warning", "problem"))
+    assert all(finding.state in doctor.STATES and finding.text for finding in findings)
 
 
 def test_the_gpu_and_its_driver(machine: Machine) -> None:
     machine.run = fake_run({"nvidia-smi": (0, SMI)})
-    found = examine(machine)
-    assert only(found, "GPU", "GPU").text == "NVIDIA H200, compute capability 9.0, 140 GiB"
-    assert only(found, "GPU", "driver").text == "580.65.06, for CUDA up to 13.0"
+    findings = examine(machine)
+    assert only(findings, "GPU", "GPU").text == "NVIDIA H200, compute capability 9.0, 140 GiB"
+    assert only(findings, "GPU", "driver").text == "580.65.06, for CUDA up to 13.0"
 
 
 def test_a_driver_that_does_not_answer_is_a_problem(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,9 +164,9 @@ def test_a_damaged_older_version_only_spoils_the_rollback(machine: Machine) -> N
     old = published(machine, version=1, runtime="onnxruntime")
     published(machine, version=2, runtime="onnxruntime")
     (old / "manifest.json").write_text("{}")
-    found = examine(machine)
-    assert only(found, "Published", "shapes version 1").state == "warning"
-    assert only(found, "Published", "shapes version 2, served").state == "ok"
+    findings = examine(machine)
+    assert only(findings, "Published", "shapes version 1").state == "warning"
+    assert only(findings, "Published", "shapes version 2, served").state == "ok"
 
 
 def test_a_config_without_its_version_is_a_problem(machine: Machine) -> None:
@@ -162,12 +178,106 @@ def test_a_config_without_its_version_is_a_problem(machine: Machine) -> None:
     assert "[3]" in finding.text
 
 
-def test_a_stale_model_names_what_changed(machine: Machine) -> None:
+@pytest.fixture
+def tiny(machine: Machine, tmp_path: Path) -> Path:
+    """The spec.toml of a tiny model that is really published, with stand-ins for our backend's libraries."""
+    path = tiny_model.write(machine.models / "tiny")
+    built, library = tmp_path / "built.onnx", tmp_path / "library"
+    spec = specs.load(path)
+    built.write_bytes(attach(spec).SerializeToString())
+    library.write_bytes(b"a library")
+    ours = backend.of({"serving": {"backend": backend.NATIVE}})
+    assert ours
+    served_by = Backend(ours.name, "a stand-in", {f"libtriton_{ours.name}.so": library}, ours.sources)
+    repository.publish(spec, built, machine.repository, Target("onnxruntime"), served_by=served_by)
+    return path
+
+
+@pytest.fixture
+def compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Every C++ compiler on PATH writes to this file when it runs, and nothing else is on PATH."""
+    ran, folder = tmp_path / "ran", tmp_path / "bin"
+    folder.mkdir()
+    for name in ("c++", "g++", "clang++"):
+        (folder / name).write_text(f"#!/bin/sh\necho {name} >> {ran}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(folder))
+    return ran
+
+
+def test_a_stale_model_names_what_changed(machine: Machine, tiny: Path, compilers: Path) -> None:
+    finding = only(examine(machine), "Published", "tiny: source")
+    assert (finding.state, finding.text) == ("ok", "unchanged since this version was built")
+    tiny.write_text("# a comment\n" + tiny.read_text())
+    assert only(examine(machine), "Published", "tiny: source").state == "ok"
+    specs.edit(tiny, {"nms.score_threshold": 0.2})
+    (tiny.parent / "labels.txt").write_text("dog\ncat\n")
+    finding = only(examine(machine), "Published", "tiny: source")
+    assert (finding.state, finding.text) == ("warning", "changed since: labels.txt, nms.score_threshold")
+    assert finding.fix == "./invoke build-engines --model tiny"
+
+
+def test_a_version_that_an_older_build_published_is_stale(machine: Machine) -> None:
     machine.models = ROOT / "models"
     published(machine, runtime="onnxruntime", inputs={"spec.toml": "0" * 64})
     finding = only(examine(machine), "Published", "shapes: source")
     assert finding.state == "warning"
     assert "spec.toml" in finding.text
+
+
+def test_a_broken_source_is_a_finding_and_leaves_the_other_models(machine: Machine, tiny: Path) -> None:
+    tiny_model.write(machine.models / "broken").write_text("[model]\nname = 7\n")
+    published(machine, "broken", runtime="onnxruntime")
+    findings = examine(machine)
+    assert "name is 7" in only(findings, "Published", "broken: source").text
+    assert only(findings, "Published", "broken: source").state == "problem"
+    assert only(findings, "Published", "tiny: source").text
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder below, with its time of change and its size."""
+    entries = {path: path.lstat() for path in folder.rglob("*")}
+    return {str(path): (entry.st_mtime_ns, entry.st_size) for path, entry in entries.items()}
+
+
+def test_doctor_changes_nothing_and_compiles_nothing(
+    machine: Machine, tiny: Path, compilers: Path, tmp_path: Path
+) -> None:
+    """On a whole project of its own, where every default points into it: artifacts/, models/, model_repository/ ..."""
+    project = tmp_path / "project"
+    unwanted = shutil.ignore_patterns("__pycache__")
+    for name in ("build", "client"):
+        shutil.copytree(ROOT / name, project / name, ignore=unwanted)
+    shutil.copytree(machine.models, project / "models")
+    shutil.copytree(machine.repository, project / "model_repository")
+    for name in ("home", "tmp"):
+        (project / name).mkdir()
+    environment = {**os.environ, "HOME": str(project / "home"), "TMPDIR": str(project / "tmp")}
+    environment |= {"PYTHONPATH": str(project / "client"), "PYTHONDONTWRITEBYTECODE": "1"}
+    before = listing(project)
+    code = "import build.files, build.doctor; print(build.files.ROOT); build.doctor.doctor(as_json=True)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    root, _, output = done.stdout.partition("\n")
+    assert root == str(project)
+    findings = {(entry["area"], entry["name"]): entry["text"] for entry in json.loads(output)["findings"]}
+    assert findings["Triton", "backend for the CPU"] == "ssd_onnxruntime: the next build compiles it with c++"
+    assert findings["Published", "tiny: source"] == "unchanged since this version was built"
+    assert listing(project) == before
+    assert not (project / "artifacts").exists()
+    assert not compilers.exists()
+
+
+def test_an_examination_leaves_shared_memory_and_libraries_alone(
+    machine: Machine, tiny: Path, compilers: Path, tmp_path: Path
+) -> None:
+    machine.run = looks.run
+    (machine.shm / "ssd-triton-0123456789ab-1").write_bytes(b"x")
+    before = listing(tmp_path)
+    examine(machine)
+    assert listing(tmp_path) == before
+    assert not machine.backends.exists()
 
 
 @pytest.mark.parametrize(
@@ -187,8 +297,8 @@ def test_a_plan_and_the_gpu_here(machine: Machine, smi: str, state: str, text: s
 
 def test_a_plan_of_another_tensorrt_than_the_servers(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.run = fake_run({"nvidia-smi": (0, SMI)})
-    monkeypatch.setattr(doctor, "triton_version", lambda files: "2.71.0")
-    monkeypatch.setattr(serve, "find_tritonserver", lambda: serve.ServerFiles(*map(Path, "abc"), from_wheel=False))
+    monkeypatch.setattr(Installation, "version", "2.71.0")
+    monkeypatch.setattr(tritonserver, "find", lambda: Installation(*map(Path, "abc"), from_wheel=False))
     published(machine, engine=ENGINE)
     finding = only(examine(machine), "Published", "shapes version 1, served: server")
     assert "tritonserver 2.71 has TensorRT 11.1" in finding.text
@@ -222,7 +332,7 @@ SOURCE = f'extern "C" char const* ssdNmsPluginInfo() {{ return "{INFO}"; }}'
 
 
 def compiled(source: str, target: Path, *options: str) -> None:
-    compiler = next((c for c in ("c++", "g++", "clang++") if doctor.shutil.which(c)), None)
+    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     target.with_suffix(".cpp").write_text(source)
@@ -231,21 +341,21 @@ def compiled(source: str, target: Path, *options: str) -> None:
 
 
 def test_a_real_library_is_asked_what_it_is(machine: Machine) -> None:
-    machine.run = doctor._run
+    machine.run = looks.run
     compiled(SOURCE, machine.libraries / "libssd_nms.so")
     finding = only(examine(machine), "Plugins", "libssd_nms.so")
     assert (finding.state, finding.text) == ("ok", "plugin SSDNMS, tensorrt 10.16.1")
 
 
 def test_a_library_that_crashes_or_lacks_something_does_not_take_doctor_along(machine: Machine) -> None:
-    machine.run = doctor._run
+    machine.run = looks.run
     missing = f'char const* marker = "SSD_NMS_PLUGIN_INFO:{INFO}";'
     compiled(f"extern int nowhere(); {missing} int call() {{ return nowhere(); }}", machine.libraries / "liba.so")
     crash = "__attribute__((constructor)) void start() { __builtin_trap(); }"
     compiled(crash, machine.libraries / "libb.so")
-    found = examine(machine)
-    assert "tensorrt 10.16.1; it cannot be loaded here" in only(found, "Plugins", "liba.so").text
-    assert "is no plugin" in only(found, "Plugins", "libb.so").text
+    findings = examine(machine)
+    assert "tensorrt 10.16.1; it cannot be loaded here" in only(findings, "Plugins", "liba.so").text
+    assert "is no plugin" in only(findings, "Plugins", "libb.so").text
 
 
 def test_a_taken_port_and_leftover_shared_memory(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,29 +368,20 @@ def test_a_taken_port_and_leftover_shared_memory(machine: Machine, monkeypatch: 
     (machine.shm / "ssd-triton-0123456789ab-2").write_bytes(b"x")
     (machine.shm / "ssd-triton-ba9876543210-1").write_bytes(b"x")
     (machine.shm / "somebody-elses").write_bytes(b"x")
-    monkeypatch.setattr(doctor, "_mapped", lambda: {str(machine.shm / "ssd-triton-ba9876543210-1")})
+    monkeypatch.setattr(looks, "used_regions", lambda: {str(machine.shm / "ssd-triton-ba9876543210-1")})
     finding = only(examine(machine), "Resources", "leftovers")
     assert "2 regions" in finding.text
     assert finding.fix.endswith(f"rm {machine.shm}/ssd-triton-0123456789ab-*")
 
 
 def test_regions_in_use_are_seen() -> None:
-    path = doctor.SHM / "ssd-doctor-test"
-    if not doctor.SHM.is_dir():
+    path = looks.SHM / "ssd-doctor-test"
+    if not looks.SHM.is_dir():
         pytest.skip("needs /dev/shm")
     with path.open("wb"):
-        assert str(path) in doctor._mapped()
+        assert str(path) in looks.used_regions()
     path.unlink()
-    assert str(path) not in doctor._mapped()
-
-
-def test_the_table_of_releases_is_in_order_and_has_sources() -> None:
-    versions = [doctor._numbers(release.triton) for release in doctor.RELEASES]
-    assert versions == sorted(versions)
-    assert all(release.source.startswith("https://docs.nvidia.com/") for release in doctor.RELEASES)
-    assert doctor.expected_release("2.60.0") == doctor.RELEASES[2]
-    assert doctor.expected_release("2.6.0") is None
-    assert doctor.expected_release("") is None
+    assert str(path) not in looks.used_regions()
 
 
 def test_exit_status_and_json(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:

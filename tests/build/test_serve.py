@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -10,11 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +30,36 @@ from ssd_client import SSDClient
 from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm
 
-from build import serve
 from build.errors import ServeError
 from build.serve import TritonServer
 from models.shapes.scenes import scene
+from tests.conftest import TOKEN, Traces, new_traces, unregister
 
 ROOT = Path(__file__).parents[2]
 OUTPUTS = ["num_detections", "detection_boxes", "detection_scores", "detection_classes"]
 KINDS = {np.dtype(np.uint8): "UINT8", np.dtype(np.float32): "FP32", np.dtype(np.int32): "INT32"}
-WAYS = ["http", "grpc", "http-shm", "grpc-shm"]
+TRANSPORTS = ["http", "grpc", "http-shm", "grpc-shm"]
 MODULES = {"http": triton_http, "grpc": triton_grpc}
 
 Arrays = dict[str, NDArray[Any]]
 
 
+@functools.cache
+def pixels(number: int) -> NDArray[np.uint8]:
+    """A held-out scene."""
+    return np.asarray(scene("held_out", number).image)
+
+
 def feeds(batch: int, first: int = 0) -> Arrays:
     """Real scenes, with thresholds that differ from row to row and are low enough for many detections."""
-    images = np.stack([np.asarray(scene("held_out", first + row).image) for row in range(batch)])
+    images = np.stack([pixels(first + row) for row in range(batch)])
     scores = np.linspace(0.02, 0.14, batch, dtype=np.float32)[:, None]
     return {"images": images, "score_threshold": scores, "iou_threshold": 0.75 - scores}
 
 
-def ask(server: TritonServer, way: str, arrays: Arrays, model: str = "shapes") -> Arrays:
+def ask(server: TritonServer, transport: str, arrays: Arrays, model: str = "shapes") -> Arrays:
     """One request by HTTP or gRPC, its inputs inline or in shared memory."""
-    protocol, _, memory = way.partition("-")
+    protocol, _, memory = transport.partition("-")
     module = MODULES[protocol]
     with closing(module.InferenceServerClient(server.http_url if protocol == "http" else server.grpc_url)) as client:
         inputs, regions = [], []
@@ -72,8 +79,10 @@ def ask(server: TritonServer, way: str, arrays: Arrays, model: str = "shapes") -
             answer = client.infer(model, inputs, outputs=[module.InferRequestedOutput(name) for name in OUTPUTS])
         finally:
             for region, handle in regions:
-                client.unregister_system_shared_memory(region)
-                shm.destroy_shared_memory_region(handle)
+                try:
+                    unregister(client, region)
+                finally:
+                    shm.destroy_shared_memory_region(handle)
     return {name: answer.as_numpy(name) for name in OUTPUTS}
 
 
@@ -88,11 +97,19 @@ def same_bits(left: Arrays, right: Arrays) -> bool:
 
 @pytest.fixture(scope="module")
 def in_process(repository: Path) -> Callable[[Arrays], Arrays]:
-    """The published ONNX file in this process, with ONNX Runtime's defaults."""
+    """The published ONNX file in this process, with ONNX Runtime's defaults; equal inputs are computed once."""
     session = onnxruntime.InferenceSession(
         str(repository / "shapes" / "1" / "model.onnx"), providers=["CPUExecutionProvider"]
     )
-    return lambda arrays: dict(zip(OUTPUTS, session.run(OUTPUTS, arrays), strict=True))
+    answers: dict[bytes, Arrays] = {}
+
+    def run(arrays: Arrays) -> Arrays:
+        key = b"".join(array.tobytes() for array in arrays.values())
+        if key not in answers:
+            answers[key] = dict(zip(OUTPUTS, session.run(OUTPUTS, arrays), strict=True))
+        return answers[key]
+
+    return run
 
 
 @pytest.fixture(params=["ssd_onnxruntime", "python"])
@@ -109,12 +126,12 @@ def server(request: pytest.FixtureRequest) -> TritonServer:
 
 @pytest.mark.triton
 @pytest.mark.parametrize("batch", [1, 3, 8])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_served_bits_are_those_of_the_same_file_in_process(
-    server: TritonServer, in_process: Callable[[Arrays], Arrays], way: str, batch: int
+    server: TritonServer, in_process: Callable[[Arrays], Arrays], transport: str, batch: int
 ) -> None:
     arrays = feeds(batch)
-    served = ask(server, way, arrays)
+    served = ask(server, transport, arrays)
     assert served["num_detections"].min() > 0, "nothing was compared"
     assert same_bits(served, in_process(arrays))
 
@@ -154,23 +171,23 @@ BAD = {
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("way", ["http", "grpc"])
+@pytest.mark.parametrize("transport", ["http", "grpc"])
 @pytest.mark.parametrize("what", BAD)
 def test_bad_requests_get_an_error_and_the_server_goes_on(
-    server: TritonServer, in_process: Callable[[Arrays], Arrays], way: str, what: str
+    server: TritonServer, in_process: Callable[[Arrays], Arrays], transport: str, what: str
 ) -> None:
     arrays, message = BAD[what]
     with pytest.raises(InferenceServerException, match=message):
-        ask(server, way, arrays)
+        ask(server, transport, arrays)
     good = feeds(1)
-    assert same_bits(ask(server, way, good), in_process(good))
+    assert same_bits(ask(server, transport, good), in_process(good))
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("way", ["http", "grpc"])
-def test_unknown_model(triton_server: TritonServer, way: str) -> None:
+@pytest.mark.parametrize("transport", ["http", "grpc"])
+def test_unknown_model(triton_server: TritonServer, transport: str) -> None:
     with pytest.raises(InferenceServerException, match="unknown model: 'nope'"):
-        ask(triton_server, way, feeds(1), model="nope")
+        ask(triton_server, transport, feeds(1), model="nope")
     triton_server.check()
 
 
@@ -182,6 +199,17 @@ def test_the_server_tells_what_it_is(triton_server: TritonServer) -> None:
     assert not [line for line in triton_server.log_lines() if line[:1] == "E"]
     with urllib.request.urlopen(triton_server.metrics_url) as page:
         assert b"nv_inference_request_success" in page.read()
+
+
+@pytest.mark.triton
+def test_a_batch_is_one_request_of_many_images(triton_server: TritonServer) -> None:
+    requests, images = triton_server.requests("shapes"), triton_server.images("shapes")
+    with SSDClient(triton_server.grpc_url, model="shapes") as client:
+        client.infer(np.zeros((3, 300, 300, 3), np.uint8))
+    deadline = time.monotonic() + 10  # a request is counted when its answer is on its way
+    while triton_server.requests("shapes") == requests and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (triton_server.requests("shapes") - requests, triton_server.images("shapes") - images) == (1, 3)
 
 
 @pytest.mark.triton
@@ -266,24 +294,18 @@ def test_unreadable_config(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.triton
-def test_leftovers_of_a_killed_publish_do_no_harm(copied: Path, traces: Any) -> None:
+def test_leftovers_do_no_harm_and_a_new_version_is_taken_up_without_losing_a_request(
+    copied: Path, in_process: Callable[[Arrays], Arrays], traces: Any
+) -> None:
     (copied / "unfinished" / "1").mkdir(parents=True)
     (copied / ".hidden").mkdir()
     shutil.copytree(copied / "shapes" / "1", copied / "shapes" / ".staging")
     shutil.copytree(copied / "shapes" / "1", copied / "shapes" / "2")  # whole, but not what config.pbtxt names
-    with TritonServer(copied) as server:
-        assert server.models == {"shapes": "1"}
-        server.check()
-
-
-@pytest.mark.triton
-def test_a_new_version_is_taken_up_without_losing_a_request(
-    copied: Path, in_process: Callable[[Arrays], Arrays], traces: Any
-) -> None:
-    shutil.copytree(copied / "shapes" / "1", copied / "shapes" / "2")
     arrays = feeds(1)
     expected = in_process(arrays)
     with TritonServer(copied, poll_seconds=1) as server:
+        assert server.models == {"shapes": "1"}
+        server.check()
         config = copied / "shapes" / "config.pbtxt"
         new = config.with_name("new")
         new.write_text(config.read_text().replace("versions: 1", "versions: 2"))
@@ -299,9 +321,11 @@ def test_a_new_version_is_taken_up_without_losing_a_request(
 
 
 @pytest.mark.triton
-def test_a_dead_instance_is_found_where_triton_says_that_all_is_well(copied_python: Path, traces: Any) -> None:
+def test_a_dead_instance_and_then_a_killed_server_are_noticed_and_cleaned_up(copied_python: Path, traces: Any) -> None:
+    """The instance's death is noticed where Triton's own health endpoint stays green."""
     with TritonServer(copied_python) as server:
         server.check()
+        assert traces.regions()
         stubs = [child for child in psutil.Process(server.pid).children() if child.name().startswith("triton_python")]
         stubs[0].kill()
         while stubs[0].status() != psutil.STATUS_ZOMBIE:
@@ -310,221 +334,102 @@ def test_a_dead_instance_is_found_where_triton_says_that_all_is_well(copied_pyth
             assert answer.status == 200
         with pytest.raises(ServeError, match=rf"1 instance.* died \(process {stubs[0].pid}\)"):
             server.check()
-
-
-@pytest.mark.triton
-def test_a_killed_server_is_noticed_and_cleaned_up(copied_python: Path, traces: Any) -> None:
-    with TritonServer(copied_python) as server:
-        assert traces.regions()
         os.kill(server.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 5
-        while psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        while psutil.Process(server.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
         with pytest.raises(ServeError, match="tritonserver is gone"):
             server.check()
     assert traces.gone(5)
 
 
-@pytest.fixture
-def served(python_repository: Path, traces: Any, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """`build.serve.serve` in a process of its own, ready, with instances that are processes, too."""
-    code = (
-        f"from pathlib import Path; import build.serve as s; s.SHM_PREFIX = {traces.token!r}; s.serve("
-        f"{str(python_repository)!r}, http_port=0, grpc_port=0, metrics_port=0, log=Path({str(tmp_path / 'log')!r}))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    shown = ""
-    while "Ctrl-C stops it.\n" not in shown:
-        line = process.stdout.readline()
-        assert line, f"it did not come up: {shown}"
-        shown += line
-    assert traces.regions()
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+@dataclass
+class Served:
+    """`build.serve.serve` in a process of its own, with instances that are processes, too."""
+
+    process: subprocess.Popen[str]
+    traces: Traces
+
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        shown = ""
+        while "Ctrl-C stops it.\n" not in shown:
+            line = self.process.stdout.readline()
+            assert line, f"it did not come up: {shown}"
+            shown += line
+        assert self.traces.regions()
+
+    def rest(self) -> str:
+        """What it printed until its end."""
+        return self.process.communicate(timeout=120)[0]
+
+    def kill_instances(self) -> None:
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            if child.name().startswith("triton_python"):
+                child.kill()
+
+
+ENDINGS: dict[str, Callable[[Served], None]] = {
+    "interrupted": lambda served: served.process.send_signal(signal.SIGINT),
+    "terminated": lambda served: served.process.send_signal(signal.SIGTERM),
+    "killed": lambda served: served.process.kill(),
+    "instances killed": Served.kill_instances,
+}
+
+
+@pytest.fixture(scope="module")
+def ended(python_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
+    """A server for each way to end; all of them start and end side by side, since that is mostly waiting."""
+    folder = tmp_path_factory.mktemp("served")
+    servers = {}
+    try:
+        for name in ENDINGS:
+            traces = new_traces()
+            code = (
+                f"from pathlib import Path; import build.serve as s; s.SHM_PREFIX = {traces.token!r}; s.serve("
+                f"{str(python_repository)!r}, http_port=0, grpc_port=0, metrics_port=0, "
+                f"log=Path({str(folder / name)!r}))"
+            )
+            process = subprocess.Popen(
+                [sys.executable, "-u", "-c", code],
+                cwd=ROOT,
+                env={**os.environ, TOKEN: traces.token},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            servers[name] = Served(process, traces)
+        for server in servers.values():
+            server.wait_ready()
+        for name, end in ENDINGS.items():
+            end(servers[name])
+        yield servers
+    finally:
+        for server in servers.values():
+            server.process.kill()
+            server.process.wait()
+            assert server.process.stdout is not None
+            server.process.stdout.close()
+    for server in servers.values():
+        assert server.traces.gone(), (server.traces.processes(), server.traces.regions())
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_it_cleanly(served: subprocess.Popen[str], traces: Any, number: signal.Signals) -> None:
-    served.send_signal(number)
-    rest, _ = served.communicate(timeout=120)
-    assert (served.returncode, rest.split()[-1]) == (0, "stopped")
+@pytest.mark.parametrize("name", ["interrupted", "terminated"])
+def test_signals_stop_it_cleanly(ended: dict[str, Served], name: str) -> None:
+    rest, traces = ended[name].rest(), ended[name].traces
+    assert (ended[name].process.returncode, rest.split()[-1]) == (0, "stopped")
     assert traces.gone(0), (traces.processes(), traces.regions())
 
 
 @pytest.mark.triton
-def test_the_server_does_not_outlive_a_killed_parent(served: subprocess.Popen[str], traces: Any) -> None:
-    served.kill()
-    served.wait()
+def test_the_server_does_not_outlive_a_killed_parent(ended: dict[str, Served]) -> None:
+    traces = ended["killed"].traces
+    ended["killed"].process.wait()
     assert traces.gone(20), (traces.processes(), traces.regions())
 
 
 @pytest.mark.triton
-def test_serve_ends_with_an_error_when_an_instance_dies(served: subprocess.Popen[str], traces: Any) -> None:
-    for process in psutil.Process(served.pid).children(recursive=True):
-        if process.name().startswith("triton_python"):
-            process.kill()
-    rest, _ = served.communicate(timeout=120)
-    assert served.returncode != 0
+def test_serve_ends_with_an_error_when_an_instance_dies(ended: dict[str, Served]) -> None:
+    rest = ended["instances killed"].rest()
+    assert ended["instances killed"].process.returncode != 0
     assert "2 instance(s) of a model died" in rest or "1 instance(s) of a model died" in rest
-
-
-# -- programs that stand in for tritonserver where the real one cannot be made to fail -------------------------------
-
-
-def _program(folder: Path, script: str) -> None:
-    folder.mkdir(exist_ok=True)
-    program = folder / "tritonserver"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    def make(script: str) -> None:
-        _program(tmp_path / "bin", script)
-        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-
-    return make
-
-
-@pytest.fixture
-def plan(tmp_path: Path) -> Path:
-    """A repository with one model for TensorRT."""
-    (tmp_path / "plans" / "shapes").mkdir(parents=True)
-    (tmp_path / "plans" / "shapes" / "config.pbtxt").write_text('name: "shapes" platform: "tensorrt_plan"')
-    return tmp_path / "plans"
-
-
-HELP = 'case "$1" in --help) exit 1;; esac;'
-REFUSALS = {
-    "a library": ("tritonserver: error while loading shared libraries: libfoo.so.1: cannot open", "libfoo.so.1 is not"),
-    "glibc": ("tritonserver: /lib/libc.so.6: version \\`GLIBC_2.99' not found", "needs GLIBC_2.99"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSALS)
-def test_what_the_loader_refuses_is_said_before_the_start(
-    stand_in: Callable[[str], None], plan: Path, what: str
-) -> None:
-    printed, expected = REFUSALS[what]
-    stand_in(f'echo "{printed}" >&2; exit 127')
-    with pytest.raises(ServeError, match=f"(?s)cannot run on this machine.*{expected}"):
-        TritonServer(plan).start()
-
-
-CAUSES = {
-    "port race": (
-        "failed to start HTTP service: Unavailable - Socket '127.0.0.1:8000' already in use",
-        "another program",
-    ),
-    "plugin": ("could not find any supported creator for SSDNMS, plugin namespace: , version 1", "libssd_nms.so"),
-    "memory": ("Failed to initialize the shared memory: No space left on device", "/dev/shm is too small"),
-}
-
-
-@pytest.mark.parametrize("what", CAUSES)
-def test_the_likely_cause_of_an_early_end(stand_in: Callable[[str], None], plan: Path, what: str) -> None:
-    printed, expected = CAUSES[what]
-    stand_in(f'{HELP} echo "{printed}"; exit 3')
-    with pytest.raises(ServeError, match=r"(?s)ended with code 3 before it was ready\nthe log ends with:") as caught:
-        TritonServer(plan).start()
-    assert printed.split(":")[0] in str(caught.value)
-    assert expected in str(caught.value)
-
-
-def test_a_server_that_hangs_ends_at_the_timeout(stand_in: Callable[[str], None], plan: Path, traces: Any) -> None:
-    stand_in(f"{HELP} echo thinking; exec sleep 100")
-    with pytest.raises(ServeError, match=r"(?s)not ready after 3 s.*thinking"):
-        TritonServer(plan, startup_timeout=3).start()
-    assert traces.gone(0)
-
-
-def test_a_stub_that_lacks_a_library_does_not_hang_the_start(stand_in: Callable[[str], None], plan: Path) -> None:
-    stand_in(
-        f"{HELP} echo 'x: error while loading shared libraries: libpython3.99.so.1.0: cannot open'; exec sleep 100"
-    )
-    started = time.monotonic()
-    with pytest.raises(ServeError, match=r"(?s)could not start.*libpython3\.99\.so\.1\.0"):
-        TritonServer(plan).start()
-    assert time.monotonic() - started < 10
-
-
-def test_a_server_that_ignores_sigterm_is_killed(stand_in: Callable[[str], None], plan: Path, traces: Any) -> None:
-    stand_in(f"{HELP} trap '' TERM; echo up; while :; do sleep 0.1; done")
-    server = TritonServer(plan, startup_timeout=60)
-
-    def start() -> None:
-        with suppress(ServeError):
-            server.start()
-
-    starter = threading.Thread(target=start)
-    starter.start()
-    while not (server._process and "up" in server.log_lines()):
-        time.sleep(0.01)
-    started = time.monotonic()
-    server.stop(timeout=0.3)
-    assert time.monotonic() - started < 5
-    starter.join(10)
-    assert traces.gone(1)
-
-
-@pytest.mark.parametrize(
-    ("platform", "built", "loaded"),
-    [
-        ("tensorrt_plan", True, True),
-        ("tensorrt_plan", False, False),
-        ("onnxruntime_onnx", True, False),
-    ],
-)
-def test_the_plugin_is_preloaded_for_plans_only(
-    stand_in: Callable[[str], None],
-    plan: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    platform: str,
-    built: bool,
-    loaded: bool,
-) -> None:
-    config = plan / "shapes" / "config.pbtxt"
-    config.write_text(f'name: "shapes" platform: "{platform}"')
-    plugin = tmp_path / "libssd_nms.so"
-    if built:
-        plugin.touch()
-    monkeypatch.setattr(serve, "PLUGIN", plugin)
-    monkeypatch.delenv("LD_PRELOAD", raising=False)
-    stand_in(f'{HELP} echo "preload=[$LD_PRELOAD]"; exit 3')
-    with pytest.raises(ServeError) as caught:
-        TritonServer(plan).start()
-    assert f"preload=[{plugin if loaded else ''}]" in str(caught.value)
-    assert "LD_PRELOAD" not in os.environ
-
-
-@pytest.mark.parametrize(("offered", "passed"), [("--allow-client-shm", True), ("--other", False)])
-def test_client_shared_memory_is_allowed_where_the_server_knows_the_flag(
-    stand_in: Callable[[str], None], plan: Path, offered: str, passed: bool
-) -> None:
-    stand_in(f'case "$1" in --help) echo "{offered} <boolean>"; exit 1;; esac; echo "$@"; exit 3')
-    with pytest.raises(ServeError) as caught:
-        TritonServer(plan).start()
-    assert ("--allow-client-shm=true" in str(caught.value)) is passed
-
-
-def test_the_server_on_path_comes_first(stand_in: Callable[[str], None], tmp_path: Path) -> None:
-    wheel = serve.find_tritonserver()
-    stand_in("exit 0")
-    assert serve.find_tritonserver().binary == tmp_path / "bin" / "tritonserver"
-    assert wheel.from_wheel or shutil.which("tritonserver", path=os.environ["PATH"].split(":", 1)[1])
-
-
-@pytest.mark.triton
-def test_a_batch_is_one_request_of_many_images(triton_server: TritonServer) -> None:
-    requests, images = triton_server.requests("shapes"), triton_server.images("shapes")
-    with SSDClient(triton_server.grpc_url, model="shapes") as client:
-        client.infer(np.zeros((3, 300, 300, 3), np.uint8))
-    assert (triton_server.requests("shapes") - requests, triton_server.images("shapes") - images) == (1, 3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from build import contract
 from build import spec as spec_module
 from build.errors import SpecError
 from build.files import ROOT
-from build.spec import Nms, Profile, TensorRT, load
+from build.spec import Nms, Profile, Serving, TensorRT, edit, load
 from tests.build import tiny_model
 
 
@@ -238,3 +240,114 @@ def test_a_profile_without_opt_and_an_unknown_tactic_source() -> None:
         TensorRT(profiles=[{"min": 1, "max": 2}])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"cublass.*did you mean 'cublas'"):
         TensorRT(tactic_sources=("cublass",))
+
+
+# -- editing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    folder = tmp_path / "shapes"
+    shutil.copytree(ROOT / "models" / "shapes", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "spec.toml"
+
+
+def test_an_edit_keeps_every_other_byte_of_the_real_spec(shapes: Path) -> None:
+    before = shapes.read_bytes()
+    shapes.chmod(0o640)
+    edit(shapes, {"serving.instances": 3, "serving.threads": 2})
+    assert load(shapes).serving == Serving(max_batch_size=32, instances=3, threads=2)
+    wanted = before.replace(b"\ninstances = 0 ", b"\ninstances = 3 ").replace(b"\nthreads = 0 ", b"\nthreads = 2 ")
+    assert shapes.read_bytes() == wanted != before
+    assert stat.S_IMODE(shapes.stat().st_mode) == 0o640
+    edit(shapes, {"serving.instances": 0, "serving.threads": 0})
+    assert shapes.read_bytes() == before
+    assert [path.name for path in shapes.parent.iterdir() if ".new" in path.name] == []
+
+
+def test_an_edit_adds_keys_that_are_not_there_yet(shapes: Path) -> None:
+    before = shapes.read_text()
+    edit(shapes, {"serving.instances": 4, "serving.dynamic_batching": "on", "serving.cuda_graphs": True})
+    serving = load(shapes).serving
+    assert (serving.instances, serving.dynamic_batching, serving.cuda_graphs) == (4, "on", True)
+    added = [line for line in shapes.read_text().splitlines() if line not in before.splitlines()]
+    assert len(added) == 3
+    assert '\ndynamic_batching = "on"\ncuda_graphs = true\n\n[data]' in shapes.read_text()
+
+
+EDITS = {
+    "no table": ("[model]\nname = 'x'", "[model]\nname = 'x'\n\n[serving]\ninstances = 2\n"),
+    "empty file": ("", "[serving]\ninstances = 2\n"),
+    "empty table": ("[serving]  # here\n\n[data]\n", "[serving]  # here\ninstances = 2\n\n[data]\n"),
+    "ends in it": ("[serving]", "[serving]\ninstances = 2\n"),
+    "no last newline": ("[serving]\nthreads = 1", "[serving]\nthreads = 1\ninstances = 2\n"),
+    "Windows": ("[serving]\r\ninstances=1 # a\r\n", "[serving]\r\ninstances=2 # a\r\n"),
+    "Windows, no key": ("[serving]\r\na=1\r\n", "[serving]\r\na=1\r\ninstances = 2\r\n"),
+    "both line ends": ("[serving]\r\na=1\n[data]\n", "[serving]\r\na=1\ninstances = 2\n[data]\n"),
+    "a text": ('[serving]\ninstances = "auto"  # a\n', "[serving]\ninstances = 2  # a\n"),
+    "quoted, indented": (' [ serving ]\n  "instances" = 1#a\n', ' [ serving ]\n  "instances" = 2#a\n'),
+    "quoted table": ("[\"serving\"]\n'instances' = 1\n", "[\"serving\"]\n'instances' = 2\n"),
+    "another table's key": ("[a]\ninstances = 1\n[serving]\n", "[a]\ninstances = 1\n[serving]\ninstances = 2\n"),
+    "in a comment": ("[serving]\n# instances = 1\na = 0\n", "[serving]\n# instances = 1\na = 0\ninstances = 2\n"),
+    "the next table's comment": (
+        "[serving]\na = 0\n\n# of data\n[data]\n",
+        "[serving]\na = 0\ninstances = 2\n\n# of data\n[data]\n",
+    ),
+    "inline table": ("serving = {a = 1, instances = 1}\n", "serving = {a = 1, instances = 2}\n"),
+    "dotted keys": ("serving.instances = 1 # a\nserving.a = 1\n", "serving.instances = 2 # a\nserving.a = 1\n"),
+    "other dotted keys": ("serving.a = 1\n[data]\n", "serving.a = 1\nserving.instances = 2\n[data]\n"),
+    "in a text": ("a = '''\n[serving]\n'''\n", "a = '''\n[serving]\n'''\n\n[serving]\ninstances = 2\n"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_of_other_ways_to_write_it(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spec_module, "load", lambda path: None)  # these are tables, not whole specs
+    before, after = EDITS[name]
+    file = tmp_path / "spec.toml"
+    file.write_bytes(before.encode())
+    edit(file, {"serving.instances": 2})
+    assert file.read_bytes().decode() == after
+
+
+@pytest.mark.parametrize("text", ["serving = 3\n", "[[serving]]\na = 1\n", "serving = [1, 2]\n", "a ="])
+def test_a_spec_that_cannot_be_edited_is_left(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "spec.toml"
+    file.write_text(text)
+    with pytest.raises(SpecError, match=r"cannot be (changed|read)"):
+        edit(file, {"serving.instances": 2})
+    assert file.read_text() == text
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_edit_that_the_spec_refuses(shapes: Path) -> None:
+    before = shapes.read_bytes()
+    with pytest.raises(SpecError, match=r"in 0\.\.1024"):
+        edit(shapes, {"serving.instances": 5000})
+    assert shapes.read_bytes() == before
+    assert [path.name for path in shapes.parent.iterdir() if ".new" in path.name] == []
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        "[quantization]\ngate = 0.9\n",
+        '[quantization]\nexclude_nodes = ["old"]  # why\ngate = 0.9\n',
+        "[quantization]\ngate = 0.9\nexclude_nodes = [\n    'old',  # [why]\n    \"other\"\n]\n"
+        "\n[data]\ncalibration = 'x'\n",
+    ],
+)
+@pytest.mark.parametrize("names", [("a/b", 'c"d'), ()])
+def test_an_edit_of_a_list_leaves_the_rest(path: Path, before: str, names: tuple[str, ...]) -> None:
+    path.write_text(f"# mine\n{path.read_text()}\n{before}")
+    old = load(path)
+    edit(path, {"quantization.exclude_nodes": names})
+    new = load(path)
+    assert new.quantization.exclude_nodes == names
+    assert dataclasses.replace(new.quantization, exclude_nodes=()) == dataclasses.replace(
+        old.quantization, exclude_nodes=()
+    )
+    assert (new.nms, new.data, new.input) == (old.nms, old.data, old.input)
+    assert path.read_text().startswith("# mine\n")
+    assert not list(path.parent.glob("*.new*"))

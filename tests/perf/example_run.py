@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import random
 from typing import Any
@@ -21,11 +22,11 @@ def load(**fields: Any) -> dict[str, Any]:
 
 def record(precision: str, asked: dict[str, Any], rng: random.Random, *, wrong: int = 0) -> dict[str, Any]:
     """What `Bench.point` returns, out of a small model of a queue with two servers."""
-    way = "shm" if asked["shared_memory"] else {"stream": "grpc"}.get(asked["protocol"], asked["protocol"])
+    transport = "shm" if asked["shared_memory"] else {"stream": "grpc"}.get(asked["protocol"], asked["protocol"])
     size, noise = asked["batch_size"], rng.gauss(1, 0.015)
     infer = _SERVICE[precision] * size * noise
-    sending = _SENDING[way] * size
-    most = 2e3 / (_SERVICE[precision] + 0.12 + _SENDING[way] * 0.5) / noise
+    sending = _SENDING[transport] * size
+    most = 2e3 / (_SERVICE[precision] + 0.12 + _SENDING[transport] * 0.5) / noise
     if asked["rate"] is None:
         throughput = min(most, asked["concurrency"] * size * 1e3 / (infer + sending + 0.3))
         average = asked["concurrency"] * size * 1e3 / throughput
@@ -38,10 +39,11 @@ def record(precision: str, asked: dict[str, Any], rng: random.Random, *, wrong: 
     queue = max(0.02, average - infer - sending - 0.28)
     parts = (sending * 0.25, sending * 0.7 + 0.1, queue, 0.06 * size, infer, 0.05 * size, 0.07 + sending * 0.05)
     spread = {"avg": 1, "p50": 0.97, "p90": 1.12, "p95": 1.2, "p99": 1.45, "p99.9": 2.2, "max": 2.6}
-    samples = [average * 0.9 * rng.lognormvariate(0.08, 0.11) for _ in range(400)]
-    edges = [min(samples) * (max(samples) / min(samples)) ** (i / 40) for i in range(41)]
+    samples = sorted(average * 0.9 * rng.lognormvariate(0.08, 0.11) for _ in range(400))
+    edges = [samples[0] * (samples[-1] / samples[0]) ** (i / 40) for i in range(41)]
     edges[-1] *= 1.0001
-    counts = [sum(low <= one < high for one in samples) for low, high in itertools.pairwise(edges)]
+    places = [bisect.bisect_left(samples, edge) for edge in edges]
+    counts = [after - before for before, after in itertools.pairwise(places)]
     served = throughput / most
     return {
         "load": asked,
@@ -91,17 +93,19 @@ def summary(seed: int = 0) -> dict[str, Any]:
     shm = {"protocol": "http", "shared_memory": "system"}
     concurrency = [row(kind, rng, concurrency=n, **shm) for kind in kinds for n in (1, 2, 4, 8, 16)]
     batch = [row("fp32", rng, concurrency=2, batch_size=n, **shm) for n in (1, 2, 4, 8, 16, 32, 64)]
-    ways = [("http", None), ("grpc", None), ("stream", None), ("http", "system"), ("grpc", "system")]
+    protocols = [("http", None), ("grpc", None), ("stream", None), ("http", "system"), ("grpc", "system")]
     ratios = {"fp32": {"shm": 0.978, "grpc": 0.931, "http": 0.842}, "int8": {"shm": 0.94, "grpc": 0.86, "http": 0.79}}
     precisions: dict[str, dict[str, Any]] = {}
     for kind, direct in (("fp32", 206.4), ("int8", 384.0)):
-        rounds = {way: [value * rng.gauss(1, 0.012) for _ in range(5)] for way, value in ratios[kind].items()}
-        medians = {way: sorted(values)[2] for way, values in rounds.items()}
+        rounds = {
+            transport: [value * rng.gauss(1, 0.012) for _ in range(5)] for transport, value in ratios[kind].items()
+        }
+        medians = {transport: sorted(values)[2] for transport, values in rounds.items()}
         served, floor = _SERVICE[kind] + 1.1, _SERVICE[kind] + 0.38
         precisions[kind] = {
             "served_ratio": medians,
             "ratio_rounds": rounds,
-            "served_ips": {way: direct * value for way, value in medians.items()},
+            "served_ips": {transport: direct * value for transport, value in medians.items()},
             "direct_ips": direct,
             "direct_threads": "2 x 1",
             "single_stream": {
@@ -111,12 +115,12 @@ def summary(seed: int = 0) -> dict[str, Any]:
                 "overhead_rounds": [(served - floor) * rng.gauss(1, 0.05) for _ in range(5)],
             },
         }
-        batches = {way: [value * 1.02 for value in values] for way, values in rounds.items()}
+        batches = {transport: [value * 1.02 for value in values] for transport, values in rounds.items()}
         precisions[kind]["batches"] = {
             "batch_size": 8,
-            "served_ratio": {way: sorted(values)[2] for way, values in batches.items()},
+            "served_ratio": {transport: sorted(values)[2] for transport, values in batches.items()},
             "ratio_rounds": batches,
-            "served_ips": {way: direct * sorted(values)[2] for way, values in batches.items()},
+            "served_ips": {transport: direct * sorted(values)[2] for transport, values in batches.items()},
             "direct_ips": direct,
             "direct_threads": "2 x 1",
         }
@@ -168,7 +172,8 @@ def summary(seed: int = 0) -> dict[str, Any]:
                 for rate in (40, 80, 120, 150, 170, 185)
             ],
             "protocol": [
-                row("fp32", rng, concurrency=4, protocol=protocol, shared_memory=memory) for protocol, memory in ways
+                row("fp32", rng, concurrency=4, protocol=protocol, shared_memory=memory)
+                for protocol, memory in protocols
             ],
         },
         "scenarios": {

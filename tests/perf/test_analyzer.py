@@ -19,7 +19,8 @@ import pytest
 
 from build.serve import TritonServer
 from perf import analyzer
-from perf.analyzer import Load, PerfError, Point, run, write_input
+from perf.analyzer import run, write_input
+from perf.load import Load, PerfError, Point
 
 THRESHOLDS = {"score_threshold": 0.25, "iou_threshold": 0.45}
 
@@ -544,7 +545,10 @@ def test_why_there_are_no_figures(program: Program, data: Path, what: str) -> No
     assert len(list(program.calls.iterdir())) == 1
 
 
-def test_a_program_that_waits_for_a_server_that_went_away(program: Program, data: Path) -> None:
+def test_a_program_that_waits_for_a_server_that_went_away(
+    program: Program, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(analyzer, "_GRACE", 0.1)
     gone = "  Pass [2] cb::Error: failed to connect to all addresses; last error: Connection refused"
     program.says(f"print({HEAD + gone!r}, flush=True); time.sleep(60)")
     with pytest.raises(PerfError, match="the server went away"):
@@ -556,10 +560,10 @@ def test_one_at_a_time_with_shared_memory(program: Program, data: Path) -> None:
         "log = open(calls / 'log', 'a'); print('on', file=log, flush=True); time.sleep(0.3); print('off', file=log)"
     )
     runs = [threading.Thread(target=pytest.raises, args=(PerfError, run, "", "", data, SHM)) for _ in range(2)]
-    for one in runs:
-        one.start()
-    for one in runs:
-        one.join()
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
     assert (program.calls / "log").read_text().split() == ["on", "off", "on", "off"]
 
 

@@ -20,16 +20,18 @@ from numpy.typing import NDArray
 from ssd_client import ModelConfig, SSDClient
 from ssd_client.preprocess import input_array
 
+from build.contract import Target
 from build.errors import ServeError
 from build.gate.verify import tolerance
 from build.serve import TritonServer
 from models.shapes.scenes import scene
 from perf import answers
-from perf.analyzer import Load, Point, run, write_input
+from perf.analyzer import run, write_input
 from perf.answers import AnswerCheck, Expected, difference, expected_answers, faults
+from perf.load import Load, Point
 from tests.perf import faulty
 
-WITHIN = tolerance("onnxruntime", "fp32")
+WITHIN = tolerance(Target("onnxruntime"))
 
 # -- one answer --------------------------------------------------------------------------------------------------------
 
@@ -53,22 +55,22 @@ def test_the_same_answer_has_no_difference() -> None:
 
 
 def test_what_is_within_the_tolerance_is_no_difference() -> None:
-    found = answer(4)
-    found["detection_boxes"][:4] += 0.9 * WITHIN.detection_boxes
-    found["detection_scores"][:4] -= 0.9 * WITHIN.detection_scores
-    assert difference(found, answer(4), WITHIN) == ""
+    given = answer(4)
+    given["detection_boxes"][:4] += 0.9 * WITHIN.detection_boxes
+    given["detection_scores"][:4] -= 0.9 * WITHIN.detection_scores
+    assert difference(given, answer(4), WITHIN) == ""
 
 
 def test_scores_that_are_as_good_as_equal_may_change_places() -> None:
     wanted = answer(4)
     wanted["detection_scores"][1:3] = 0.5
-    found = {name: array.copy() for name, array in wanted.items()}
+    given = {name: array.copy() for name, array in wanted.items()}
     for name in ("detection_boxes", "detection_classes"):
-        found[name][[1, 2]] = found[name][[2, 1]]
-    assert difference(found, wanted, WITHIN) == ""
+        given[name][[1, 2]] = given[name][[2, 1]]
+    assert difference(given, wanted, WITHIN) == ""
     wanted["detection_scores"][1] = 0.6
-    found["detection_scores"][1] = 0.6
-    assert difference(found, wanted, WITHIN) != ""
+    given["detection_scores"][1] = 0.6
+    assert difference(given, wanted, WITHIN) != ""
 
 
 FAULTS = {
@@ -81,31 +83,31 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_one_wrong_value(name: str) -> None:
     change, sentence = FAULTS[name]
-    found = answer(4)
-    found[name][1] += np.asarray(change, found[name].dtype)
-    text = difference(found, answer(4), WITHIN)
+    given = answer(4)
+    given[name][1] += np.asarray(change, given[name].dtype)
+    text = difference(given, answer(4), WITHIN)
     assert re.fullmatch(sentence, text), text
 
 
 def test_nan_is_wrong() -> None:
     for name in ("detection_boxes", "detection_scores"):
-        found = answer(4)
-        found[name][0] = np.nan
-        assert "0 is" in difference(found, answer(4), WITHIN)
+        given = answer(4)
+        given[name][0] = np.nan
+        assert "0 is" in difference(given, answer(4), WITHIN)
 
 
 def test_two_boxes_cannot_stand_for_one() -> None:
-    found = answer(2)
+    given = answer(2)
     for name in ("detection_boxes", "detection_scores", "detection_classes"):
-        found[name][1] = found[name][0]
-    assert difference(found, answer(2), WITHIN)
+        given[name][1] = given[name][0]
+    assert difference(given, answer(2), WITHIN)
 
 
 def test_another_number_and_leftovers() -> None:
     assert difference(answer(2), answer(5), WITHIN) == "2 detections instead of 5"
-    found = answer(3)
-    found["detection_scores"][4] = 0.1
-    assert difference(found, answer(3), WITHIN) == "what follows its 3 detections is not empty"
+    given = answer(3)
+    given["detection_scores"][4] = 0.1
+    assert difference(given, answer(3), WITHIN) == "what follows its 3 detections is not empty"
 
 
 # -- under load --------------------------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ def known(triton_server: TritonServer, tmp_path_factory: pytest.TempPathFactory)
     """Eight pictures, what the published model says of them, and perf_analyzer's input of the same pictures."""
     with SSDClient(triton_server.grpc_url, model="shapes") as client:
         config = client.model_config()
-    images = [input_array(scene("held_out", index).image, config)[0] for index in range(8)]
+    images = [input_array(scene("held_out", index).image, config.preprocessing)[0] for index in range(8)]
     expected = expected_answers(triton_server.repository / "shapes" / "1", config, images)
     values = {"score_threshold": config.score_threshold, "iou_threshold": config.iou_threshold}
     return images, expected, write_input(tmp_path_factory.mktemp("load") / "input.json", images, values)
@@ -201,7 +203,7 @@ def test_swapped_rows_are_found_and_named(faulty_server: TritonServer, known: Kn
 def test_a_periodic_stall_is_named(faulty_server: TritonServer, known: Known) -> None:
     images, expected, data = known
     with AnswerCheck(faulty_server.grpc_url, "stalls", images, expected) as check:
-        point = every_latency(faulty_server.grpc_url, "stalls", data, 4)
+        point = every_latency(faulty_server.grpc_url, "stalls", data, 2)
     assert check.result["wrong"] == check.result["dropped"] == 0
     named = faults(point)
     spread = point.latency_ms["p90"] - point.latency_ms["p50"]
@@ -209,10 +211,10 @@ def test_a_periodic_stall_is_named(faulty_server: TritonServer, known: Known) ->
         pytest.skip(
             f"needs a quieter machine: a tenth of {point.requests} requests took {spread:.0f} ms more than the median"
         )
-    found = re.fullmatch(r"a stall of about (\d+) ms, once in about (\d+) requests", " ".join(named))
-    assert found, named
-    assert 40 <= int(found[1]) <= 90  # it waits for a core as well
-    assert 85 <= int(found[2]) <= 115
+    match = re.fullmatch(r"a stall of about (\d+) ms, once in about (\d+) requests", " ".join(named))
+    assert match, named
+    assert 40 <= int(match[1]) <= 90  # it waits for a core as well
+    assert 85 <= int(match[2]) <= 115
 
 
 @pytest.mark.triton
@@ -367,7 +369,7 @@ def test_expected_answers_of_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (tmp_path / "manifest.json").write_text('{"engine": {"tensorrt": "10.9"}}')
     expected = expected_answers(tmp_path, CONFIG, fake_known()[0])
     assert [int(row["num_detections"][0]) for row in expected.rows] == [0, 1, 2, 3]
-    assert expected.within == tolerance("tensorrt", "fp16")
+    assert expected.within == tolerance(Target("tensorrt", "fp16"))
 
 
 def test_nothing_to_compare_with(tmp_path: Path) -> None:

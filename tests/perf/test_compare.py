@@ -95,7 +95,7 @@ def test_what_differs_comes_first_and_what_always_does_is_left_out(save: Save) -
     b["environment"]["versions"] = {**b["environment"]["versions"], "onnxruntime": "1.24.0"}
     b["settings"]["seconds"] = 1.0
     result = compare.compare(save("a", a), save("b", b))
-    assert [one["what"] for one in result["differences"]] == ["commit.sha", "versions.onnxruntime", "settings.seconds"]
+    assert [row["what"] for row in result["differences"]] == ["commit.sha", "versions.onnxruntime", "settings.seconds"]
     text = compare.markdown(result)
     assert text.index("1.24.0") < text.index("## Measured by both")
     assert "The runs differ in commit.sha, versions.onnxruntime, settings.seconds" in text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +12,15 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from tests.build.test_plan import NEW, FakeCudart, fake, manifest
 
 from build.errors import ServeError
 from build.serve import TritonServer
+from build.session import runner
 from build.tensorrt import plan
 from build.tensorrt.cuda import Cuda
 from perf import direct
-from perf.direct import Direct
+from perf.direct import Direct, Runner
+from tests.build.tensorrt.test_plan import NEW, FakeCudart, fake, manifest
 
 FEEDS = direct.feeds([np.full((2, 2, 3), value, np.uint8) for value in range(6)], batch_size=3)
 
@@ -42,17 +42,17 @@ class Sleeper:
 
 def test_counts_images_of_every_client() -> None:
     runners = [Sleeper(), Sleeper()]
-    one = Direct(runners, FEEDS, threads=2, clients=4)
+    baseline = Direct(runners, FEEDS, threads=2, clients=4)
     # Two at a time, 5 ms each, 3 images in each; sleeping too long makes it fewer, and nothing makes it more.
-    assert 300 < one.throughput(0.3) < 1250
+    assert 300 < baseline.throughput(0.3) < 1250
     assert [runner.most for runner in runners] == [1, 1]
     assert runners[0].seen | runners[1].seen == {0, 3}
-    assert (str(one), one.batch_size) == ("2 x 2", 3)
+    assert (str(baseline), baseline.batch_size) == ("2 x 2", 3)
 
 
 def test_fewer_clients_than_runners_leave_some_idle() -> None:
-    one = Direct([Sleeper() for _ in range(4)], FEEDS, clients=1)
-    assert one.throughput(0.2) < 625
+    baseline = Direct([Sleeper() for _ in range(4)], FEEDS, clients=1)
+    assert baseline.throughput(0.2) < 625
 
 
 def test_latency_is_that_of_the_single_runner() -> None:
@@ -81,12 +81,12 @@ def test_a_failing_runner_is_no_slow_one() -> None:
 @pytest.mark.parametrize(("batch_size", "requests"), [(1, 6), (3, 2), (4, 2), (8, 1)])
 def test_requests_hold_every_image(batch_size: int, requests: int) -> None:
     images = [np.full((2, 2, 3), value, np.uint8) for value in range(6)]
-    found = direct.feeds(images, {"score_threshold": 0.25}, batch_size)
-    assert len(found) == requests
-    for feed in found:
+    requests_sent = direct.feeds(images, {"score_threshold": 0.25}, batch_size)
+    assert len(requests_sent) == requests
+    for feed in requests_sent:
         assert (feed["images"].shape, feed["images"].dtype) == ((batch_size, 2, 2, 3), np.uint8)
         assert feed["score_threshold"].tolist() == [[0.25]] * batch_size
-    assert set(np.concatenate([feed["images"] for feed in found])[:, 0, 0, 0]) == set(range(6))
+    assert set(np.concatenate([feed["images"] for feed in requests_sent])[:, 0, 0, 0]) == set(range(6))
 
 
 def test_thresholds_only_where_the_model_takes_them() -> None:
@@ -119,24 +119,27 @@ def sums(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_split_has_all_threads_and_the_callers_options(sums: Path) -> None:
+def test_every_split_has_all_threads(sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def options(threads: int) -> Any:
+    def session(model: onnx.ModelProto, *, threads: int) -> Runner:
         asked.append(threads)
-        return direct.own_options(threads)
+        return runner(model, threads=threads)
 
-    best = direct.fastest(sums, FEEDS, 2, 2, clients=2, options=options)
+    monkeypatch.setattr(direct, "runner", session)
+    monkeypatch.setattr(direct, "TRIAL_S", 0.05)
+    best = direct.fastest(sums, FEEDS, 2, 2, clients=2)
     assert sorted(asked) == [1, 2, 2, 4]  # the four of one thread share a session
     assert best.sessions * best.threads == 4
     assert best.latency(0.01)["p50"] > 0
 
 
 def test_the_single_stream_has_an_instances_threads(sums: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def session(path: Path, threads: int, options: object) -> Callable[[Any], Any]:
-        return lambda feed: time.sleep(0.001 * threads)  # many sessions win
+    def session(model: onnx.ModelProto, *, threads: int) -> Runner:
+        return lambda feed: time.sleep(0.001 * threads) or {}  # many sessions win
 
-    monkeypatch.setattr(direct, "_session", session)
+    monkeypatch.setattr(direct, "runner", session)
+    monkeypatch.setattr(direct, "TRIAL_S", 0.1)
     best = direct.fastest(sums, FEEDS, 1, 4)
     assert (best.sessions, best.threads) == (4, 1)
     assert best.latency(0)["p50"] >= 4
@@ -151,24 +154,25 @@ def test_a_plan_has_the_same_interface(tmp_path: Path) -> None:
         plan.Plan(path, manifest(b"plan", NEW), trt=fake(NEW), cuda=Cuda(cudart)) as first,
         plan.Plan(path, manifest(b"plan", NEW), trt=fake(NEW), cuda=Cuda(cudart)) as second,
     ):
-        one = Direct([first, second], FEEDS)
-        assert one.throughput(0.05) > 0
-        assert one.latency(0.01)["p99"] > 0
+        baseline = Direct([first, second], FEEDS)
+        assert baseline.throughput(0.05) > 0
+        assert baseline.latency(0.01)["p99"] > 0
     assert not cudart.memory
 
 
 @pytest.mark.triton
-def test_beside_a_server(triton_server: TritonServer) -> None:
+def test_beside_a_server(triton_server: TritonServer, monkeypatch: pytest.MonkeyPatch) -> None:
     from ssd_client import SSDClient
 
     with SSDClient(triton_server.grpc_url, model="shapes") as client:
         config = client.model_config()
+    monkeypatch.setattr(direct, "REQUESTS", 2)  # whichever split is the fastest
     instances, threads = direct.split(triton_server.model_config("shapes"))
     images = [np.zeros((300, 300, 3), np.uint8)] * 2
-    with direct.beside(triton_server, "shapes", images, config, batch_size=2) as one:
-        assert one.sessions * one.threads == instances * threads
-        assert one.throughput(0.2) > 0
-        assert one.latency(0.1)["p50"] > 0
+    with direct.beside(triton_server, "shapes", images, config, batch_size=2) as baseline:
+        assert baseline.sessions * baseline.threads == instances * threads
+        assert baseline.throughput(0.2) > 0
+        assert baseline.latency(0.1)["p50"] > 0
 
 
 def test_a_server_without_its_files(tmp_path: Path) -> None:

@@ -18,15 +18,15 @@ from perf import environment
 
 
 def test_capture_says_what_and_not_whose() -> None:
-    found = environment.capture(tritonserver="2.60.0")
-    assert {"cpu", "cores", "cores_allowed", "memory_gib", "system"} <= found.keys()
-    assert {"governor", "load_average", "other_load", "container", "gpus", "versions", "commit"} <= found.keys()
-    assert found["versions"]["tritonserver"] == "2.60.0"
-    assert re.fullmatch(r"\d+\.\d+\.\d+", found["versions"]["perf_analyzer"])
-    assert {"python", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient"} <= set(found["versions"])
-    assert 0 <= found["other_load"] <= 1
-    assert 1 <= found["cores_allowed"] <= found["cores"]
-    text = json.dumps(found)
+    facts = environment.capture(tritonserver="2.60.0")
+    assert {"cpu", "cores", "cores_allowed", "memory_gib", "system"} <= facts.keys()
+    assert {"governor", "load_average", "other_load", "container", "gpus", "versions", "commit"} <= facts.keys()
+    assert facts["versions"]["tritonserver"] == "2.60.0"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", facts["versions"]["perf_analyzer"])
+    assert {"python", "onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient"} <= set(facts["versions"])
+    assert 0 <= facts["other_load"] <= 1
+    assert 1 <= facts["cores_allowed"] <= facts["cores"]
+    text = json.dumps(facts)
     assert str(environment.ROOT) not in text
     assert str(Path.home()) + "/" not in text
     assert f'"{getpass.getuser()}"' not in text

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from perf.analyzer import PerfError
 from perf.journal import Journal
+from perf.load import PerfError
 
 KEY = {"series": "ratio", "repeat": 0}
 

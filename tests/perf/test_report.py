@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from perf import report, report_html
+from perf.sections import all_rows
 from tests.perf import example_run
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def test_a_busy_machine_is_said() -> None:
     summary = example_run.summary()
     assert len(report.verdict(summary)) == 5
-    for row in report.all_rows(summary):
+    for row in all_rows(summary):
         row["resources"]["other_cores"] = 0.9
     assert report.verdict(summary)[-1].text.startswith("Other programs kept 0.9 of 2 cores busy")
 
@@ -131,9 +132,9 @@ def test_a_run_that_was_broken_off_says_so_and_why(broken_off: Path) -> None:
     assert lines[2] == "- ✗ Answers under load: 48 checked: 3 wrong, 0 dropped, 1 late."
     assert lines[3] == "- ✗ Faults: rows of a batch swapped."
     assert lines[4].startswith("- ✗ PARTIAL: tritonserver ended in the middle of 8 clients")
-    found = headings((broken_off / "report.md").read_text())
-    assert "Wrong answers and faults" in found
-    assert not {"Larger batches", "Peers", "Tuning", "MLPerf's scenarios"} & set(found)
+    titles = headings((broken_off / "report.md").read_text())
+    assert "Wrong answers and faults" in titles
+    assert not {"Larger batches", "Peers", "Tuning", "MLPerf's scenarios"} & set(titles)
     page = (broken_off / "report.html").read_text()
     assert "box 0 is off by 0.21" in page
     assert "PARTIAL" in page
@@ -253,47 +254,48 @@ def test_without_matplotlib_the_tables_remain(monkeypatch: pytest.MonkeyPatch) -
 
 # Errors are collected before anything else runs, and told to the page around when all is drawn.
 _PROBE = r"""<script>
-const found = {errors: []};
-addEventListener("error", event => found.errors.push(event.message));
+const seen = {errors: []};
+addEventListener("error", event => seen.errors.push(event.message));
 const report = console.error;
-console.error = (...words) => { found.errors.push(words.join(" ")); report(...words); };
+console.error = (...words) => { seen.errors.push(words.join(" ")); report(...words); };
 const channels = color => color.match(/[\d.]+/g).slice(0, 3).map(value => {
   const part = value / 255;
   return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
 });
-const light = color => channels(color).reduce((sum, one, i) => sum + one * [0.2126, 0.7152, 0.0722][i], 0);
+const light = color => channels(color).reduce((sum, element, i) => sum + element * [0.2126, 0.7152, 0.0722][i], 0);
 const contrast = (a, b) => (Math.max(light(a), light(b)) + 0.05) / (Math.min(light(a), light(b)) + 0.05);
 addEventListener("load", () => {
-  const all = what => [...document.querySelectorAll(what)], box = one => one.getBoundingClientRect();
-  found.dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  found.page = [document.documentElement.scrollWidth, document.documentElement.clientWidth];
-  found.height = document.documentElement.scrollHeight;
-  found.plots = all("figure svg").map(one => [box(one).width, box(one).height]);
-  found.cut = all("table, figure svg").filter(one => {
-    const around = one.closest(".scroll");
-    return box(one).width > around.clientWidth && getComputedStyle(around).overflowX !== "auto";
+  const all = what => [...document.querySelectorAll(what)], box = element => element.getBoundingClientRect();
+  seen.dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  seen.page = [document.documentElement.scrollWidth, document.documentElement.clientWidth];
+  seen.height = document.documentElement.scrollHeight;
+  seen.plots = all("figure svg").map(element => [box(element).width, box(element).height]);
+  seen.cut = all("table, figure svg").filter(element => {
+    const around = element.closest(".scroll");
+    return box(element).width > around.clientWidth && getComputedStyle(around).overflowX !== "auto";
   }).length;
   const card = getComputedStyle(document.querySelector(".scroll")).backgroundColor;
-  found.contrast = Math.min(...all("th, td, p, li span, a").map(one => contrast(getComputedStyle(one).color, card)));
-  found.outside = all("figure svg text").filter(one => {
-    const own = box(one), around = box(one.closest("svg"));
+  const texts = all("th, td, p, li span, a").map(element => getComputedStyle(element).color);
+  seen.contrast = Math.min(...texts.map(color => contrast(color, card)));
+  seen.outside = all("figure svg text").filter(element => {
+    const own = box(element), around = box(element.closest("svg"));
     return own.left < around.left - 1 || own.right > around.right + 1 || own.bottom > around.bottom + 1;
-  }).map(one => one.textContent);
-  found.text = all("figure svg text").length;
-  parent.postMessage(JSON.stringify(found), "*");
+  }).map(element => element.textContent);
+  seen.text = all("figure svg text").length;
+  parent.postMessage(JSON.stringify(seen), "*");
 });
 </script>"""
 # Chromium makes no window as narrow as a telephone: the page stands in a frame of that width.
 _FRAME = """<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <style>body{{margin:0}}iframe{{border:0;display:block;width:{width}px;height:{height}px}}</style>
-<script>addEventListener("message", event => document.getElementById("found").textContent = event.data)</script>
-<iframe srcdoc="{page}"></iframe><pre id="found"></pre>"""
+<script>addEventListener("message", event => document.getElementById("seen").textContent = event.data)</script>
+<iframe srcdoc="{page}"></iframe><pre id="seen"></pre>"""
 
 
 def browse(
     page: Path, folder: Path, width: int, *, dark: bool, height: int = 8000
 ) -> tuple[dict[str, Any], Image, str]:
-    """What the probe found in a page, how it looks, and what the browser wrote."""
+    """What the probe saw in a page, how it looks, and what the browser wrote."""
     import PIL.Image
 
     assert CHROMIUM is not None
@@ -314,29 +316,29 @@ def browse(
         timeout=60,
         check=True,
     )
-    told = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
+    told = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
     assert told, done.stderr
-    found: dict[str, Any] = json.loads(html.unescape(told[1]))
+    seen: dict[str, Any] = json.loads(html.unescape(told[1]))
     with PIL.Image.open(shot) as picture:
-        return found, picture.convert("RGB").crop((0, 0, width, min(height, found["height"]))), done.stderr
+        return seen, picture.convert("RGB").crop((0, 0, width, min(height, seen["height"]))), done.stderr
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: chromium, chromium-browser or google-chrome on PATH")
 @pytest.mark.parametrize("width", [1200, 420])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_page_in_a_browser(whole: Path, tmp_path: Path, width: int, dark: bool) -> None:
-    found, picture, said = browse(whole / "report.html", tmp_path, width, dark=dark)
-    assert found["errors"] == []
+    seen, picture, said = browse(whole / "report.html", tmp_path, width, dark=dark)
+    assert seen["errors"] == []
     assert "CONSOLE" not in said
-    assert found["dark"] == dark
-    assert found["page"][1] == width
-    assert found["page"][0] <= width  # nothing makes the page itself scroll sideways
-    assert found["cut"] == 0
-    assert len(found["plots"]) == len(PLOTS)
-    assert all(min(size) > 100 for size in found["plots"])
-    assert found["text"] > 200
-    assert found["outside"] == []
-    assert found["contrast"] >= 4.5  # WCAG 2.1, 1.4.3
+    assert seen["dark"] == dark
+    assert seen["page"][1] == width
+    assert seen["page"][0] <= width  # nothing makes the page itself scroll sideways
+    assert seen["cut"] == 0
+    assert len(seen["plots"]) == len(PLOTS)
+    assert all(min(size) > 100 for size in seen["plots"])
+    assert seen["text"] > 200
+    assert seen["outside"] == []
+    assert seen["contrast"] >= 4.5  # WCAG 2.1, 1.4.3
     colors = picture.getcolors(1 << 24)
     assert colors is not None
     assert len(colors) > 500
@@ -356,11 +358,11 @@ def test_the_browser_test_can_fail(tmp_path: Path) -> None:
         '<tr><td style="color:#777">a</td></tr></table></div><script>console.error("oh"); nowhere()</script></body>'
         "</html>"
     )
-    found, _, said = browse(page, tmp_path, 420, dark=False, height=600)
-    assert found["page"][0] > 420
-    assert found["cut"] == 1
-    assert found["contrast"] < 4.5
-    assert len(found["errors"]) == 2
+    seen, _, said = browse(page, tmp_path, 420, dark=False, height=600)
+    assert seen["page"][0] > 420
+    assert seen["cut"] == 1
+    assert seen["contrast"] < 4.5
+    assert len(seen["errors"]) == 2
     assert "CONSOLE" in said
 
 

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from build.serve import TritonServer
-from perf.analyzer import Load, run, write_input
+from perf.analyzer import run, write_input
+from perf.load import Load
 from perf.resources import Sampler
 
 # Works for so many CPU seconds in so many MiB, then waits for the end of its input.

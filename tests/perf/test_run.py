@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +22,16 @@ from rich.console import Console
 
 from build.errors import DataError, OptionError
 from build.serve import TritonServer
-from perf import bench, run
-from perf.analyzer import Load, PerfError, Point
-from perf.run import Settings, Size
+from perf import bench, direct, environment, run, settings, ssd_nms
+from perf.load import Load, PerfError, Point
+from perf.settings import Settings, Size, keep, open_run, same_model
 from tests.perf import faulty
 
 TINY = Size(1, 0.3, 1, 0.3, 1, (1, 4), (4,), (0.5,), protocols=False, searches=False)
 QUICK = Settings(quick=True)
+machine = functools.cache(environment.capture)
 
-# More and longer ones than in test_answers.py, so that a busy machine does not hide them.
+# More and longer ones than in test_answers.py: a busy machine must not hide them.
 STALL = faulty.stall(20, 0.15)
 
 
@@ -35,7 +40,7 @@ def serve_copy(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     copy = tmp_path / "model_repository"
     shutil.copytree(repository, copy)
     monkeypatch.setattr(run, "publish", lambda *_: copy)
-    monkeypatch.setattr(run, "QUICK", TINY)
+    monkeypatch.setattr(settings, "QUICK", TINY)
     return copy
 
 
@@ -64,9 +69,50 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
+def instant(url: str, model: str, data: Path, load: Load, *, seconds: float, **options: Any) -> Point:
+    """What perf_analyzer would say, at once."""
+    latency = dict.fromkeys(("avg", "p50", "p90", "p95", "p99"), 10.0)
+    return Point(load, 100, 0, load.rate or 100.0, latency, {"server_infer": 9.0}, [], [], seconds, True)
+
+
+def sweep_alone(monkeypatch: pytest.MonkeyPatch, seconds: float, **changes: Any) -> None:
+    """perf_analyzer runs for so many seconds at every load of the sweeps, and not at all for the ratios."""
+    measure, size = bench.run, dataclasses.replace(TINY, seconds=seconds, **changes)
+
+    def chosen(*what: Any, seconds: float, **options: Any) -> Point:
+        return (measure if seconds == size.seconds else instant)(*what, seconds=seconds, **options)
+
+    monkeypatch.setattr(settings, "QUICK", size)
+    monkeypatch.setattr(bench, "run", chosen)
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plots, one look at the machine, sleep in place of the model in process: test_a_run has the real ones."""
+    monkeypatch.setattr("perf.environment.capture", lambda: copy.deepcopy(machine()))
+    monkeypatch.setattr("perf.report_html.svg", lambda plot: "<svg/>")
+    monkeypatch.setattr(run, "PICTURES", 8)
+    monkeypatch.setattr(ssd_nms, "measure", functools.partial(ssd_nms.measure, 4))
+
+    def sleeping(path: Path, requests: Sequence[Any], *_: object, **__: object) -> direct.Direct:
+        return direct.Direct([lambda feed: time.sleep(0.005)], requests)
+
+    monkeypatch.setattr(direct, "fastest", sleeping)
+    monkeypatch.setattr(direct, "FEWEST", 2)
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch, triton_server: TritonServer) -> None:
+    """Runs use the server that is up already."""
+    monkeypatch.setattr("build.serve.TritonServer", lambda _: contextlib.nullcontext(triton_server))
+    monkeypatch.setattr(bench, "run", instant)
+
+
 @pytest.mark.triton
 @pytest.mark.slow
-def test_a_run_and_its_resumption(published: Path, tmp_path: Path) -> None:
+def test_a_run(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "REQUESTS", 4)  # the split may be any
+    monkeypatch.setattr(direct, "TRIAL_S", 0.1)
     artifacts = tmp_path / "artifacts"
     summary = run.perf(QUICK, artifacts=artifacts, console=quiet())
     folder = only_run(artifacts)
@@ -87,6 +133,13 @@ def test_a_run_and_its_resumption(published: Path, tmp_path: Path) -> None:
     assert "<svg" in page
     assert "Served / in-process throughput" in (folder / "report.md").read_text()
 
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("cheap", "running")
+def test_a_resumed_run(published: Path, tmp_path: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    summary = run.perf(QUICK, artifacts=artifacts, console=quiet())
+    folder = only_run(artifacts)
     # As if it had been killed after its first five measurements.
     points = folder / "points.jsonl"
     lines = points.read_text().splitlines(keepends=True)
@@ -100,8 +153,10 @@ def test_a_run_and_its_resumption(published: Path, tmp_path: Path) -> None:
 
 @pytest.mark.triton
 @pytest.mark.slow
-def test_wrong_answers_fail_the_run(published_python: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cheap")
+def test_wrong_answers_fail_the_run(published_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(published_python, faulty.SWAP)
+    sweep_alone(monkeypatch, 0.6, concurrency=(4,), batch=(), rates=())
     with pytest.raises(PerfError, match=r"(?s)checked answers were wrong.*rows were swapped.*report\.html"):
         run.perf(QUICK, artifacts=tmp_path, console=quiet())
     summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
@@ -112,9 +167,10 @@ def test_wrong_answers_fail_the_run(published_python: Path, tmp_path: Path) -> N
 
 @pytest.mark.triton
 @pytest.mark.slow
+@pytest.mark.usefixtures("cheap")
 def test_stalls_are_named(published_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(published_python, STALL)
-    monkeypatch.setattr(run, "QUICK", dataclasses.replace(TINY, seconds=3.0, concurrency=(1,), batch=(), rates=()))
+    sweep_alone(monkeypatch, 1.5, concurrency=(1,), batch=(), rates=())
     summary = run.perf(QUICK, artifacts=tmp_path, console=quiet())
     faults = summary["series"]["concurrency"][0]["faults"]
     assert any("stall of about" in fault for fault in faults), faults
@@ -122,33 +178,30 @@ def test_stalls_are_named(published_python: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.triton
 @pytest.mark.slow
+@pytest.mark.usefixtures("cheap")
 def test_a_killed_server_leaves_a_partial_report(
-    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton_server: TritonServer
 ) -> None:
     servers: list[TritonServer] = []
-    start = TritonServer.start
+    start, measure = TritonServer.start, bench.run
 
     def started(server: TritonServer) -> None:
         start(server)
         servers.append(server)
 
-    def kill_in_the_sweep() -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            points = list(tmp_path.glob("perf/*/points.jsonl"))
-            if points and '"concurrency", ' in points[0].read_text():
-                os.kill(servers[0].pid, signal.SIGKILL)
-                return
-            time.sleep(0.01)
+    def kill_meanwhile(*what: Any, **options: Any) -> Point:
+        killer = threading.Timer(0.5, os.kill, (servers[0].pid, signal.SIGKILL))
+        killer.start()
+        try:
+            return measure(*what, **options)
+        finally:
+            killer.join()
 
     monkeypatch.setattr(TritonServer, "start", started)
-    killer = threading.Thread(target=kill_in_the_sweep)
-    killer.start()
-    try:
-        with pytest.raises(PerfError, match=r"(?s)not everything was measured: .*tritonserver is gone.*--resume"):
-            run.perf(QUICK, artifacts=tmp_path, console=quiet())
-    finally:
-        killer.join()
+    monkeypatch.setattr(bench, "run", kill_meanwhile)
+    sweep_alone(monkeypatch, 1.5)
+    with pytest.raises(PerfError, match=r"(?s)not everything was measured: .*tritonserver is gone.*--resume"):
+        run.perf(QUICK, artifacts=tmp_path, console=quiet())
     folder = only_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
     assert not summary["complete"]
@@ -156,20 +209,20 @@ def test_a_killed_server_leaves_a_partial_report(
     assert "PARTIAL" in (folder / "report.md").read_text()
     assert "PARTIAL" in (folder / "report.html").read_text()
 
+    monkeypatch.setattr("build.serve.TritonServer", lambda _: contextlib.nullcontext(triton_server))
+    monkeypatch.setattr(bench, "run", instant)
     whole: dict[str, Any] = run.perf(QUICK, resume=folder, artifacts=tmp_path, console=quiet())
     assert whole["complete"]
     assert whole["precisions"]["fp32"]["ratio_rounds"] == summary["precisions"]["fp32"]["ratio_rounds"]
 
 
 @pytest.mark.triton
-@pytest.mark.slow
+@pytest.mark.usefixtures("cheap", "running")
 def test_a_load_that_fails_costs_no_other(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = bench.run
-
     def fail_at_batches(url: str, model: str, data: Path, load: Load, **options: Any) -> Point:
         if load.batch_size > 1:
             raise PerfError("perf_analyzer gave no figures", why="a test says so")
-        return measure(url, model, data, load, **options)
+        return instant(url, model, data, load, **options)
 
     monkeypatch.setattr(bench, "run", fail_at_batches)
     with pytest.raises(PerfError, match="not everything was measured: batch, 2 clients, batch 4, HTTP"):
@@ -180,7 +233,7 @@ def test_a_load_that_fails_costs_no_other(published: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("settings", "complaint"),
+    ("asked", "complaint"),
     [
         (Settings(model="nope"), r"no model 'nope'\n.*shapes"),
         (Settings(precisions=("fp32", "int3")), r"int3\n.*choose from"),
@@ -189,9 +242,9 @@ def test_a_load_that_fails_costs_no_other(published: Path, tmp_path: Path, monke
         (Settings(tune=True, precisions=("fp32", "int8")), r"for fp32 and int8\n.*name one"),
     ],
 )
-def test_settings_that_make_no_sense(settings: Settings, complaint: str, tmp_path: Path) -> None:
+def test_settings_that_make_no_sense(asked: Settings, complaint: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=complaint):
-        run.perf(settings, artifacts=tmp_path, console=quiet())
+        run.perf(asked, artifacts=tmp_path, console=quiet())
     assert not list(tmp_path.iterdir())
 
 
@@ -207,9 +260,9 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_machine(tmp_path: Path) -> None:
-    folder, _, facts = run._open(QUICK, None, tmp_path)
+    folder, _, facts = open_run(QUICK, None, tmp_path)
     facts["environment"]["cpu"] = "another one"
-    run._keep(folder, QUICK, facts)
+    keep(folder, QUICK, facts)
     with pytest.raises(PerfError, match=r"(?s)cannot be resumed: cpu: another one then.*start a new run"):
         run.perf(QUICK, resume=folder, artifacts=tmp_path, console=quiet())
 
@@ -222,12 +275,12 @@ def bench_of(version: str, manifest: str) -> Any:
 
 def test_a_run_of_another_server_or_model() -> None:
     facts: dict[str, Any] = {"environment": {"versions": {}}, "published": {}}
-    run._same_model(facts, bench_of("2.51.0", "ab"))
-    run._same_model(facts, bench_of("2.51.0", "ab"))
+    same_model(facts, bench_of("2.51.0", "ab"))
+    same_model(facts, bench_of("2.51.0", "ab"))
     with pytest.raises(PerfError, match=r"(?s)began with tritonserver 2\.51\.0, but this one is 2\.60\.0.*new run"):
-        run._same_model(facts, bench_of("2.60.0", "ab"))
+        same_model(facts, bench_of("2.60.0", "ab"))
     with pytest.raises(PerfError, match=r"began with another fp32 model"):
-        run._same_model(facts, bench_of("2.51.0", "cd"))
+        same_model(facts, bench_of("2.51.0", "cd"))
 
 
 def test_two_runs_are_needed_for_a_comparison(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from build.errors import OptionError
 from perf import scenarios
-from perf.analyzer import Load, PerfError
+from perf.load import Load, PerfError
 from perf.scenarios import BoundError, default_bound, find_rate, offline, server, single_stream
 
 
@@ -79,35 +79,35 @@ class FakeBench:
 @pytest.mark.parametrize("bound_ms", [10, 20, 60])
 def test_the_rate_that_just_holds_the_bound(bound_ms: float) -> None:
     bench = FakeBench()
-    found = find_rate(bench, bound_ms, tolerance=0.02)
-    assert found["rate"] == pytest.approx(bench.limit(bound_ms), rel=0.025)
-    assert found["bound_ms"] == bound_ms
-    assert len(found["probes"]) <= 12
-    for probe in found["probes"]:
+    result = find_rate(bench, bound_ms, tolerance=0.02)
+    assert result["rate"] == pytest.approx(bench.limit(bound_ms), rel=0.025)
+    assert result["bound_ms"] == bound_ms
+    assert len(result["probes"]) <= 12
+    for probe in result["probes"]:
         assert probe["held"] == (probe["p99_ms"] <= bound_ms) == (not probe["why"])
-        assert probe["held"] == (probe["rate"] <= found["rate"])
+        assert probe["held"] == (probe["rate"] <= result["rate"])
     assert [load.arrivals for load in bench.measured[1:]] == ["poisson"] * (len(bench.measured) - 1)
 
 
 def test_a_rate_is_found_above_the_first_guess() -> None:
     bench = FakeBench()
-    found = find_rate(bench, 20, low=10, high=50, tolerance=0.02)
-    assert found["rate"] == pytest.approx(bench.limit(20), rel=0.025)
-    assert len(bench.measured) <= 3 * len(found["probes"])
+    result = find_rate(bench, 20, low=10, high=50, tolerance=0.02)
+    assert result["rate"] == pytest.approx(bench.limit(20), rel=0.025)
+    assert len(bench.measured) <= 3 * len(result["probes"])
 
 
 def test_no_end_in_sight() -> None:
-    found = find_rate(FakeBench(capacity=1e6), 20, low=10, high=50)
-    assert found["rate"] == found["probes"][-1]["rate"] > 350
-    assert len(found["probes"]) == 7
-    assert "highest rate that was tried" in found["note"]
+    result = find_rate(FakeBench(capacity=1e6), 20, low=10, high=50)
+    assert result["rate"] == result["probes"][-1]["rate"] > 350
+    assert len(result["probes"]) == 7
+    assert "highest rate that was tried" in result["note"]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_noise_moves_the_rate_little(seed: int) -> None:
     bench = FakeBench(noise=0.1, seed=seed)
-    found = find_rate(bench, 20, tolerance=0.05)
-    assert found["rate"] == pytest.approx(bench.limit(20), rel=0.2)
+    result = find_rate(bench, 20, tolerance=0.05)
+    assert result["rate"] == pytest.approx(bench.limit(20), rel=0.2)
     assert len(bench.measured) <= 25
 
 
@@ -122,8 +122,8 @@ def test_one_failure_of_perf_analyzer_changes_nothing(call: int) -> None:
 def test_one_stall_changes_nothing(stalled: int) -> None:
     quiet, stalls = FakeBench(), FakeBench()
     stalls.stalls = {stalled}
-    found = find_rate(stalls, 20)
-    assert found["rate"] == find_rate(quiet, 20)["rate"]
+    result = find_rate(stalls, 20)
+    assert result["rate"] == find_rate(quiet, 20)["rate"]
     assert stalled >= len(quiet.measured) or len(stalls.measured) >= len(quiet.measured)
 
 
@@ -157,9 +157,9 @@ def test_failed_requests_lose() -> None:
 def test_a_rate_at_which_perf_analyzer_gives_up_is_lost() -> None:
     bench = FakeBench()
     bench.refuses_from = 200
-    found = find_rate(bench, 20, tolerance=0.02)
-    assert found["rate"] == pytest.approx(200, rel=0.025)
-    lost = [probe for probe in found["probes"] if not probe["held"]]
+    result = find_rate(bench, 20, tolerance=0.02)
+    assert result["rate"] == pytest.approx(200, rel=0.025)
+    lost = [probe for probe in result["probes"] if not probe["held"]]
     assert {probe["why"] for probe in lost} == {"Exceeds maximum queue size"}
     assert {probe["p99_ms"] for probe in lost} == {None}
     with pytest.raises(PerfError, match="Exceeds maximum"):  # no rate is too high for this: something else is wrong
@@ -210,28 +210,28 @@ def test_values_that_make_no_sense(wrong: dict[str, Any]) -> None:
 
 def test_single_stream() -> None:
     bench = FakeBench()
-    found = single_stream(bench, load=Load(rate=8, arrivals="poisson", batch_size=4, protocol="http"))
+    result = single_stream(bench, load=Load(rate=8, arrivals="poisson", batch_size=4, protocol="http"))
     assert bench.measured == [Load(concurrency=1, protocol="http")]
-    assert found["p50_ms"] < found["p90_ms"] < found["p99_ms"]
-    assert "no MLPerf result" in found["note"]
+    assert result["p50_ms"] < result["p90_ms"] < result["p99_ms"]
+    assert "no MLPerf result" in result["note"]
 
 
 def test_offline_takes_the_best_and_measures_it_again() -> None:
     bench = FakeBench()
     bench.config = SimpleNamespace(max_batch_size=16)
-    found = offline(bench)
-    assert (found["batch_size"], found["concurrency"]) == (16, 2)
-    assert {one["batch_size"] for one in found["tried"]} == {1, 8, 16}  # none above what the model takes
+    result = offline(bench)
+    assert (result["batch_size"], result["concurrency"]) == (16, 2)
+    assert {attempt["batch_size"] for attempt in result["tried"]} == {1, 8, 16}  # none above what the model takes
     assert len(bench.measured) == 7
-    assert found["images_per_second"] == pytest.approx(500 * (1 - 0.1 / 16))
+    assert result["images_per_second"] == pytest.approx(500 * (1 - 0.1 / 16))
 
 
 def test_server_chooses_a_bound() -> None:
     bench = FakeBench()
-    found = server(bench, tolerance=0.02)
-    assert found["bound_ms"] == default_bound(1000 / 225) == 20
-    assert found["queries_per_second"] == pytest.approx(bench.limit(20), rel=0.025)
-    assert found["p99_ms"] <= 20
+    result = server(bench, tolerance=0.02)
+    assert result["bound_ms"] == default_bound(1000 / 225) == 20
+    assert result["queries_per_second"] == pytest.approx(bench.limit(20), rel=0.025)
+    assert result["p99_ms"] <= 20
 
 
 @pytest.mark.parametrize(("p50_ms", "bound_ms"), [(1.0, 5), (1.25, 5), (1.26, 10), (3.1, 15), (40, 160)])

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from perf.analyzer import Load
+from perf.load import Load
 from perf.statistics import aggregate, curves, merged_histogram, ratio_interval, saturation, verdict
 from tests.perf import example_run
 
@@ -41,8 +41,8 @@ def test_a_tenth_is_mostly_found_in_five_repeats(higher: bool) -> None:
 
 def test_what_is_noise_free_is_judged_from_one_percent_on() -> None:
     assert verdict([100.0] * 3, [100.9] * 3).verdict == "no difference shown"
-    found = verdict([100.0] * 3, [101.1] * 3)
-    assert (found.verdict, found.low, found.high) == ("faster", pytest.approx(1.011), pytest.approx(1.011))
+    judged = verdict([100.0] * 3, [101.1] * 3)
+    assert (judged.verdict, judged.low, judged.high) == ("faster", pytest.approx(1.011), pytest.approx(1.011))
     assert verdict([100.0] * 3, [98.0] * 3).verdict == "slower"
 
 
@@ -107,23 +107,23 @@ def test_histograms_are_merged_without_loss() -> None:
 
 
 def rows(*throughputs: float) -> list[dict[str, object]]:
-    made = []
+    series = []
     for power, throughput in enumerate(throughputs):
         load = example_run.load(concurrency=2**power)
         figures = {"throughput": {"median": throughput}, "latency_ms": {"p99": 10.0 * 2**power}}
-        made.append({"precision": "fp32", "load": load, "label": str(Load(**load)), **figures})
-    return made
+        series.append({"precision": "fp32", "load": load, "label": str(Load(**load)), **figures})
+    return series
 
 
 def test_saturation_is_the_smallest_load_with_nearly_all() -> None:
     series = rows(100, 190, 196, 200, 170)
-    found = saturation(series[::-1])  # in any order
-    assert found is not None
-    assert found["label"] == "2 clients, batch 1, gRPC"
-    assert found["share"] == pytest.approx(0.95)
-    assert found["best"] == 200
-    assert found["p99_ms"] == 20.0
-    assert not found["ends"]
+    knee = saturation(series[::-1])  # in any order
+    assert knee is not None
+    assert knee["label"] == "2 clients, batch 1, gRPC"
+    assert knee["share"] == pytest.approx(0.95)
+    assert knee["best"] == 200
+    assert knee["p99_ms"] == 20.0
+    assert not knee["ends"]
     rising = saturation(rows(100, 200, 400))
     assert rising is not None
     assert rising["ends"]
@@ -133,9 +133,9 @@ def test_saturation_is_the_smallest_load_with_nearly_all() -> None:
 
 def test_saturation_leaves_other_precisions_and_protocols_out() -> None:
     faster = [{**row, "precision": "int8"} for row in rows(900, 990)]
-    found = saturation(rows(100, 190, 200) + faster)
-    assert found is not None
-    assert (found["precision"], found["best"]) == ("fp32", 200)
+    knee = saturation(rows(100, 190, 200) + faster)
+    assert knee is not None
+    assert (knee["precision"], knee["best"]) == ("fp32", 200)
 
 
 def test_curves_are_named_by_what_they_differ_in() -> None:

@@ -1,31 +1,37 @@
-"""The search on simulated servers whose best setting is known; spec.toml's editing on the real file; a real search."""
+"""The search on simulated servers whose best setting is known, and a real search."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ssd_client.preprocess import input_array
 
-from build.errors import ServeError, SpecError
-from build.gate.datasets import to_input
+from build.contract import Target
+from build.errors import ServeError
+from build.publish import backend
 from build.publish import repository as store
-from build.spec import Serving, load
+from build.publish.config import config
+from build.spec import edit, load
 from models.shapes.scenes import scene
 from perf import tune as tuning
-from perf.analyzer import Load, PerfError
+from perf.bench import Bench, start_bench
 from perf.journal import Journal
-from perf.tune import Candidate, candidates, decide, measurements, pareto, search, tune, write_serving
+from perf.load import Load, PerfError
+from perf.tune import Candidate, candidates, decide, measurements, pareto, search, tune
 from tests.build import tiny_model
 
 SHAPES = Path(__file__).parents[2] / "models" / "shapes"
+PYTHON = backend.look("python")
 PRESENT, BEST = Candidate(2, 1), Candidate(4, 1, True, 500)
 GRID = [
     Candidate(instances, threads, batching, delay)
@@ -42,16 +48,16 @@ class Simulation:
         self.random, self.noise = random.Random(seed), noise
         self.calls: list[tuple[Candidate, int, int, float]] = []
 
-    def truth(self, one: Candidate) -> tuple[float, float]:
-        throughput = 300.0 + 60 * one.instances + 40 * one.threads
-        throughput += {0: 20, 500: 80, 2000: 40}[one.queue_delay_us] if one.dynamic_batching else 0
-        p99_ms = 8 + 1.5 * one.instances + one.queue_delay_us / 1000 + (20 if one.threads > 1 else 0)
+    def truth(self, candidate: Candidate) -> tuple[float, float]:
+        throughput = 300.0 + 60 * candidate.instances + 40 * candidate.threads
+        throughput += {0: 20, 500: 80, 2000: 40}[candidate.queue_delay_us] if candidate.dynamic_batching else 0
+        p99_ms = 8 + 1.5 * candidate.instances + candidate.queue_delay_us / 1000 + (20 if candidate.threads > 1 else 0)
         return throughput, p99_ms
 
-    def __call__(self, one: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
-        self.calls.append((one, rung, repeat, seconds))
+    def __call__(self, candidate: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
+        self.calls.append((candidate, rung, repeat, seconds))
         spread = self.noise / math.sqrt(seconds)
-        throughput, p99_ms = self.truth(one)
+        throughput, p99_ms = self.truth(candidate)
         return (
             throughput * math.exp(self.random.gauss(0, spread)),
             p99_ms * math.exp(self.random.gauss(0, 3 * spread)),
@@ -74,11 +80,11 @@ def test_the_best_setting_wins() -> None:
     assert (winner.candidate, better) == (BEST, True)
     assert why == "from 2 x 1 to 4 x 1, batching, delay 500 us: 460 to 660 images/s"
     assert tried[0].candidate == PRESENT
-    assert [one.rung for one in tried[1:]] == sorted((one.rung for one in tried[1:]), reverse=True)
+    assert [entry.rung for entry in tried[1:]] == sorted((entry.rung for entry in tried[1:]), reverse=True)
     others = len(GRID) - 1
     assert len(simulation.calls) == measurements(others) == (31 + 16 + 8 + 4 + 4) + 3 * 3
     # The final: the two best and the present setting, three times, in turn, at the longest time.
-    final = [one for one, rung, _, _ in simulation.calls if rung == tried[0].rung]
+    final = [candidate for candidate, rung, _, _ in simulation.calls if rung == tried[0].rung]
     assert len(final) == 9
     assert final[0] == final[5] == final[6] == PRESENT
     assert {(rung, seconds) for _, rung, _, seconds in simulation.calls} == {(n, 2.0**n) for n in range(5)}
@@ -123,23 +129,23 @@ def test_a_difference_within_the_noise_is_none(seed: int) -> None:
 
 
 def test_what_fails_leaves_and_the_search_goes_on() -> None:
-    def measure(one: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
-        if one == BEST or (one.instances == 1 and rung == 1):
+    def measure(candidate: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
+        if candidate == BEST or (candidate.instances == 1 and rung == 1):
             raise ServeError("tritonserver is gone")
-        return Simulation().truth(one)
+        return Simulation().truth(candidate)
 
     tried = search(PRESENT, GRID, measure, 20, 1.0)
-    failed = {one.candidate for one in tried if one.failed}
+    failed = {entry.candidate for entry in tried if entry.failed}
     assert BEST in failed
-    assert all(one.failed == "tritonserver is gone" for one in tried if one.failed)
+    assert all(entry.failed == "tritonserver is gone" for entry in tried if entry.failed)
     assert decide(tried, 20)[0].candidate == Candidate(4, 1, True, 2000)
-    row = next(one for one in tried if one.candidate == BEST).as_dict(20)
+    row = next(entry for entry in tried if entry.candidate == BEST).as_dict(20)
     assert (row["throughput"], row["p99_ms"], row["held"]) == (None, None, False)
 
 
 def test_nothing_but_the_present_setting_works() -> None:
-    def measure(one: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
-        if one != PRESENT:
+    def measure(candidate: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
+        if candidate != PRESENT:
             raise ServeError("no")
         return 100.0, 9.0
 
@@ -147,7 +153,7 @@ def test_nothing_but_the_present_setting_works() -> None:
 
 
 def test_a_present_setting_that_fails_ends_the_search_at_once() -> None:
-    def measure(one: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
+    def measure(candidate: Candidate, rung: int, repeat: int, seconds: float) -> tuple[float, float]:
         raise ServeError("no tritonserver on PATH")
 
     with pytest.raises(ServeError, match="no tritonserver"):
@@ -162,21 +168,21 @@ def test_pareto() -> None:
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 4, 16, 64])
 def test_candidates_make_sense(cores: int) -> None:
-    found = candidates(cores)
-    assert Candidate(cores, 1) in found
-    assert Candidate(1, cores, True, 500) in found
-    assert len(found) == len(set(found)) <= 160
-    for one in found:
-        assert one.threads <= cores
-        assert cores / 2 <= one.instances * one.threads <= 2 * cores
-        assert one.dynamic_batching or not one.queue_delay_us
+    grid = candidates(cores)
+    assert Candidate(cores, 1) in grid
+    assert Candidate(1, cores, True, 500) in grid
+    assert len(grid) == len(set(grid)) <= 160
+    for candidate in grid:
+        assert candidate.threads <= cores
+        assert cores / 2 <= candidate.instances * candidate.threads <= 2 * cores
+        assert candidate.dynamic_batching or not candidate.queue_delay_us
     plans = candidates(cores, "tensorrt")
-    assert {one.threads for one in plans} == {1}
-    assert {one.instances for one in plans} == {1, 2, 3, 4}
+    assert {candidate.threads for candidate in plans} == {1}
+    assert {candidate.instances for candidate in plans} == {1, 2, 3, 4}
 
 
 def test_two_cores() -> None:
-    assert sorted({(one.instances, one.threads) for one in candidates(2)}) == [
+    assert sorted({(candidate.instances, candidate.threads) for candidate in candidates(2)}) == [
         (1, 1),
         (1, 2),
         (2, 1),
@@ -194,11 +200,12 @@ def test_spec_and_config_say_the_same(tmp_path: Path, runtime: str) -> None:
     """What a winner writes to spec.toml makes the very config.pbtxt that was measured, whatever was there before."""
     file = tiny_model.write(tmp_path / "tiny")
     original = file.read_text()
-    present = Candidate.of_config(store.config(load(file), 1, "fp32", runtime, ""))
-    for one in candidates(2, runtime):
+    present = Candidate.of_config(config(load(file), 1, Target(runtime), "", PYTHON))
+    for candidate in candidates(2, runtime):
         file.write_text(original)
-        write_serving(file, tuning._changes(load(file), present, one, runtime))
-        assert Candidate.of_config(store.config(load(file), 1, "fp32", runtime, "")) == one
+        changes = tuning._changes(load(file), present, candidate, runtime)
+        edit(file, {f"serving.{key}": value for key, value in changes.items()})
+        assert Candidate.of_config(config(load(file), 1, Target(runtime), "", PYTHON)) == candidate
 
 
 def test_what_is_as_it_was_stays_open(tmp_path: Path) -> None:
@@ -214,8 +221,8 @@ def test_what_is_as_it_was_stays_open(tmp_path: Path) -> None:
 def test_a_variant_is_the_published_model_set_up_otherwise(tiny: tuple[Path, Path]) -> None:
     file, published = tiny
     with tuning.variant(load(file), published, PRESENT) as repository:  # as it is: nothing but the comment is missing
-        was, made = (folder / "tiny" / "config.pbtxt" for folder in (published, repository))
-        assert was.read_text().split("\n", 1)[1] == made.read_text()
+        was, now = (folder / "tiny" / "config.pbtxt" for folder in (published, repository))
+        assert was.read_text().split("\n", 1)[1] == now.read_text()
     with tuning.variant(load(file), published, Candidate(3, 2, True, 500)) as repository:
         version = store.served_version(repository, "tiny")
         for held in (published / "tiny" / str(version)).iterdir():
@@ -225,83 +232,11 @@ def test_a_variant_is_the_published_model_set_up_otherwise(tiny: tuple[Path, Pat
     assert store.served(published, "tiny")
 
 
-# -- spec.toml ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def shapes(tmp_path: Path) -> Path:
-    folder = tmp_path / "shapes"
-    shutil.copytree(SHAPES, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder / "spec.toml"
-
-
-def test_the_real_spec_keeps_every_other_byte(shapes: Path) -> None:
-    before = shapes.read_bytes()
-    write_serving(shapes, {"instances": 3, "threads": 2})
-    assert load(shapes).serving == Serving(max_batch_size=32, instances=3, threads=2)
-    wanted = before.replace(b"\ninstances = 0 ", b"\ninstances = 3 ").replace(b"\nthreads = 0 ", b"\nthreads = 2 ")
-    assert shapes.read_bytes() == wanted != before
-    write_serving(shapes, {"instances": 0, "threads": 0})
-    assert shapes.read_bytes() == before
-    assert [path.name for path in shapes.parent.iterdir() if ".new" in path.name] == []
-
-
-def test_keys_that_are_not_there_yet(shapes: Path) -> None:
-    before = shapes.read_text()
-    write_serving(shapes, {"instances": 4, "dynamic_batching": "on", "cuda_graphs": True})
-    serving = load(shapes).serving
-    assert (serving.instances, serving.dynamic_batching, serving.cuda_graphs) == (4, "on", True)
-    added = [line for line in shapes.read_text().splitlines() if line not in before.splitlines()]
-    assert len(added) == 3
-    assert '\ndynamic_batching = "on"\ncuda_graphs = true\n\n[data]' in shapes.read_text()
-
-
-SPECS = {
-    "no table": ("[model]\nname = 'x'", "[model]\nname = 'x'\n\n[serving]\ninstances = 2\n"),
-    "empty table": ("[serving]  # here\n\n[data]\n", "[serving]  # here\ninstances = 2\n\n[data]\n"),
-    "ends in it": ("[serving]", "[serving]\ninstances = 2\n"),
-    "no last newline": ("[serving]\nthreads = 1", "[serving]\nthreads = 1\ninstances = 2\n"),
-    "Windows": ("[serving]\r\ninstances=1 # a\r\n", "[serving]\r\ninstances=2 # a\r\n"),
-    "a text": ('[serving]\ninstances = "auto"  # a\n', "[serving]\ninstances = 2  # a\n"),
-    "quoted, indented": (' [ serving ]\n  "instances" = 1#a\n', ' [ serving ]\n  "instances" = 2#a\n'),
-    "another table's key": ("[a]\ninstances = 1\n[serving]\n", "[a]\ninstances = 1\n[serving]\ninstances = 2\n"),
-    "in a comment": ("[serving]\n# instances = 1\na = 0\n", "[serving]\n# instances = 1\na = 0\ninstances = 2\n"),
-}
-
-
-@pytest.mark.parametrize("name", SPECS)
-def test_other_ways_to_write_it(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "load", lambda path: None)  # these are tables, not whole specs
-    before, after = SPECS[name]
-    file = tmp_path / "spec.toml"
-    file.write_bytes(before.encode())
-    write_serving(file, {"instances": 2})
-    assert file.read_bytes().decode() == after
-
-
-@pytest.mark.parametrize("text", ["serving = {a = 1}\n", "serving.a = 1\n", "a = '''\n[serving]\n'''\n", "a ="])
-def test_what_cannot_be_changed_is_left(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "spec.toml"
-    file.write_text(text)
-    with pytest.raises(SpecError, match=r"cannot be (changed|read)"):
-        write_serving(file, {"instances": 2})
-    assert file.read_text() == text
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_value_that_the_spec_refuses(shapes: Path) -> None:
-    before = shapes.read_bytes()
-    with pytest.raises(SpecError, match=r"in 0\.\.1024"):
-        write_serving(shapes, {"instances": 5000})
-    assert shapes.read_bytes() == before
-    assert [path.name for path in shapes.parent.iterdir() if ".new" in path.name] == []
-
-
 # -- the whole, on simulated servers -----------------------------------------------------------------------------------
 
 
 class FakeServers:
-    """In place of `perf.bench.bench`: simulated servers, set up as the repository's config.pbtxt says."""
+    """In place of `perf.bench.start_bench`: simulated servers, set up as the repository's config.pbtxt says."""
 
     def __init__(self) -> None:
         self.simulation, self.started = Simulation(noise=0.01), list[Candidate]()
@@ -311,18 +246,18 @@ class FakeServers:
 
     @contextmanager
     def __call__(self, repository: Path, model: str, images: Any, journal: Journal) -> Iterator[Any]:
-        one = candidate_of(repository)
-        self.started.append(one)
-        if one in self.broken:
-            raise self.broken[one]
+        candidate = candidate_of(repository)
+        self.started.append(candidate)
+        if candidate in self.broken:
+            raise self.broken[candidate]
 
         def point(series: str, traffic: Load, *, seconds: float, check: bool = True, **key: Any) -> dict[str, Any]:
-            if one in self.flaky:
-                self.flaky.remove(one)
+            if candidate in self.flaky:
+                self.flaky.remove(candidate)
                 raise PerfError("perf_analyzer gave no figures")
-            throughput, p99_ms = self.simulation(one, 0, 0, seconds)
+            throughput, p99_ms = self.simulation(candidate, 0, 0, seconds)
             latency = {"p50": p99_ms / 2.1, "p90": p99_ms, "p99": p99_ms}
-            wrong = ["picture 3: box 0 is off by 0.21"] * (one in self.wrong)
+            wrong = ["picture 3: box 0 is off by 0.21"] * (candidate in self.wrong)
             answers = {"checked": 20, "wrong": len(wrong), "dropped": 0, "late": 0, "examples": wrong}
             return {
                 "point": {"throughput": throughput, "latency_ms": latency, "requests": 99, "errors": 0},
@@ -336,9 +271,9 @@ class FakeServers:
 def tiny(tmp_path: Path) -> tuple[Path, Path]:
     """spec.toml of a tiny model, and a repository that it is published to."""
     file = tiny_model.write(tmp_path / "tiny")
-    write_serving(file, {"instances": PRESENT.instances, "threads": PRESENT.threads})
+    edit(file, {"serving.instances": PRESENT.instances, "serving.threads": PRESENT.threads})
     spec = load(file)
-    store.publish(spec, spec.onnx_path, tmp_path / "published", "fp32", "onnxruntime")
+    store.publish(spec, spec.onnx_path, tmp_path / "published", Target("onnxruntime"), served_by=PYTHON)
     return file, tmp_path / "published"
 
 
@@ -422,12 +357,19 @@ def test_what_ends_the_search_leaves_spec_toml(tiny: tuple[Path, Path], error: B
     assert load(file).serving.instances == 4
 
 
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    folder = tmp_path / "shapes"
+    shutil.copytree(SHAPES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "spec.toml"
+
+
 @pytest.mark.triton
 @pytest.mark.slow
 def test_a_real_search(repository: Path, shapes: Path, tmp_path: Path) -> None:
-    """Two cores' worth of instances against one, three times in turn, each on a server of its own."""
-    images = [to_input(scene("held_out", index).image, load(shapes).input)[0] for index in range(4)]
-    write_serving(shapes, {"instances": 1, "threads": 1})
+    """Two cores' worth of instances against one, three times in turn, on a server for each."""
+    images = [input_array(scene("held_out", index).image, load(shapes).input.preprocessing)[0] for index in range(4)]
+    edit(shapes, {"serving.instances": 1, "serving.threads": 1})
     run: dict[str, Any] = {
         "others": [Candidate(2, 1)],
         "bound_ms": 2000,
@@ -436,12 +378,21 @@ def test_a_real_search(repository: Path, shapes: Path, tmp_path: Path) -> None:
         "write": False,
     }
     file = tmp_path / "points.jsonl"
-    result = tune(load(shapes), repository, images, Journal(file), **run)
-    one, two = result["candidates"]
-    assert (one["instances"], two["instances"]) == (1, 2)
-    assert not one["failed"]
-    assert not two["failed"]
-    for row in (one, two):
+    benches: dict[Candidate, Bench] = {}
+    with ExitStack() as stack:
+
+        def serving(repository: Path, *what: Any) -> AbstractContextManager[Bench]:
+            candidate = candidate_of(repository)
+            if candidate not in benches:
+                benches[candidate] = stack.enter_context(start_bench(repository, *what))
+            return nullcontext(dataclasses.replace(benches[candidate], journal=Journal()))  # measured anew
+
+        result = tune(load(shapes), repository, images, Journal(file), serving=serving, **run)
+    single, double = result["candidates"]
+    assert (single["instances"], double["instances"]) == (1, 2)
+    assert not single["failed"]
+    assert not double["failed"]
+    for row in (single, double):
         assert len(row["repeats"]) == 3
         assert 0 < row["p99_ms"] < 2000
         assert row["throughput"] > 0

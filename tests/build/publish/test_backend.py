@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from build.contract import Target
 from build.errors import RuntimeUnavailableError
 from build.publish import backend
+from build.publish.config import config
+from build.publish.repository import recipe
+from build.spec import Spec
 
 
 @pytest.fixture
@@ -52,6 +56,34 @@ def test_what_was_compiled_needs_no_compiler_any_more(alone: Path) -> None:
     chosen = backend.prepare(libraries=alone)
     program.unlink()
     assert backend.prepare(libraries=alone) == chosen
+
+
+def test_only_prepare_compiles(alone: Path, spec: Spec) -> None:
+    ran = alone.parent / "ran"
+    compiler(alone, "c++", f"Path({str(ran)!r}).touch(); {WORKS}")
+    chosen = backend.look(libraries=alone)
+    assert (chosen.name, chosen.files) == ("ssd_onnxruntime", {})
+    assert chosen.why == "the next build compiles it with c++"
+    target = Target("onnxruntime")
+    for served_by in (chosen, backend.of({"serving": {"backend": "ssd_onnxruntime"}})):
+        assert recipe(spec, target, served_by)["serving"]["backend"] == "ssd_onnxruntime"
+        assert config(spec, 1, target, "", served_by).backend == "ssd_onnxruntime"
+    assert not ran.exists()
+    assert not alone.exists()
+    built = backend.prepare(libraries=alone)
+    assert ran.exists()
+    assert backend.look(libraries=alone) == built
+    assert recipe(spec, target, built) == recipe(spec, target, chosen)
+
+
+def test_the_backend_of_a_published_version() -> None:
+    assert backend.of({"serving": {"instances": 1}}) is None
+    python, ours = (backend.of({"serving": {"backend": name}}) for name in (backend.PYTHON, backend.NATIVE))
+    assert python
+    assert ours
+    assert (python.name, [path.name for path in python.sources]) == ("python", ["model.py"])
+    assert (ours.name, ours.files) == ("ssd_onnxruntime", {})
+    assert {path.name for path in ours.sources} == {"backend.cpp", "onnxruntime.h", "triton.h"}
 
 
 def test_without_a_compiler_it_is_the_python_backend(alone: Path) -> None:

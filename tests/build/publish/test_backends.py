@@ -22,6 +22,7 @@ from tritonclient.utils import shared_memory as shm
 from build.errors import ServeError
 from build.publish import backend
 from build.serve import TritonServer
+from tests.conftest import unregister
 
 BACKENDS = (backend.NATIVE, backend.PYTHON)
 SIDE, MOST = 4, 2
@@ -165,12 +166,21 @@ def test_what_does_not_fit_is_refused_with_its_reason(kind: str, tmp_path: Path,
 
 
 @pytest.fixture(scope="module")
-def batching(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """The small model behind a batcher that hands several requests to one call of the model."""
-    repository = tmp_path_factory.mktemp("batching")
-    publish(repository, "small", kind, f"{CONFIG} dynamic_batching {{ max_queue_delay_microseconds: 300000 }}")
+def server(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """The small model thrice: alone, as instances side by side, and behind a batcher that hands over several requests.
+
+    After the last test all of them must still be whole.
+    """
+    repository = tmp_path_factory.mktemp("small")
+    publish(repository, "small", kind)
+    publish(repository, "batched", kind, f"{CONFIG} dynamic_batching {{ max_queue_delay_microseconds: 300000 }}")
+    given = '"threads" value {{ string_value: "{}"'
+    for threads in (1, 2):
+        config = CONFIG.replace("count: 1", "count: 3").replace(given.format(1), given.format(threads))
+        publish(repository, f"three_of_{threads}", kind, config)
     with TritonServer(repository) as server:
         yield server
+        server.check()
 
 
 def request(byte: int, score: float = 0.25, iou: float = 0.5, batch: int = 1) -> list[Any]:
@@ -188,7 +198,7 @@ def request(byte: int, score: float = 0.25, iou: float = 0.5, batch: int = 1) ->
 
 
 @pytest.mark.triton
-def test_a_failing_request_leaves_the_others_of_its_call_alone(batching: TritonServer, kind: str) -> None:
+def test_a_failing_request_leaves_the_others_of_its_call_alone(server: TritonServer, kind: str) -> None:
     sent = {
         "a": request(1),
         "bright": request(BRIGHT + 1),
@@ -198,12 +208,12 @@ def test_a_failing_request_leaves_the_others_of_its_call_alone(batching: TritonS
         "above": request(5, iou=1.25),
     }
     answers: SimpleQueue[tuple[str, Any, Any]] = SimpleQueue()
-    with closing(triton_grpc.InferenceServerClient(batching.grpc_url)) as client:
-        before = client.get_inference_statistics("small", as_json=True)
+    with closing(triton_grpc.InferenceServerClient(server.grpc_url)) as client:
+        before = client.get_inference_statistics("batched", as_json=True)
         for name, inputs in sent.items():
-            client.async_infer("small", inputs, lambda result, error, name=name: answers.put((name, result, error)))
+            client.async_infer("batched", inputs, lambda result, error, name=name: answers.put((name, result, error)))
         received = {name: (result, error) for name, result, error in (answers.get(timeout=30) for _ in sent)}
-        after = client.get_inference_statistics("small", as_json=True)
+        after = client.get_inference_statistics("batched", as_json=True)
 
     def executions(statistics: Any) -> int:
         return int(statistics["model_stats"][0].get("execution_count", 0))
@@ -227,8 +237,8 @@ def test_a_failing_request_leaves_the_others_of_its_call_alone(batching: TritonS
 
 @pytest.mark.triton
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_the_ends_of_the_thresholds_are_allowed(batching: TritonServer, value: float) -> None:
-    with closing(triton_grpc.InferenceServerClient(batching.grpc_url)) as client:
+def test_the_ends_of_the_thresholds_are_allowed(server: TritonServer, value: float) -> None:
+    with closing(triton_grpc.InferenceServerClient(server.grpc_url)) as client:
         answer = client.infer("small", request(7, value, value))
     assert answer.as_numpy("num_detections").tolist() == [[7]]
 
@@ -236,18 +246,18 @@ def test_the_ends_of_the_thresholds_are_allowed(batching: TritonServer, value: f
 @pytest.mark.triton
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1e-7, 1.0000001])
 @pytest.mark.parametrize("name", ["score", "iou"])
-def test_thresholds_outside_are_refused(batching: TritonServer, name: str, value: float) -> None:
+def test_thresholds_outside_are_refused(server: TritonServer, name: str, value: float) -> None:
     with (
-        closing(triton_grpc.InferenceServerClient(batching.grpc_url)) as client,
+        closing(triton_grpc.InferenceServerClient(server.grpc_url)) as client,
         pytest.raises(InferenceServerException, match=rf"INVALID_ARGUMENT.*{name}_threshold must lie in 0\.\.1"),
     ):
         client.infer("small", request(7, **{name: value}))
 
 
 @pytest.mark.triton
-def test_only_what_was_asked_for_is_answered(batching: TritonServer) -> None:
+def test_only_what_was_asked_for_is_answered(server: TritonServer) -> None:
     wanted = ["detection_scores", "num_detections"]
-    with closing(triton_grpc.InferenceServerClient(batching.grpc_url)) as client:
+    with closing(triton_grpc.InferenceServerClient(server.grpc_url)) as client:
         outputs = [triton_grpc.InferRequestedOutput(name) for name in wanted]
         answer = client.infer("small", request(7, 0.5, 0.75, batch=2), outputs=outputs)
     assert sorted(output.name for output in answer.get_response().outputs) == wanted
@@ -257,7 +267,7 @@ def test_only_what_was_asked_for_is_answered(batching: TritonServer) -> None:
 
 @pytest.mark.triton
 @pytest.mark.parametrize("offset", [0, 1, 4, 16])
-def test_tensors_lie_anywhere_in_shared_memory(batching: TritonServer, offset: int) -> None:
+def test_tensors_lie_anywhere_in_shared_memory(server: TritonServer, offset: int) -> None:
     """Kernels may want aligned memory; a client need not give it."""
     name, size = f"ssd-test-{os.getpid()}", 4096
     sent = {entry.name(): np.frombuffer(entry._get_content(), np.uint8) for entry in request(9, 0.5, 0.25, batch=3)}
@@ -271,7 +281,7 @@ def test_tensors_lie_anywhere_in_shared_memory(batching: TritonServer, offset: i
     try:
         for tensor, data in sent.items():
             shm.set_shared_memory_region(handle, [data], offset=places[tensor][0])
-        with closing(triton_grpc.InferenceServerClient(batching.grpc_url)) as client:
+        with closing(triton_grpc.InferenceServerClient(server.grpc_url)) as client:
             client.register_system_shared_memory(name, f"/{name}", size)
             inputs = request(9, 0.5, 0.25, batch=3)
             for entry in inputs:
@@ -280,34 +290,31 @@ def test_tensors_lie_anywhere_in_shared_memory(batching: TritonServer, offset: i
             for output in outputs:
                 output.set_shared_memory(name, places[output.name()][1], places[output.name()][0])
             client.infer("small", inputs, outputs=outputs)
-            client.unregister_system_shared_memory(name)
-        found = {
+            unregister(client, name)
+        answered = {
             tensor: shm.get_contents_as_numpy(handle, kind, [3, places[tensor][1] // 12], places[tensor][0]).copy()
             for tensor, kind in kinds.items()
         }
     finally:
         shm.destroy_shared_memory_region(handle)
-    assert (found["num_detections"] == 9).all()
-    assert (found["detection_boxes"] == 0.5).all()
-    assert (found["detection_scores"] == 0.25).all()
+    assert (answered["num_detections"] == 9).all()
+    assert (answered["detection_boxes"] == 0.5).all()
+    assert (answered["detection_scores"] == 0.25).all()
 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("threads", [1, 2])
-def test_instances_answer_side_by_side(kind: str, tmp_path: Path, threads: int) -> None:
+def test_instances_answer_side_by_side(server: TritonServer, threads: int) -> None:
     """Three of them, which share what they can; every answer is its own request's."""
-    given = '"threads" value {{ string_value: "{}"'
-    config = CONFIG.replace("count: 1", "count: 3").replace(given.format(1), given.format(threads))
-    publish(tmp_path, "small", kind, config)
     answers: SimpleQueue[tuple[int, Any, Any]] = SimpleQueue()
-    with TritonServer(tmp_path) as server, closing(triton_grpc.InferenceServerClient(server.grpc_url)) as client:
+    with closing(triton_grpc.InferenceServerClient(server.grpc_url)) as client:
         for number in range(BRIGHT):
             client.async_infer(
-                "small",
+                f"three_of_{threads}",
                 request(number, batch=1 + number % 8),
                 lambda result, error, number=number: answers.put((number, result, error)),
             )
         for number, result, error in (answers.get(timeout=30) for _ in range(BRIGHT)):
             assert error is None, (number, error)
             assert result.as_numpy("num_detections").tolist() == [[number]] * (1 + number % 8)
-        server.check()
+    server.check()

@@ -1,8 +1,7 @@
-"""Publishing: whole or not at all, whatever moment the process dies at; rollback; config.pbtxt and manifest."""
+"""Publishing: whole or not at all, whatever moment the process dies at; rollback; what makes a version stale."""
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -14,40 +13,41 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from build.errors import PublishError, ServeError
-from build.graph.attach import attach
+from build import files
+from build import spec as specs
+from build.contract import Nms, Target
+from build.errors import PublishError, ServeError, WriteError
 from build.publish import backend, repository
+from build.publish.backend import Backend
 from build.spec import Spec, load
 from tests.build import tiny_model
+from tests.build.publish.conftest import LIBRARIES
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-KIND = ("fp32", "onnxruntime")
-FILES = {"config.pbtxt", "labels.txt", "manifest.json", "model.onnx", *backend.prepare().files}
+ROOT = Path(__file__).resolve().parents[3]
+ONNX, PLAN = Target("onnxruntime"), Target("tensorrt")
+FILES = {"config.pbtxt", "labels.txt", "manifest.json", "model.onnx", *LIBRARIES}
 
-
-@pytest.fixture
-def spec(tmp_path: Path) -> Spec:
-    return load(tiny_model.write(tmp_path / "models" / "tiny"))
+Publish = Callable[[], int]
 
 
 @pytest.fixture
-def built(spec: Spec, tmp_path: Path) -> Path:
-    path = tmp_path / "built.onnx"
-    path.write_bytes(attach(spec).SerializeToString())
-    return path
+def publish(spec: Spec, built: Path, root: Path, stand_in: Backend) -> Publish:
+    """Publishes the tiny model once more; returns the version."""
+    return lambda: repository.publish(spec, built, root, ONNX, served_by=stand_in)
 
 
 @pytest.fixture
-def target(tmp_path: Path) -> Path:
-    return tmp_path / "model_repository"
+def fresh(spec: Spec, root: Path, stand_in: Backend) -> Callable[[], dict[str, Any] | None]:
+    """The served manifest, if the spec as it is now would publish the same again."""
+    return lambda: repository.fresh_manifest(load(spec.path), root, ONNX, served_by=stand_in)
 
 
 def config_of(folder: Path) -> ModelConfig:
@@ -63,86 +63,39 @@ def snapshot(folder: Path) -> dict[str, str]:
     }
 
 
-def check_whole(target: Path, versions: list[int], served: int) -> None:
+def versions_of(root: Path) -> list[int]:
+    return sorted(int(path.name) for path in (root / "tiny").iterdir() if path.name.isdigit())
+
+
+def check_whole(root: Path, versions: list[int], served: int) -> None:
     """Nothing but these versions, each as it was published, and one of them served."""
-    folder = target / "tiny"
-    assert sorted(path.name for path in target.iterdir() if path.is_dir()) == ["tiny"]
+    folder = root / "tiny"
+    assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["tiny"]
     assert sorted(path.name for path in folder.iterdir()) == [*map(str, versions), "config.pbtxt"]
-    assert not list(target.parent.glob(".model_repository*"))
-    assert repository.served_version(target, "tiny") == served
+    assert not list(root.parent.glob(".model_repository*"))
+    assert repository.served_version(root, "tiny") == served
     assert (folder / "config.pbtxt").read_bytes() == (folder / str(served) / "config.pbtxt").read_bytes()
     for version in versions:
         assert {path.name for path in (folder / str(version)).iterdir()} == FILES
-        assert repository._damage(folder / str(version)) == ""
+        assert repository.damage(folder / str(version)) == ""
         assert list(config_of(folder / str(version)).version_policy.specific.versions) == [version]
 
 
-def check_loadable(target: Path, served: int) -> None:
+def check_loadable(root: Path, served: int) -> None:
     """What a server would read is there and untouched; every folder of the repository has a config.pbtxt."""
-    for folder in (path for path in target.iterdir() if path.is_dir()):
+    for folder in (path for path in root.iterdir() if path.is_dir()):
         assert (folder / "config.pbtxt").is_file(), f"a tritonserver would not start: {folder}"
-    assert repository.served_version(target, "tiny") == served
-    assert repository._damage(target / "tiny" / str(served)) == ""
+    assert repository.served_version(root, "tiny") == served
+    assert repository.damage(root / "tiny" / str(served)) == ""
 
 
-def test_config_says_all_that_a_client_needs(spec: Spec) -> None:
-    config = repository.config(spec, 7, *KIND, "ab" * 32)
-    assert (config.name, config.backend, config.max_batch_size) == ("tiny", backend.prepare().name, 4)
-    assert list(config.version_policy.specific.versions) == [7]
-    assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [
-        ("images", 2, [8, 8, 3]),
-        ("score_threshold", 11, [1]),
-        ("iou_threshold", 11, [1]),
-    ]
-    assert [(o.name, o.data_type, list(o.dims)) for o in config.output] == [
-        ("num_detections", 8, [1]),
-        ("detection_boxes", 11, [5, 4]),
-        ("detection_scores", 11, [5]),
-        ("detection_classes", 8, [5]),
-    ]
-    assert not config.HasField("dynamic_batching")
-    (group,) = config.instance_group
-    threads = int(config.parameters["threads"].string_value)
-    assert group.kind == ModelInstanceGroup.KIND_CPU
-    assert 1 <= group.count * threads <= repository.cores()
-    assert {name: value.string_value for name, value in config.parameters.items() if name != "threads"} == {
-        "contract": "1",
-        "input_width": "8",
-        "input_height": "8",
-        "color_order": "RGB",
-        "resize": "stretch",
-        "resample": "bilinear",
-        "pad_value": "114",
-        "labels": '["cat", "dog"]',
-        "score_threshold": "0.1",
-        "iou_threshold": "0.45",
-        "runtime_thresholds": "true",
-        "max_detections": "5",
-        "precision": "fp32",
-        "runtime": "onnxruntime",
-        "manifest_sha256": "ab" * 32,
-    }
-
-
-@pytest.mark.parametrize(
-    ("cores", "instances", "threads", "chosen"),
-    [(8, 0, 0, (8, 1)), (8, 2, 0, (2, 4)), (8, 0, 4, (2, 4)), (1, 0, 0, (1, 1)), (2, 3, 0, (3, 1)), (4, 1, 2, (1, 2))],
-)
-def test_instances_and_threads_fill_the_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, instances: int, threads: int, chosen: tuple[int, int]
+def test_published_versions_are_whole_and_the_last_two_stay(
+    spec: Spec, built: Path, root: Path, publish: Publish
 ) -> None:
-    path = tiny_model.write(tmp_path)
-    path.write_text(path.read_text() + f"instances = {instances}\nthreads = {threads}\n")
-    monkeypatch.setattr(repository, "cores", lambda: cores)
-    serving = repository.recipe(load(path), *KIND)["serving"]
-    assert (serving["instances"], serving["threads"]) == chosen
-
-
-def test_published_versions_are_whole_and_the_last_two_stay(spec: Spec, built: Path, target: Path) -> None:
     for version, kept in ((1, [1]), (2, [1, 2]), (3, [2, 3]), (4, [3, 4])):
-        assert repository.publish(spec, built, target, *KIND) == version
-        check_whole(target, kept, version)
-    folder = target / "tiny" / "4"
+        assert publish() == version
+        check_whole(root, kept, version)
+    folder = root / "tiny" / "4"
     assert (folder / "model.onnx").read_bytes() == built.read_bytes()
     assert (folder / "labels.txt").read_text() == "cat\ndog\n"
     data = (folder / "manifest.json").read_bytes()
@@ -151,143 +104,270 @@ def test_published_versions_are_whole_and_the_last_two_stay(spec: Spec, built: P
     assert config_of(folder).parameters["manifest_sha256"].string_value == hashlib.sha256(data).hexdigest()
     source = hashlib.sha256(spec.onnx_path.read_bytes()).hexdigest()
     assert manifest["inputs"]["model.onnx"] == source
-    assert {"spec.toml", "labels.txt", "anchors.npy", "build/ssd_nms.py"} <= set(manifest["inputs"])
-    assert str(target.parent) not in data.decode()
+    assert {"labels.txt", "anchors.npy", "build/graph/ssd_nms.py", "build/publish/repository.py"} <= set(
+        manifest["inputs"]
+    )
+    assert manifest["spec"] == spec.settings()
+    assert str(root.parent) not in data.decode()
 
 
-@pytest.mark.parametrize(
-    "what", ["spec.toml", "labels.txt", "anchors.npy", "model.onnx", "model.onnx.data", "precision"]
-)
-def test_fresh_until_an_input_changes(spec: Spec, built: Path, target: Path, what: str) -> None:
-    assert repository.fresh_manifest(spec, target, *KIND) is None
-    repository.publish(spec, built, target, *KIND)
-    manifest = repository.fresh_manifest(spec, target, *KIND)
+# -- what makes a version stale ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["labels.txt", "anchors.npy", "model.onnx", "model.onnx.data", "precision"])
+def test_fresh_until_an_input_changes(
+    spec: Spec, root: Path, publish: Publish, fresh: Callable[[], Any], stand_in: Backend, what: str
+) -> None:
+    assert fresh() is None
+    publish()
+    manifest = fresh()
     assert manifest is not None
     assert manifest["version"] == 1
     os.utime(spec.onnx_path)  # the time does not matter, the content does
-    assert repository.fresh_manifest(spec, target, *KIND) == manifest
+    assert fresh() == manifest
     if what == "precision":
-        assert repository.fresh_manifest(spec, target, "int8", "onnxruntime") is None
+        int8 = Target("onnxruntime", "int8")
+        assert repository.fresh_manifest(spec, root, int8, served_by=stand_in) is None
         return
     with (spec.path.parent / what).open("ab") as file:
         file.write(b"\n")
-    assert repository.fresh_manifest(spec, target, *KIND) is None
+    assert repository.fresh_manifest(spec, root, ONNX, served_by=stand_in) is None
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "labels.txt", *backend.prepare().files])
-def test_a_damaged_version_is_not_fresh(spec: Spec, built: Path, target: Path, name: str) -> None:
-    repository.publish(spec, built, target, *KIND)
-    with (target / "tiny" / "1" / name).open("ab") as file:
+def changed(spec: Spec, root: Path, served_by: Backend) -> list[str]:
+    """What differs between the served version and what spec.toml would publish now."""
+    _, manifest = repository.served(root, "tiny")
+    return repository.changed(manifest, repository.recipe(load(spec.path), ONNX, served_by))
+
+
+def test_a_changed_setting_makes_it_stale_and_is_named(
+    spec: Spec, root: Path, publish: Publish, fresh: Callable[[], Any], stand_in: Backend
+) -> None:
+    publish()
+    assert changed(spec, root, stand_in) == []
+    specs.edit(spec.path, {"nms.score_threshold": 0.2, "input.pad_value": 7})
+    assert fresh() is None
+    assert changed(spec, root, stand_in) == ["input.pad_value", "nms.score_threshold"]
+
+
+def test_a_changed_default_makes_it_stale_and_is_named(
+    spec: Spec,
+    root: Path,
+    publish: Publish,
+    fresh: Callable[[], Any],
+    stand_in: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publish()
+    assert "iou_threshold" not in spec.path.read_text()
+    defaults = Nms.__init__.__defaults__
+    assert defaults
+    assert defaults[1] == 0.45
+    monkeypatch.setattr(Nms.__init__, "__defaults__", (defaults[0], 0.5, *defaults[2:]))
+    assert fresh() is None
+    assert changed(spec, root, stand_in) == ["nms.iou_threshold"]
+
+
+def test_comments_and_defaults_that_are_written_out_leave_it_fresh(
+    spec: Spec, publish: Publish, fresh: Callable[[], Any]
+) -> None:
+    publish()
+    text = spec.path.read_text().replace("[serving]\n", "[serving]\nqueue_delay_us = 0  # none\n")
+    spec.path.write_text(f"# a comment\n{text}\n[quantization]\ngate = 0.99\n")
+    assert fresh() is not None
+
+
+def test_another_backend_makes_it_stale(spec: Spec, root: Path, publish: Publish) -> None:
+    publish()
+    assert "backend" in changed(spec, root, backend.look(backend.PYTHON))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "labels.txt", *LIBRARIES])
+def test_a_damaged_version_is_not_fresh(root: Path, publish: Publish, fresh: Callable[[], Any], name: str) -> None:
+    publish()
+    assert fresh()
+    with (root / "tiny" / "1" / name).open("ab") as file:
         file.write(b" ")
-    assert repository.fresh_manifest(spec, target, *KIND) is None
+    assert fresh() is None
 
 
-def test_rollback_and_publish_after_it(spec: Spec, built: Path, target: Path) -> None:
-    repository.publish(spec, built, target, *KIND)
-    repository.publish(spec, built, target, *KIND)
-    assert repository.rollback(target, "tiny") == 1
-    check_whole(target, [1, 2], 1)
+# -- rollback ----------------------------------------------------------------------------------------------------------
+
+
+def test_rollback_and_publish_after_it(root: Path, publish: Publish) -> None:
+    publish()
+    publish()
+    assert repository.rollback(root, "tiny") == 1
+    check_whole(root, [1, 2], 1)
     with pytest.raises(PublishError, match="no version before version 1"):
-        repository.rollback(target, "tiny")
-    assert repository.publish(spec, built, target, *KIND) == 3  # never 2 again: a server may have seen that one
-    check_whole(target, [1, 3], 3)
+        repository.rollback(root, "tiny")
+    assert publish() == 3  # never 2 again: a server may have seen that one
+    check_whole(root, [1, 3], 3)
 
 
-def test_rollback_refuses(spec: Spec, built: Path, target: Path) -> None:
+def test_rollback_refuses(root: Path, publish: Publish) -> None:
     with pytest.raises(PublishError, match="no model 'tiny' is published"):
-        repository.rollback(target, "tiny")
-    assert not target.exists()
+        repository.rollback(root, "tiny")
+    assert not root.exists()
     for _ in range(2):
-        repository.publish(spec, built, target, *KIND)
+        publish()
     with pytest.raises(PublishError, match=r"no model 'tony' is published(?s:.*)published are tiny"):
-        repository.rollback(target, "tony")
-    (target / "tiny" / "1" / "model.onnx").unlink()
+        repository.rollback(root, "tony")
+    (root / "tiny" / "1" / "model.onnx").unlink()
     with pytest.raises(PublishError, match="version 1 cannot be served again"):
-        repository.rollback(target, "tiny")
-    assert repository.served_version(target, "tiny") == 2
+        repository.rollback(root, "tiny")
+    assert repository.served_version(root, "tiny") == 2
 
 
-# A publish that dies after so many of its steps.
-DYING = """
-import itertools, os, signal, sys
+# -- death at any moment -----------------------------------------------------------------------------------------------
+
+# Reads jobs, and has a fork of itself do each: a publish that dies after so many steps, or publishes without end.
+MORTALS = """
+import itertools, json, os, signal, sys
 from pathlib import Path
-from typing import Any
+import google.protobuf.text_format, tritonclient.grpc.model_config_pb2
+from build.contract import Target
 from build.publish import repository
+from build.publish.backend import Backend
 from build.spec import load
-spec, built, target, steps = sys.argv[1:]
-with repository._locked(Path(target), "tiny") as folder:
-    steps_of = repository.publishing(load(spec), Path(built), folder, "fp32", "onnxruntime")
-    for _ in itertools.islice(steps_of, int(steps)):
-        pass
-    os.kill(os.getpid(), signal.SIGKILL)
+ONNX = Target("onnxruntime")
+for line in sys.stdin:
+    spec, built, root, name, libraries, steps = json.loads(line)
+    child = os.fork()
+    if not child:
+        try:
+            spec, built, root = load(spec), Path(built), Path(root)
+            served_by = Backend(name, "", {library: Path(path) for library, path in libraries.items()}, ())
+            print(os.getpid(), flush=True)
+            while steps is None:
+                print(repository.publish(spec, built, root, ONNX, served_by=served_by), flush=True)
+            with repository._locked(root, "tiny") as folder:
+                publishing = repository.publishing(spec, built, folder, ONNX, served_by=served_by)
+                for _ in itertools.islice(publishing, steps):
+                    pass
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def die_after(steps: int, spec: Spec, built: Path, target: Path) -> None:
-    command = [sys.executable, "-c", DYING, str(spec.path), str(built), str(target), str(steps)]
-    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
+class Mortals:
+    """Publishes of the tiny model that die; every one is a process of its own, forked from one that has no threads."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def _start(self, spec: Spec, built: Path, root: Path, served_by: Backend, steps: int | None) -> int:
+        assert self._process.stdin is not None
+        libraries = {name: str(path) for name, path in served_by.files.items()}
+        job = [str(spec.path), str(built), str(root), served_by.name, libraries, steps]
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return int(self._line())
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the helper ended"
+        return line.strip()
+
+    def die_after(self, steps: int, spec: Spec, built: Path, root: Path, served_by: Backend) -> None:
+        """One publish, killed after so many of its steps."""
+        self._start(spec, built, root, served_by, steps)
+        assert int(self._line()) == -signal.SIGKILL
+
+    def die_within(self, seconds: float, spec: Spec, built: Path, root: Path, served_by: Backend) -> None:
+        """Publish upon publish, killed that long after the first is done."""
+        process = self._start(spec, built, root, served_by, None)
+        self._line()
+        time.sleep(seconds)
+        os.kill(process, signal.SIGKILL)
+        while int(self._line()) != -signal.SIGKILL:
+            pass
+
+
+@pytest.fixture(scope="module")
+def mortals() -> Iterator[Mortals]:
+    command = [sys.executable, "-c", MORTALS]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Mortals(process)
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 @pytest.mark.parametrize("before", [0, 1, 2])
-def test_killed_after_any_step_the_old_version_is_served(spec: Spec, built: Path, target: Path, before: int) -> None:
+def test_killed_after_any_step_the_old_version_is_served(
+    spec: Spec, built: Path, root: Path, stand_in: Backend, publish: Publish, mortals: Mortals, before: int
+) -> None:
     for _ in range(before):
-        repository.publish(spec, built, target, *KIND)
-    backup = target.with_name("backup")
+        publish()
+    backup = root.with_name("backup")
+    if before:
+        shutil.copytree(root, backup)
     whole = 0
     for steps in range(len(FILES) + 7):
+        shutil.rmtree(root, ignore_errors=True)
         if before:
-            shutil.rmtree(backup, ignore_errors=True)
-            shutil.copytree(target, backup)
-        else:
-            shutil.rmtree(target, ignore_errors=True)
-        die_after(steps, spec, built, target)
+            shutil.copytree(backup, root)
+        mortals.die_after(steps, spec, built, root, stand_in)
         new = before + 1
-        if repository.served_version(target, "tiny") == new:
+        if repository.served_version(root, "tiny") == new:
             whole += 1
-            check_loadable(target, new)
+            check_loadable(root, new)
         elif before:
-            check_loadable(target, before)
+            check_loadable(root, before)
         else:
-            assert not [path for path in target.glob("*") if path.is_dir()]  # a tritonserver takes any for a model
-        repository.publish(spec, built, target, *KIND)
-        last = repository.served_version(target, "tiny")
+            assert not [path for path in root.glob("*") if path.is_dir()]  # a tritonserver takes any for a model
+        publish()
+        last = repository.served_version(root, "tiny")
         assert last is not None
         assert last >= new
-        check_whole(target, repository._versions(target / "tiny"), last)
-        assert len(repository._versions(target / "tiny")) <= 2
-        shutil.rmtree(target)
-        if before:
-            shutil.copytree(backup, target)
+        check_whole(root, versions_of(root), last)
+        assert len(versions_of(root)) <= 2
     assert 1 <= whole <= 4  # some deaths came after the commit, most before
 
 
-# Publishes over and over, and tells when the first is done.
-ENDLESS = """
-import sys
-from pathlib import Path
-from typing import Any
-from build.publish import repository
-from build.spec import load
-spec, built, target = sys.argv[1:]
-while True:
-    print(repository.publish(load(spec), Path(built), Path(target), "fp32", "onnxruntime"), flush=True)
-"""
-
-
-def test_killed_at_random_moments(spec: Spec, built: Path, target: Path) -> None:
+def test_killed_at_random_moments(
+    spec: Spec, built: Path, root: Path, stand_in: Backend, publish: Publish, mortals: Mortals
+) -> None:
+    publish()
+    started = time.monotonic()
+    publish()
+    longest = 2 * (time.monotonic() - started)
     chance = random.Random(0)
     for _ in range(8):
-        command = [sys.executable, "-c", ENDLESS, str(spec.path), str(built), str(target)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(chance.uniform(0, 0.15))
-            process.kill()
-        served = repository.served_version(target, "tiny")
+        mortals.die_within(chance.uniform(0, longest), spec, built, root, stand_in)
+        served = repository.served_version(root, "tiny")
         assert served is not None
-        check_loadable(target, served)
-    version = repository.publish(spec, built, target, *KIND)
-    check_whole(target, repository._versions(target / "tiny"), version)
+        check_loadable(root, served)
+    version = publish()
+    check_whole(root, versions_of(root), version)
+
+
+@pytest.mark.triton
+def test_a_real_server_starts_on_what_a_killed_publish_left(
+    spec: Spec, built: Path, root: Path, mortals: Mortals
+) -> None:
+    from build.serve import TritonServer
+
+    served_by = backend.prepare()
+    # A first publish that died: the server has nothing to load, and nothing to stumble over.
+    mortals.die_after(4, spec, built, root, served_by)
+    with pytest.raises(ServeError, match="no model is published"):
+        TritonServer(root).start()
+    repository.publish(spec, built, root, ONNX, served_by=served_by)
+    whole = 4 + len(served_by.files)
+    mortals.die_after(whole + 2, spec, built, root, served_by)  # version 2 whole, config.pbtxt still names 1
+    assert versions_of(root) == [1, 2]
+    mortals.die_after(3, spec, built, root, served_by)  # and version 3 half-written beside the version folders
+    assert versions_of(root) == [1, 2]
+    assert [path.name for path in (root / "tiny").glob(".*")] == [".publishing"]
+    with TritonServer(root, extra_args=["--exit-on-error=true"]) as server:
+        assert server.check() is None
+
+
+# -- what the system refuses -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -297,20 +377,27 @@ def test_killed_at_random_moments(spec: Spec, built: Path, target: Path) -> None
         *((1, name) for name in ("mkdir", "rename", "replace", "open", "fsync")),
     ],
 )
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EROFS, "it is mounted read-only"),
+        (errno.EACCES, "it belongs to another user"),
+    ],
+)
 def test_what_the_system_refuses_leaves_the_old_version(
-    spec: Spec,
-    built: Path,
-    target: Path,
+    root: Path,
+    publish: Publish,
     monkeypatch: pytest.MonkeyPatch,
     before: int,
     function: str,
     number: int,
+    why: str,
 ) -> None:
     for _ in range(before):
-        repository.publish(spec, built, target, *KIND)
-    target.mkdir(exist_ok=True)
-    old = snapshot(target)
+        publish()
+    root.mkdir(exist_ok=True)
+    old = snapshot(root)
 
     def refuse(real: Callable[..., object]) -> Callable[..., object]:
         def refusing(*args: object, **kwargs: object) -> object:
@@ -324,140 +411,83 @@ def test_what_the_system_refuses_leaves_the_old_version(
 
     owner = os if function == "fsync" else Path
     monkeypatch.setattr(owner, function, refuse(getattr(owner, function)))
-    with pytest.raises(PublishError, match=os.strerror(number)):
-        repository.publish(spec, built, target, *KIND)
+    with pytest.raises(PublishError, match=os.strerror(number)) as caught:
+        publish()
     monkeypatch.undo()
-    new = snapshot(target)
+    assert "not published, what was served before is untouched" in caught.value.what
+    assert caught.value.why == why
+    new = snapshot(root)
     new.pop(".tiny.lock", None)
     old.pop(".tiny.lock", None)
     assert new == old
-    assert repository.served_version(target, "tiny") == (before or None)
-    assert repository.publish(spec, built, target, *KIND) == before + 1
-    check_whole(target, list(range(1, before + 2)), before + 1)
+    assert repository.served_version(root, "tiny") == (before or None)
+    assert publish() == before + 1
+    check_whole(root, list(range(1, before + 2)), before + 1)
 
 
-def test_a_disk_that_fills_up_in_mid_file(spec: Spec, built: Path, target: Path) -> None:
-    repository.publish(spec, built, target, *KIND)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: files.write(path, b"a calibration"),
+        lambda path: files.write_json(path, {"an": "audit"}),
+        lambda path: specs.edit(path, {"nms.score_threshold": 0.5}),
+    ],
+    ids=["calibration", "audit", "spec.toml"],
+)
+def test_only_publishing_speaks_of_what_is_served(
+    spec: Spec, write: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = snapshot(spec.path.parent)
+
+    def refuse(path: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(WriteError, match=r"spec\.toml: cannot be written, and is as it was: No space left") as caught:
+        write(spec.path)
+    assert (caught.value.why, caught.value.fix) == ("the disk is full", "free some space")
+    assert "not published" not in str(caught.value)
+    assert "served" not in str(caught.value).replace(str(spec.path.parent), "")
+    assert snapshot(spec.path.parent) == old
+
+
+def test_a_disk_that_fills_up_in_mid_file(built: Path, root: Path, publish: Publish) -> None:
+    publish()
     limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (built.stat().st_size // 2, hard))
     try:
         with pytest.raises(PublishError, match="what was served before is untouched: File too large"):
-            repository.publish(spec, built, target, *KIND)
+            publish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    check_whole(target, [1], 1)
+    check_whole(root, [1], 1)
 
 
-def test_a_repository_that_is_no_folder(spec: Spec, built: Path, target: Path) -> None:
-    target.write_text("a file")
+def test_a_repository_that_is_no_folder(root: Path, publish: Publish) -> None:
+    root.write_text("a file")
     with pytest.raises(PublishError, match="File exists"):
-        repository.publish(spec, built, target, *KIND)
+        publish()
 
 
-def test_two_publishes_at_once(spec: Spec, built: Path, target: Path) -> None:
-    with repository._locked(target, "tiny"), pytest.raises(PublishError, match="by another process"):
-        repository.publish(spec, built, target, *KIND)
-    with repository._locked(target, "other"):
-        assert repository.publish(spec, built, target, *KIND) == 1
+def test_two_publishes_at_once(root: Path, publish: Publish) -> None:
+    with repository._locked(root, "tiny"), pytest.raises(PublishError, match="by another process"):
+        publish()
+    with repository._locked(root, "other"):
+        assert publish() == 1
 
 
-@pytest.mark.triton
-def test_a_real_server_starts_on_what_a_killed_publish_left(spec: Spec, built: Path, target: Path) -> None:
-    from build.serve import TritonServer
-
-    # A first publish that died: the server has nothing to load, and nothing to stumble over.
-    die_after(4, spec, built, target)
-    with pytest.raises(ServeError, match="no model is published"):
-        TritonServer(target).start()
-    repository.publish(spec, built, target, *KIND)
-    die_after(3, spec, built, target)  # half-written beside the version folders
-    with TritonServer(target, extra_args=["--exit-on-error=true"]):
-        pass
-    die_after(len(FILES) + 2, spec, built, target)  # version 2 whole, config.pbtxt still names 1
-    assert repository._versions(target / "tiny") == [1, 2]
-    with TritonServer(target, extra_args=["--exit-on-error=true"]) as server:
-        assert server.check() is None
+# -- plans -------------------------------------------------------------------------------------------------------------
 
 
-GOLDEN = ROOT / "tests" / "build" / "golden" / "tensorrt.pbtxt"
-
-
-@pytest.fixture
-def tensorrt_spec(spec: Spec) -> Spec:
-    """Everything that [serving] and the profiles say, said."""
-    text = spec.path.read_text().replace(
-        "max_batch_size = 4",
-        "max_batch_size = 4\ninstances = 2\nmax_queue_size = 64\nqueue_timeout_ms = 50\nqueue_delay_us = 100\n"
-        "cuda_graphs = true",
-    )
-    profiles = ("\n[[tensorrt.profiles]]\nmin = {}\nopt = {}\nmax = {}\n".format(*s) for s in ((1, 1, 1), (2, 3, 4)))
-    spec.path.write_text(text + "".join(profiles))
-    return load(spec.path)
-
-
-def test_the_config_of_a_plan_is_the_golden_one(tensorrt_spec: Spec) -> None:
-    made = repository.config(tensorrt_spec, 3, "fp16", "tensorrt", "ab" * 32)
-    repository.check_engine(made, tiny_model.engine_of(tensorrt_spec))
-    text = repository._text(made)
-    if os.environ.get("WRITE_GOLDEN"):
-        GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text()
-
-
-def test_a_plans_config_with_the_defaults(spec: Spec) -> None:
-    made = repository.config(spec, 1, "fp32", "tensorrt", "")
-    assert (made.platform, made.backend) == ("tensorrt_plan", "")
-    assert made.instance_group[0].count == 1
-    assert not made.instance_group[0].profile
-    assert not made.HasField("optimization")
-    assert [warm.batch_size for warm in made.model_warmup] == [1, 4]
-    policy = made.dynamic_batching.default_queue_policy
-    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (256, 1_000_000)
-    assert not policy.allow_timeout_override
-
-
-@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
-@pytest.mark.parametrize("batching", ["on", "off"])
-def test_batching_can_be_asked_for_and_refused(spec: Spec, runtime: str, batching: str) -> None:
-    serving = dataclasses.replace(spec.serving, dynamic_batching=batching, queue_delay_us=200)
-    made = repository.config(dataclasses.replace(spec, serving=serving), 1, "fp32", runtime, "")
-    assert made.HasField("dynamic_batching") == (batching == "on")
-    assert made.dynamic_batching.max_queue_delay_microseconds == (200 if batching == "on" else 0)
-
-
-@pytest.mark.parametrize(
-    ("tensor", "key", "value", "complaint"),
-    [
-        (0, "dtype", "FLOAT", r"inputs are .*images.*FLOAT\[-1, 8, 8, 3\]"),
-        (0, "shape", [-1, 9, 8, 3], "inputs are"),
-        (1, "name", "threshold", "inputs are"),
-        (3, "dtype", "INT64", "outputs are .*INT64"),
-        (4, "shape", [-1, 6, 4], "outputs are"),
-        (0, "profiles", [[[1, 8, 8, 3]] * 3], "allow batches of 4, but the plan ends at 1"),
-    ],
-)
-def test_a_plan_that_the_config_does_not_fit_is_not_published(
-    tensor: int, key: str, value: Any, complaint: str, spec: Spec, built: Path, target: Path
-) -> None:
-    engine = tiny_model.engine_of(spec)
-    engine["io"][tensor][key] = value
-    if key == "profiles":
-        for other in engine["io"][1:3]:
-            other["profiles"] = []
-    with pytest.raises(PublishError, match=complaint):
-        repository.publish(spec, built, target, "fp32", "tensorrt", {"engine": engine})
-    assert not (target / "tiny").exists()
-
-
-def test_a_plan_is_published_with_its_facts(spec: Spec, built: Path, target: Path) -> None:
+def test_a_plan_is_published_with_its_facts(spec: Spec, built: Path, root: Path) -> None:
     here = {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.13.2", "plugin_sha256": "cd" * 32}
     facts = {"target": here, "engine": tiny_model.engine_of(spec), "verified": {"passed": True}}
-    assert repository.publish(spec, built, target, "fp32", "tensorrt", facts) == 1
-    names = {path.name for path in (target / "tiny" / "1").iterdir()}
+    assert repository.publish(spec, built, root, PLAN, facts) == 1
+    names = {path.name for path in (root / "tiny" / "1").iterdir()}
     assert names == {"config.pbtxt", "labels.txt", "manifest.json", "model.plan"}
-    manifest = repository.fresh_manifest(spec, target, "fp32", "tensorrt", here)
+    manifest = repository.fresh_manifest(spec, root, PLAN, here)
     assert manifest is not None
     assert manifest["engine"]["tensorrt"] == "10.13.2"
     assert manifest["verified"] == {"passed": True}
     for key in here:  # another GPU, TensorRT or plugin: stale
-        assert repository.fresh_manifest(spec, target, "fp32", "tensorrt", here | {key: "other"}) is None
+        assert repository.fresh_manifest(spec, root, PLAN, here | {key: "other"}) is None

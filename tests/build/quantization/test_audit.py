@@ -20,7 +20,7 @@ from build.graph.attach import attach, load_source
 from build.quantization import audit, qdq, sensitivity
 from build.reports import speed
 from build.session import runner
-from build.spec import Spec, edit, load
+from build.spec import Spec, load
 from tests.build import pictures, tiny_model
 
 
@@ -259,31 +259,6 @@ def test_sensitivity_finds_what_to_leave_out_and_writes_it(
     monkeypatch.setattr(scoring, "score", lambda *a, **k: pytest.fail("it was measured again"))
     again = sensitivity.search(spec, tmp_path, count=20, console=silent())
     assert again["layers"] == result["layers"]
-
-
-@pytest.mark.parametrize(
-    "before",
-    [
-        "",
-        "[quantization]\ngate = 0.9\n",
-        '[quantization]\nexclude_nodes = ["old"]  # why\ngate = 0.9\n',
-        "[quantization]\ngate = 0.9\nexclude_nodes = [\n    'old',  # [why]\n    \"other\"\n]\n"
-        "\n[data]\ncalibration = 'x'\n",
-    ],
-)
-def test_exclude_nodes_are_written_and_the_rest_is_left(tmp_path: Path, before: str) -> None:
-    path = tiny_model.write(tmp_path / "tiny")
-    path.write_text(f"# mine\n{path.read_text()}\n{before}")
-    old = load(path)
-    edit(path, {"quantization.exclude_nodes": ["a/b", 'c"d']})
-    new = load(path)
-    assert new.quantization.exclude_nodes == ("a/b", 'c"d')
-    assert dataclasses.replace(new.quantization, exclude_nodes=()) == dataclasses.replace(
-        old.quantization, exclude_nodes=()
-    )
-    assert (new.nms, new.data, new.input) == (old.nms, old.data, old.input)
-    assert path.read_text().startswith("# mine\n")
-    assert not list(path.parent.glob("*.new*"))
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
