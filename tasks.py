@@ -310,7 +310,7 @@ def fusion_report(
         "boxes_are": "ONNX: deltas or decoded",
         "scores_are": "ONNX: logits or probabilities",
         "set_": "table.key=value for spec.toml, for example nms.score_activation='\"sigmoid\"' (repeatable)",
-        "pictures": "ONNX: a folder of pictures for the comparison with the original (default: photographs of matplotlib)",
+        "pictures": "ONNX: a folder of pictures to compare with the original on (default: matplotlib's photograph)",
         "dry_run": "show what is recognised, write nothing",
         "force": "replace a model of this name",
     },

@@ -162,7 +162,7 @@ def _given(spec_file: Path | None) -> dict[str, dict[str, Any]]:
     for table, values in tables.items():
         if not isinstance(values, dict):
             raise ImportModelError(f"{spec_file}: {table!r} stands outside its tables", fix="see docs/spec.md")
-    return tables
+    return dict(tables)
 
 
 def _pictures(folder: Path | None) -> list[Image.Image]:

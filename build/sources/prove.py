@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 PAIRED_IOU = 0.9
 SCORES = 1e-3
 SHOWN = 0.3
+# Names of PriorBox's attributes as exporters write them → as Caffe has them.
+_CAFFE = {"min_sizes": "min_size", "max_sizes": "max_size", "aspect_ratios": "aspect_ratio", "variances": "variance"}
 
 Original = Callable[["NDArray[np.uint8]"], Detected]  # UINT8 [H,W,3] at the input's size → boxes in 0..1
 
@@ -81,7 +83,7 @@ def prove(foreign: Foreign, spec: Spec, pictures: Sequence[Image.Image], drawing
     import numpy as np
     from ssd_client.preprocess import preprocess
 
-    original, how = _original(foreign)
+    original, how = _original(foreign, spec)
     if original is None:
         return Proof(False, how)
     imported = _imported(spec)
@@ -138,11 +140,13 @@ def _imported(spec: Spec) -> Original:
     return detect
 
 
-def _original(foreign: Foreign) -> tuple[Original | None, str]:
+def _original(foreign: Foreign, spec: Spec) -> tuple[Original | None, str]:
     """The original as a detector, and what runs it, or why nothing does."""
     import onnx
 
     names = foreign.reading.selection
+    if "detection_out" in names:
+        return _opencv(foreign, spec)
     if not names:
         return None, "the file has no post-processing of its own that ONNX Runtime can run"
     model = onnx.ModelProto()
@@ -154,11 +158,59 @@ def _original(foreign: Foreign) -> tuple[Original | None, str]:
     except GraphError as error:
         return None, error.what
     if "detection_boxes" in names:
-        return lambda pixels: _tensorflow(foreign, run, pixels), "its own post-processing in ONNX Runtime"
-    return lambda pixels: _selected(foreign, run, pixels), "its own NonMaxSuppression in ONNX Runtime"
+        return lambda pixels: _tensorflow(foreign, spec, run, pixels), "its own post-processing in ONNX Runtime"
+    return lambda pixels: _selected(foreign, spec, run, pixels), "its own NonMaxSuppression in ONNX Runtime"
 
 
-def _tensorflow(foreign: Foreign, run: Callable[[Any], Any], pixels: NDArray[np.uint8]) -> Detected:
+def _opencv(foreign: Foreign, spec: Spec) -> tuple[Original | None, str]:
+    """Caffe's DetectionOutput, which ONNX Runtime does not have, in OpenCV's dnn module, with its own PriorBox."""
+    try:
+        import cv2
+    except ImportError:
+        return (
+            None,
+            "ONNX Runtime has no DetectionOutput; OpenCV has one: pip install opencv-python-headless, and again",
+        )
+    import numpy as np
+    import onnx
+    from onnx import helper
+
+    model = onnx.ModelProto()
+    model.CopyFrom(foreign.original)
+    for node in model.graph.node:
+        if node.op_type == "PriorBox":  # OpenCV wants the picture as a second input, and Caffe's names
+            attributes = {_CAFFE.get(a.name, a.name): helper.get_attribute_value(a) for a in node.attribute}
+            steps = attributes.pop("steps", None)
+            attributes.pop("img_sizes", None)
+            if steps and steps[0]:
+                attributes["step"] = float(steps[0])
+            inputs = list(node.input) if len(node.input) > 1 else [node.input[0], str(foreign.front.picture.name)]
+            node.CopyFrom(helper.make_node("PriorBox", inputs, node.output, name=node.name, **attributes))
+    try:
+        network = cv2.dnn.readNetFromONNX(np.frombuffer(model.SerializeToString(), np.uint8))
+    except cv2.error as error:
+        return None, f"OpenCV {cv2.__version__} cannot read the file: {str(error).strip().splitlines()[-1]}"
+
+    def detect(pixels: NDArray[np.uint8]) -> Detected:
+        network.setInput(foreign.front.feeds(_normalised(spec, pixels))[str(foreign.front.pixels.name)])
+        rows = network.forward().reshape(-1, 7)
+        rows = rows[rows[:, 2] > spec.nms.score_threshold]
+        labels = rows[:, 1].astype(np.int32) - (spec.nms.background_class == 0)
+        return Detected(rows[:, 3:7], rows[:, 2], labels)
+
+    return detect, f"OpenCV {cv2.__version__}'s DetectionOutput and PriorBox"
+
+
+def _normalised(spec: Spec, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """UINT8 [H,W,3] as the original wants it: FP32 [1,H,W,3], in its channel order."""
+    import numpy as np
+
+    values = pixels[None].astype(np.float32)
+    values = values[..., ::-1] if spec.input.color_order == "BGR" else values
+    return np.asarray((values - np.array(spec.input.mean, np.float32)) / np.array(spec.input.std, np.float32))
+
+
+def _tensorflow(foreign: Foreign, spec: Spec, run: Callable[[Any], Any], pixels: NDArray[np.uint8]) -> Detected:
     import numpy as np
 
     names, front = foreign.reading.selection, foreign.front
@@ -167,26 +219,22 @@ def _tensorflow(foreign: Foreign, run: Callable[[Any], Any], pixels: NDArray[np.
     boxes = answers[names["detection_boxes"]][0, :count][:, [1, 0, 3, 2]]
     scores = answers[names["detection_scores"]][0, :count]
     classes = answers[names["detection_classes"]][0, :count] - 1 if "detection_classes" in names else np.zeros(count)
-    kept = scores > foreign.adapted.nms.get("score_threshold", 0.0)
+    kept = scores > spec.nms.score_threshold
     return Detected(boxes[kept], scores[kept], classes[kept].astype(np.int32))
 
 
-def _selected(foreign: Foreign, run: Callable[[Any], Any], pixels: NDArray[np.uint8]) -> Detected:
+def _selected(foreign: Foreign, spec: Spec, run: Callable[[Any], Any], pixels: NDArray[np.uint8]) -> Detected:
     import numpy as np
 
-    names, picture = foreign.reading.selection, foreign.adapted.picture
-    values = pixels[None].astype(np.float32)
-    if picture.get("color_order") == "BGR":
-        values = values[..., ::-1]
-    values = (values - np.float32(picture.get("mean", [0] * 3))) / np.float32(picture.get("std", [255] * 3))
-    answers = run(foreign.front.feeds(values))
+    names = foreign.reading.selection
+    answers = run(foreign.front.feeds(_normalised(spec, pixels)))
     rows = answers[names["selected"]]
     boxes, scores = answers[names["boxes"]], answers[names["scores"]]
     picked = to_corners(boxes[0, rows[:, 2]].astype(np.float64), foreign.reading.box_order)
     if np.abs(boxes).max() > 4:
         picked = picked / np.array([foreign.front.width, foreign.front.height] * 2)
-    order = np.argsort(-scores[0, rows[:, 1], rows[:, 2]], kind="stable")[: foreign.adapted.nms["max_detections"]]
-    labels = rows[order, 1] - (foreign.adapted.nms["background_class"] >= 0)
+    order = np.argsort(-scores[0, rows[:, 1], rows[:, 2]], kind="stable")[: spec.nms.max_detections]
+    labels = rows[order, 1] - (spec.nms.background_class >= 0)
     return Detected(
         picked[order].astype(np.float32), scores[0, rows[order, 1], rows[order, 2]], labels.astype(np.int32)
     )

@@ -119,7 +119,7 @@ def recognise(editor: Editor, front: Front, labels: int, family: str = "") -> Re
 
 
 def caffe(editor: Editor, front: Front, labels: int) -> Reading | None:
-    """Caffe's SSD: DetectionOutput over mbox_loc, mbox_conf and PriorBox nodes (Liu et al. 2016, Caffe branch `ssd`)."""
+    """Caffe's SSD: DetectionOutput over mbox_loc, mbox_conf and PriorBox nodes (Liu et al. 2016, Caffe's `ssd`)."""
     import numpy as np
 
     from build.sources.anchors import corners_to_centers, priorbox_node
@@ -181,6 +181,7 @@ def caffe(editor: Editor, front: Front, labels: int) -> Reading | None:
         "clip_boxes": False,
     }
     _state(reading, where)
+    reading.selection = {"detection_out": str(node.outputs[0].name)}
     return reading
 
 
@@ -268,7 +269,7 @@ def suppressed(editor: Editor, front: Front, labels: int) -> Reading | None:
 
 
 def _plugin(editor: Editor, node: ir.Node) -> Reading:
-    """TensorRT's NMS plugins, whose attributes say all of it (NVIDIA/TensorRT, efficientNMSPlugin, batchedNMSPlugin)."""
+    """TensorRT's NMS plugins, whose attributes say all of it (TensorRT's efficientNMSPlugin, batchedNMSPlugin)."""
     options, where = _attributes(node), f"{node.op_type} {node.name!r}"
     boxes, scores = node.inputs[0], node.inputs[1]
     assert boxes is not None
