@@ -383,7 +383,7 @@ def _plan(
         if reason:
             yield Finding("Published", label, "problem", f"needs {named}: {reason}", "./invoke build-plugins")
         else:
-            yield Finding("Published", label, "ok", f"{named}; invoke serve loads it with LD_PRELOAD")
+            yield Finding("Published", label, "ok", f"{named}; ./invoke serve loads it with LD_PRELOAD")
 
 
 # -- what a server needs -----------------------------------------------------------------------------------------------

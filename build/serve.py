@@ -388,7 +388,7 @@ class TritonServer:
         return "\n".join(["the log ends with:", *(f"  {tritonserver.first_part(line)}" for line in log[-lines:])])
 
     def _failure(
-        self, what: str, *, why: str = "", fix: str = "publish the model again: invoke build-engines --force"
+        self, what: str, *, why: str = "", fix: str = "publish the model again: ./invoke build-engines --force"
     ) -> ServeError:
         """An error with the end of the log, and with the cause where the log gives it away."""
         why, fix = tritonserver.cause("\n".join([what, *self.log_lines()])) or (why, fix)
@@ -465,12 +465,12 @@ def _published(repository: Path) -> list[ModelConfig]:
             text_format.Parse(path.read_text(), config, allow_unknown_field=True)
         except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
             raise ServeError(
-                f"{path} cannot be read: {error}", fix="publish the model again: invoke build-engines --force"
+                f"{path} cannot be read: {error}", fix="publish the model again: ./invoke build-engines --force"
             ) from error
         config.name = config.name or path.parent.name
         configs.append(config)
     if not configs:
-        raise ServeError(f"no model is published in {repository}", fix="publish one: invoke build-engines")
+        raise ServeError(f"no model is published in {repository}", fix="publish one: ./invoke build-engines")
     return configs
 
 
