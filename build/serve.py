@@ -174,7 +174,7 @@ class TritonServer:
         self._folder = tempfile.TemporaryDirectory(prefix="ssd-triton-")
         try:
             command = self._command(installation, options, Path(self._folder.name))
-            preload = tritonserver.preload() if uses_tensorrt else ""
+            preload = tritonserver.preload(Path(self._folder.name)) if uses_tensorrt else ""
             launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), preload]
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             with self.log_path.open("wb") as log:

@@ -187,10 +187,18 @@ def usage(program: Path, variables: Mapping[str, str]) -> str:
     return output
 
 
-def preload() -> str:
-    """LD_PRELOAD for a server of plans that hold SSDNMS: what is set already, and the plugin where it was built."""
-    given = os.environ.get("LD_PRELOAD", "")
-    return ":".join(filter(None, [given, str(PLUGIN) if PLUGIN.is_file() else ""]))
+def preload(folder: Path) -> str:
+    """LD_PRELOAD for a server of plans that hold SSDNMS: what is set already, and the plugin where it was built.
+
+    Args:
+        folder: the server's own; it gets a link to the plugin, since LD_PRELOAD cannot name a path with a space.
+    """
+    names = [os.environ.get("LD_PRELOAD", "")]
+    if PLUGIN.is_file():
+        link = folder / PLUGIN.name
+        link.symlink_to(PLUGIN)
+        names.append(str(link))
+    return ":".join(filter(None, names))
 
 
 def worth_reading(lines: Iterable[str]) -> list[str]:
