@@ -295,7 +295,7 @@ def fusion_report(
 
 
 @task(
-    positional=["source"],
+    positional=[],
     help={
         "source": "ssd300_vgg16, ssdlite320_mobilenet_v3_large, or a detector's ONNX file",
         "name": "of the new model (default: the source's)",
