@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from invoke.context import Context
@@ -135,6 +136,8 @@ def test_names_of_sources_and_weights_stay_names(name: str, tmp_path: Path, monk
 def test_files_to_import_are_the_callers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/anchors.npy").touch()
     given = recorded_import(
         monkeypatch,
         tmp_path,
@@ -148,20 +151,20 @@ def test_files_to_import_are_the_callers(
     assert given["weights"] == str(tmp_path / "weights.pth")
     assert given["spec_file"] == tmp_path / "spec.toml"
     assert given["labels"] == tmp_path / "labels.txt"
-    assert given["anchors"] == tmp_path / "sub/anchors.npy"
+    assert given["wishes"].anchors == str(tmp_path / "sub/anchors.npy")
     assert capsys.readouterr().out == "models/mine/ is ready; next: ./invoke build-engines --model mine\n"
 
 
-def recorded_import(monkeypatch: pytest.MonkeyPatch, caller: Path, source: str, **options: str) -> dict[str, object]:
+def recorded_import(monkeypatch: pytest.MonkeyPatch, caller: Path, source: str, **options: str) -> dict[str, Any]:
     """What the task import-model gives to the function that imports."""
-    given: dict[str, object] = {}
+    given: dict[str, Any] = {}
 
     def import_model(source: str, name: str, **rest: object) -> Path:
         given.update(rest, source=source, name=name)
         return ROOT / "models" / "mine"
 
     monkeypatch.setattr(f"{IMPORTER}.import_model", import_model)
-    load_tasks(monkeypatch, caller).import_model.body(Recorder(), source, settings=[], **options)
+    load_tasks(monkeypatch, caller).import_model.body(Recorder(), [], source, **options)
     return given
 
 
