@@ -37,6 +37,7 @@ def test_only_these_blocks_do_not_run() -> None:
         ["./invoke", "test"],
         ["./invoke", "serve"],
         ["./invoke", "import-model"],
+        ["./invoke", "import-model"],
         ["docker", "run"],
     ]
 
