@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 
 # Beside Q/DQ pairs, FP16 needs the first version of them that takes FP16.
 _FP16_QDQ_OPSET = 19
+# What NVIDIA's parser and strongly typed builder refuse, though ONNX allows it (seen with TensorRT for RTX).
+_BUILDER_REFUSES = {
+    "fp16": frozenset[str](),
+    "bf16": frozenset({"ConvTranspose", "HardSwish", "LpNormalization", "LpPool", "Mish"}),
+}
 
 
 def half(source: onnx.ModelProto, kind: str) -> onnx.ModelProto:
     """A copy whose floats are FP16 or BF16, its input and outputs FP32 with a Cast at each border.
 
-    By ONNX Runtime's converter, which keeps FP32 where an operator has no other type. BF16 takes the same nodes, with
-    every constant rounded from the FP32 original.
+    By ONNX Runtime's converter. What an operator's type constraints or TensorRT's builder do not take stays FP32. BF16
+    takes the same nodes, with every constant rounded from the FP32 original.
 
     Args:
         source: an FP32 model.
@@ -36,7 +41,7 @@ def half(source: onnx.ModelProto, kind: str) -> onnx.ModelProto:
     """
     import numpy as np
     from onnx import TensorProto, numpy_helper
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     if kind == "fp16":
         most = float(np.finfo(np.float16).max)
@@ -48,12 +53,36 @@ def half(source: onnx.ModelProto, kind: str) -> onnx.ModelProto:
                 )
     quantises = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in source.graph.node)
     start = at_least(source, max(PRECISIONS[kind].opset, _FP16_QDQ_OPSET if quantises else 0))
-    model: onnx.ModelProto = convert_float_to_float16(_copy(start), keep_io_types=True)
+    wide = [*DEFAULT_OP_BLOCK_LIST, *_stays_wide(start, kind)]
+    model: onnx.ModelProto = convert_float_to_float16(_copy(start), keep_io_types=True, op_block_list=wide)
     if kind == "bf16":
         exact = {constant.name: constant for constant in source.graph.initializer}
         _swap_type(model.graph, exact)
     sort(model)
     return model
+
+
+def _stays_wide(model: onnx.ModelProto, kind: str) -> set[str]:
+    """The operators of a model that cannot read this type: by ONNX's schemas, or because the builder refuses it.
+
+    Inputs that the converter knows to be FP32 always (the scales of Resize) do not count.
+    """
+    import onnx
+    from onnxruntime.transformers.float16 import ALWAYS_FLOAT_INPUTS
+
+    short = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}[kind]
+    opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
+    found = set(_BUILDER_REFUSES[kind])
+    for operator in {node.op_type for node in model.graph.node if node.domain in ("", "ai.onnx")}:
+        try:
+            schema = onnx.defs.get_schema(operator, opset)
+        except onnx.defs.SchemaError:
+            continue  # no operator of ONNX: whoever runs it says so
+        wide = ALWAYS_FLOAT_INPUTS.get(operator, [])
+        takes = [place.types for i, place in enumerate(schema.inputs) if i not in wide]
+        if any("tensor(float)" in types and short not in types for types in takes):
+            found.add(operator)
+    return found
 
 
 def at_least(source: onnx.ModelProto, opset: int) -> onnx.ModelProto:

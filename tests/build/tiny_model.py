@@ -73,6 +73,46 @@ def source(*, pixels: str = "images", opset: int = 17, classes: int = 3, batch: 
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
+def with_operators() -> onnx.ModelProto:
+    """`source` with operators between Relu and heads that not every precision takes; shapes stay as they are."""
+    model = source(opset=18)
+    values = {
+        "slope": np.full((6, 1, 1), 0.2, np.float32),
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64),
+        "mix": np.random.default_rng(1).normal(0, 0.5, (6, 6)).astype(np.float32),
+        "roi": np.array([0, 0, 0, 0, 1, 1, 1, 1], np.float32),
+        "scales": np.array([1, 1, 2, 2], np.float32),
+        "w_up": np.random.default_rng(2).normal(0, 0.3, (6, 6, 2, 2)).astype(np.float32),
+        "end": np.float32(4.0),
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
+    chain: list[tuple[str, list[str], dict[str, Any]]] = [
+        ("HardSwish", [], {}),
+        ("Mish", [], {}),
+        ("Celu", [], {}),
+        ("PRelu", ["slope"], {}),
+        ("Pad", ["pads"], {}),  # 2x2 → 4x4
+        ("Einsum", ["mix"], {"equation": "bchw,cd->bdhw"}),
+        ("Resize", ["roi", "scales"], {"mode": "linear"}),  # → 8x8
+        ("AveragePool", [], {"kernel_shape": [8, 8]}),  # → 1x1
+        ("ConvTranspose", ["w_up"], {"strides": [2, 2]}),  # → 2x2
+        ("Min", ["end"], {}),
+        ("LpNormalization", [], {"axis": 1}),
+        ("LpPool", [], {"kernel_shape": [1, 1]}),
+    ]
+    name, added = "relu", []
+    for operator, more, attributes in chain:
+        result = operator.lower()
+        added.append(helper.make_node(operator, [name, *more], [result], name=result, **attributes))
+        name = result
+    place = next(i for i, node in enumerate(model.graph.node) if node.name == "relu") + 1
+    for node in model.graph.node[place:]:
+        node.input[:] = [name if read == "relu" else read for read in node.input]
+    for i, node in enumerate(added):
+        model.graph.node.insert(place + i, node)
+    return model
+
+
 def write(
     folder: Path, model: onnx.ModelProto | None = None, *, color_order: str = "RGB", thresholds: bool = True
 ) -> Path:

@@ -81,6 +81,21 @@ def typed(kind: str) -> Callable[[Path], onnx.ModelProto]:
     return make
 
 
+def operators(kind: str) -> Callable[[Path], onnx.ModelProto]:
+    """Makes a graph with operators that not every precision takes."""
+
+    def make(path: Path) -> onnx.ModelProto:
+        source = qdq.fold(tiny_model.with_operators())
+        if kind in ("fp16", "bf16"):
+            source = precision.half(source, kind)
+        elif PRECISIONS[kind].quantised:
+            clips = {name: 4.0 for node in source.graph.node for name in node.output} | {"ssd/front/div": 1.0}
+            source = qdq.quantize(source, clips, kind=kind).model
+        return before_nms(attach(load(path), source))
+
+    return make
+
+
 def mixed_types(path: Path) -> onnx.ModelProto:
     """FP16 weights on FP32 activations."""
     model = attached(path)
@@ -115,6 +130,7 @@ def fixed_batch(path: Path) -> onnx.ModelProto:
 
 CASES: dict[str, Callable[[Path], onnx.ModelProto]] = {
     **{kind: typed(kind) for kind in PRECISIONS},
+    **{f"operators, {kind}": operators(kind) for kind in PRECISIONS},
     "mixed types": mixed_types,
     "integer bias": integer_bias,
     "unknown operator": unknown_operator,
@@ -150,11 +166,11 @@ def results(rtx: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
     return dict(zip(CASES, compiled(rtx, spec, paths), strict=True))
 
 
-@pytest.mark.parametrize("kind", PRECISIONS)
-def test_every_precision_is_legal_and_typed_as_the_contract_says(kind: str, results: dict[str, dict[str, Any]]) -> None:
-    assert "error" not in results[kind], results[kind]["error"]
-    assert results[kind]["types"] == {"images": "UINT8", "box_deltas": "FLOAT", "class_logits": "FLOAT"}
-    assert results[kind]["bytes"] > 1000
+@pytest.mark.parametrize("case", [*PRECISIONS, *(f"operators, {kind}" for kind in PRECISIONS)])
+def test_every_precision_is_legal_and_typed_as_the_contract_says(case: str, results: dict[str, dict[str, Any]]) -> None:
+    assert "error" not in results[case], results[case]["error"]
+    assert results[case]["types"] == {"images": "UINT8", "box_deltas": "FLOAT", "class_logits": "FLOAT"}
+    assert results[case]["bytes"] > 1000
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,29 @@ def test_every_conv_computes_in_the_type_and_the_contract_keeps_its_own(spec: Sp
     assert constants["ssd/anchors"] == TensorProto.FLOAT
 
 
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_operators_that_do_not_take_the_type_stay_fp32(kind: str) -> None:
+    source = tiny_model.with_operators()
+    model = precision.half(source, kind)
+    onnx.checker.check_model(model, full_check=True)
+    found, wanted = types(model), {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[kind]
+    stay = {
+        node.op_type
+        for node in model.graph.node
+        if node.op_type not in ("Cast", "Conv", "Transpose", "Reshape") and found[node.output[0]] != wanted
+    }
+    by_schema = {"fp16": {"Celu"}, "bf16": {"Celu", "Einsum", "Resize"}}[kind]
+    by_builder = {"fp16": set(), "bf16": {"ConvTranspose", "HardSwish", "LpNormalization", "LpPool", "Mish"}}[kind]
+    assert stay == {"Min", *by_schema, *by_builder}  # Min: by the converter
+    pixels = np.random.default_rng(4).normal(0, 1, (2, 3, 8, 8)).astype(np.float32)
+    answers = []
+    for runs in (source, precision.runnable(model, kind)):
+        session = onnxruntime.InferenceSession(runs.SerializeToString(), providers=["CPUExecutionProvider"])
+        answers.append(session.run(None, {"images": pixels}))
+    for exact, short in zip(*answers, strict=True):
+        assert 0 < np.abs(exact - short).max() < 0.02 * np.abs(exact).max()
+
+
 def test_fp16_is_close_and_not_equal(spec: Spec) -> None:
     images = pixels(spec)
     exact = run(before_nms(attach(spec)), images)
