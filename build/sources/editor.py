@@ -283,7 +283,6 @@ class Editor:
         proto.graph.input.append(helper.make_tensor_value_info(str(pixels.name), real, ["batch", 3, *size]))
         for name, (_, rows, columns) in heads.items():
             proto.graph.output.append(helper.make_tensor_value_info(name, real, ["batch", rows, columns]))
-        open_batch(proto)
         return _swept(proto)
 
     def _take_name(self, value: ir.Value, name: str) -> None:
@@ -291,32 +290,6 @@ class Editor:
             if other.name == name and other is not value:
                 other.name = f"source/{name}"
         value.name = name
-
-
-def open_batch(model: onnx.ModelProto) -> list[str]:
-    """Opens a batch of one that is written into the shapes of Reshapes (in place).
-
-    Returns:
-        The names of the nodes that were changed.
-    """
-    from onnx import numpy_helper
-
-    constants = {constant.name: constant for constant in model.graph.initializer}
-    changed = []
-    for node in model.graph.node:
-        if node.op_type != "Reshape" or node.input[1] not in constants:
-            continue
-        shape = numpy_helper.to_array(constants[node.input[1]])
-        if shape.ndim == 1 and len(shape) > 1 and shape[0] == 1:
-            opened = shape.copy()
-            opened[0] = 0 if -1 in shape[1:] else -1
-            name = f"{node.input[1]}/open"
-            if name not in constants:
-                constants[name] = numpy_helper.from_array(opened, name)
-                model.graph.initializer.append(constants[name])
-            node.input[1] = name
-            changed.append(node.name)
-    return changed
 
 
 def _raised(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:

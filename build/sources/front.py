@@ -50,11 +50,18 @@ class Front:
         array = pixels if self.channels_last else pixels.transpose(0, 3, 1, 2)
         return {str(self.pixels.name): np.ascontiguousarray(array.astype(self.dtype))}
 
+    def noise(self, count: int, seed: int = 0) -> NDArray[np.float32]:
+        """Pictures of noise [count,H,W,3] as the network takes them: normalised, where it does not do that itself."""
+        import numpy as np
+
+        pixels = np.random.default_rng(seed).uniform(0, 255, (count, self.height, self.width, 3))
+        return (pixels.round() if self.normalised else (pixels - 127.5) / 64).astype(np.float32)
+
     def example(self) -> dict[str, NDArray[Any]]:
         """The feeds of one picture of noise, for measuring sizes."""
         import numpy as np
 
-        pixels = np.random.default_rng(0).uniform(0, 255, (1, self.height, self.width, 3))
+        pixels = self.noise(1)
         if not self.cut:
             return self.feeds(pixels)
         last = list(self.picture.shape or ())[-1] == 3  # the whole graph, with the preprocessing that is cut off later

@@ -18,7 +18,7 @@ from build.gate.scoring import Detected
 from build.gate.verify import ious
 from build.graph.attach import attach
 from build.session import runner
-from build.sources.adapt import to_corners
+from build.sources.decoding import to_corners
 from build.sources.foreign import Foreign
 from build.spec import Spec
 
@@ -97,7 +97,7 @@ def prove(foreign: Foreign, spec: Spec, pictures: Sequence[Image.Image], drawing
         pairs, lonely = _pairs(spec, theirs, ours)
         if lonely:
             raise ImportModelError(
-                f"{spec.onnx_path.name}: the imported model does not detect what the original does: {lonely}",
+                f"{foreign.path}: the imported model does not detect what the original does: {lonely}",
                 why=_symptom(spec, theirs, ours),
                 fix="say how the file is to be read: --box-order, --boxes-are, --scores-are, --anchors",
             )

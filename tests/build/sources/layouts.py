@@ -115,8 +115,10 @@ def tf_decode(net: Network, encodings: str, how: str) -> str:
             shape = net.const([side, side, CELL], INDEX)
             xs = net.add("Expand", net.reshape(line, 1, side, 1), shape)
             ys = net.add("Expand", net.reshape(line, side, 1, 1), shape)
-            w, h = (net.add("Expand", net.const(np.reshape(s, (1, 1, CELL))), shape) for s in
-                    (scale * np.array([1, 1.4, 0.7]), scale * np.array([1, 0.7, 1.4])))
+            w, h = (
+                net.add("Expand", net.const(np.reshape(s, (1, 1, CELL))), shape)
+                for s in (scale * np.array([1, 1.4, 0.7]), scale * np.array([1, 0.7, 1.4]))
+            )
             parts.append(net.add("Concat", *(net.reshape(v, side * side * CELL, 1) for v in (ys, xs, h, w)), axis=1))
         source = net.add("Transpose", net.add("Concat", *parts, axis=0), perm=[1, 0])
     else:
@@ -135,9 +137,15 @@ def tf_decode(net: Network, encodings: str, how: str) -> str:
 def _nms_body(net: Network, boxes: str, scores: str, classes: int, most: int, nested: bool) -> onnx.GraphProto:
     """One image: NMS for each class, everything joined and cut to `most`; five outputs of the Loop's body."""
     make = helper.make_node
-    k1 = lambda values, name: make("Constant", [], [name], value=helper.make_tensor(name, TensorProto.INT64, [len(values)], values))  # noqa: E731
+    k1 = lambda values, name: make(
+        "Constant", [], [name], value=helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
+    )
     nodes = [
-        k1([1], "i_one"), k1([0], "i_zero"), k1([most], "i_most"), k1([most * classes], "i_pad"), k1([-1], "i_flat"),
+        k1([1], "i_one"),
+        k1([0], "i_zero"),
+        k1([most], "i_most"),
+        k1([most * classes], "i_pad"),
+        k1([-1], "i_flat"),
         make("Constant", [], ["i_iou"], value=helper.make_tensor("v", TensorProto.FLOAT, [1], [0.6])),
         make("Constant", [], ["i_thr"], value=helper.make_tensor("v", TensorProto.FLOAT, [1], [1e-8])),
         make("Gather", [boxes, "i"], ["i_boxes4"], axis=0),  # [N,1,4] or [N,4]
@@ -147,9 +155,12 @@ def _nms_body(net: Network, boxes: str, scores: str, classes: int, most: int, ne
         make("Transpose", ["i_scores"], ["i_turned"], perm=[1, 0]),
         make("Unsqueeze", ["i_turned", "i_zero"], ["i_by_class"]),
         make("NonMaxSuppression", ["i_boxes", "i_by_class", "i_most", "i_iou", "i_thr"], ["i_rows"], name="body/nms"),
-        k1([2], "i_two"), k1([3], "i_three"),
-        make("Slice", ["i_rows", "i_one", "i_two", "i_one"], ["i_c1"]), make("Reshape", ["i_c1", "i_flat"], ["i_c"]),
-        make("Slice", ["i_rows", "i_two", "i_three", "i_one"], ["i_b1"]), make("Reshape", ["i_b1", "i_flat"], ["i_b"]),
+        k1([2], "i_two"),
+        k1([3], "i_three"),
+        make("Slice", ["i_rows", "i_one", "i_two", "i_one"], ["i_c1"]),
+        make("Reshape", ["i_c1", "i_flat"], ["i_c"]),
+        make("Slice", ["i_rows", "i_two", "i_three", "i_one"], ["i_b1"]),
+        make("Reshape", ["i_b1", "i_flat"], ["i_b"]),
         make("Squeeze", ["i_boxes", "i_zero"], ["i_plain"]),
         make("Gather", ["i_plain", "i_b"], ["i_kept"], axis=0),
         make("Concat", ["i_b1", "i_c1"], ["i_bc"], axis=1),
@@ -165,28 +176,56 @@ def _nms_body(net: Network, boxes: str, scores: str, classes: int, most: int, ne
         make("Sub", ["i_most", "i_k"], ["i_rest"]),
         make("Concat", ["i_zero", "i_rest"], ["i_pad1"], axis=0),
         make("Concat", ["i_zero", "i_zero", "i_rest", "i_zero"], ["i_pad2"], axis=0),
-        make("Pad", ["i_best", "i_pad1"], ["o_scores"]), make("Pad", ["i_fc1", "i_pad1"], ["o_classes"]),
+        make("Pad", ["i_best", "i_pad1"], ["o_scores"]),
+        make("Pad", ["i_fc1", "i_pad1"], ["o_classes"]),
         make("Pad", ["i_fb", "i_pad2"], ["o_boxes"]),
-        make("Cast", ["i_k"], ["i_kf"], to=1), make("Squeeze", ["i_kf", "i_zero"], ["o_num"]),
+        make("Cast", ["i_k"], ["i_kf"], to=1),
+        make("Squeeze", ["i_kf", "i_zero"], ["o_num"]),
         make("Identity", ["go"], ["go_on"]),
     ]
     info = helper.make_tensor_value_info
-    outs = [info("o_boxes", 1, [most, 4]), info("o_scores", 1, [most]), info("o_classes", 1, [most]), info("o_num", 1, [])]
+    outs = [
+        info("o_boxes", 1, [most, 4]),
+        info("o_scores", 1, [most]),
+        info("o_classes", 1, [most]),
+        info("o_num", 1, []),
+    ]
     if nested:  # the whole work inside an If
         inner = helper.make_graph(nodes[:-1], "then", [], outs)
         nodes = [make("If", ["go"], [v.name for v in outs], then_branch=inner, else_branch=inner), nodes[-1]]
     return helper.make_graph(
-        nodes, "body", [info("i", TensorProto.INT64, []), info("go", TensorProto.BOOL, [])],
+        nodes,
+        "body",
+        [info("i", TensorProto.INT64, []), info("go", TensorProto.BOOL, [])],
         [info("go_on", TensorProto.BOOL, []), *outs],
     )
 
 
 def tensorflow(
-    classes: int = 3, activation: str = "Sigmoid", background: str = "cut", front: str = "scaled", picture: str = "uint8",
-    anchors_from: str = "constant", four: bool = False, nested: bool = False, names: str = "plain", raw: bool = False,
-    loop: bool = True, batch: int | str = "batch", agnostic: bool = False, most: int = 20,
+    classes: int = 3,
+    activation: str = "Sigmoid",
+    background: str = "cut",
+    front: str = "scaled",
+    picture: str = "uint8",
+    anchors_from: str = "constant",
+    four: bool = False,
+    nested: bool = False,
+    names: str = "plain",
+    raw: bool = False,
+    loop: bool = True,
+    batch: int | str = "batch",
+    agnostic: bool = False,
+    most: int = 20,
 ) -> Layout:
-    net = Network({"box": 4, "cls": classes + 1}, channels_last=True, picture=picture, batch=batch, name="input_tensor", opset=13, scale=2)
+    net = Network(
+        {"box": 4, "cls": classes + 1},
+        channels_last=True,
+        picture=picture,
+        batch=batch,
+        name="input_tensor",
+        opset=13,
+        scale=2,
+    )
     source, same = tensorflow_front(net, front)
     net.maps(source)
     encodings = net.rows("box", "shape")
@@ -201,7 +240,12 @@ def tensorflow(
     if background == "cut":
         scores = net.cut(scores, 1, classes + 1, 2)
     suffix = {"plain": "", "zero": ":0", "identity": ""}[names]
-    labels = {"boxes": "detection_boxes", "scores": "detection_scores", "classes": "detection_classes", "num": "num_detections"}
+    labels = {
+        "boxes": "detection_boxes",
+        "scores": "detection_scores",
+        "classes": "detection_classes",
+        "num": "num_detections",
+    }
     if names == "identity":
         labels = {"boxes": "Identity_1", "scores": "Identity_4", "classes": "Identity_2", "num": "Identity_5"}
     columns = classes + (background != "cut")
@@ -210,12 +254,18 @@ def tensorflow(
         count = net.add("Squeeze", net.cut(net.add("Shape", boxes), 0, 1, 0), net.const([0], INDEX))
         body = _nms_body(net, boxes, scores, columns, most, nested)
         go = net.const(True, bool)
-        net.nodes.append(helper.make_node("Loop", [count, go], [labels[k] + suffix for k in shapes], name="Postprocessor/Loop", body=body))
+        net.nodes.append(
+            helper.make_node(
+                "Loop", [count, go], [labels[k] + suffix for k in shapes], name="Postprocessor/Loop", body=body
+            )
+        )
         net.outputs += [(labels[k] + suffix, 1, shape) for k, shape in shapes.items()]
     if raw:
         net.outputs += [("raw_detection_boxes" if names != "identity" else "Identity_6", 1, [batch, BOXES, 4])]
         net.nodes.append(helper.make_node("Reshape", [boxes, net.const([0, BOXES, 4], INDEX)], [net.outputs[-1][0]]))
-        net.outputs += [("raw_detection_scores" if names != "identity" else "Identity_7", 1, [batch, BOXES, classes + 1])]
+        net.outputs += [
+            ("raw_detection_scores" if names != "identity" else "Identity_7", 1, [batch, BOXES, classes + 1])
+        ]
         net.nodes.append(helper.make_node("Identity", [logits], [net.outputs[-1][0]]))
 
     def truth(pixels: Array) -> tuple[Array, Array]:
@@ -225,7 +275,13 @@ def tensorflow(
         scores = softmax(logits) if activation == "Softmax" else sigmoid(logits)
         return decoded(encoded, anchors()), scores[..., 1:]
 
-    return Layout(net.build(), classes, truth, "tf-object-detection", nms={"iou_threshold": 0.6, "score_threshold": 1e-8, "max_detections": most})
+    return Layout(
+        net.build(),
+        classes,
+        truth,
+        "tf-object-detection",
+        nms={"iou_threshold": 0.6, "score_threshold": 1e-8, "max_detections": most},
+    )
 
 
 variations(
@@ -243,9 +299,22 @@ variations(
 
 
 def caffe(
-    prior: str = "lists", flatten: bool = True, softmax_rows: bool = False, code_type: Any = 2, background: int = 0,
-    keep: Any = 200, encoded: int = 0, clip: int = 0, flip: int = 1, step: float | None = None, sizes: int = 1,
-    maximum: bool = True, second_input: bool = False, inputs: int = 3, batch: str = "1", size: tuple[int, int] = (SIZE, SIZE),
+    prior: str = "lists",
+    flatten: bool = True,
+    softmax_rows: bool = False,
+    code_type: Any = 2,
+    background: int = 0,
+    keep: Any = 200,
+    encoded: int = 0,
+    clip: int = 0,
+    flip: int = 1,
+    step: float | None = None,
+    sizes: int = 1,
+    maximum: bool = True,
+    second_input: bool = False,
+    inputs: int = 3,
+    batch: str = "1",
+    size: tuple[int, int] = (SIZE, SIZE),
 ) -> Layout:
     """DetectionOutput over two levels; `prior` says how the anchors are written."""
     columns = 4
@@ -261,7 +330,10 @@ def caffe(
         conf = net.add("Flatten", conf, axis=1) if flatten else conf
     # three boxes a cell: min, sqrt(min·max), ratio 2 (no flip); or min, ratio 2, ratio 1/2 (no max size)
     levels = [(20.0, 30.0), (40.0, 50.0)]
-    ratio_names = {"lists": ("min_sizes", "max_sizes", "aspect_ratios", "variances"), "scalars": ("min_size", "max_size", "aspect_ratio", "variance")}
+    ratio_names = {
+        "lists": ("min_sizes", "max_sizes", "aspect_ratios", "variances"),
+        "scalars": ("min_size", "max_size", "aspect_ratio", "variance"),
+    }
     variances = [0.1, 0.1, 0.2, 0.2]
     priors, table = [], []
     height, width = size
@@ -287,7 +359,12 @@ def caffe(
             priors.append(net.const(numbers, name=f"prior{number}"))
             continue
         names = ratio_names[prior]
-        attributes: dict[str, Any] = {"clip": clip, "flip": flip if not maximum else 0, "offset": 0.5, names[3]: variances}
+        attributes: dict[str, Any] = {
+            "clip": clip,
+            "flip": flip if not maximum else 0,
+            "offset": 0.5,
+            names[3]: variances,
+        }
         if prior == "scalars":
             attributes[names[0]] = low
             attributes["step"] = step or 0.0
@@ -302,8 +379,16 @@ def caffe(
         read = [net.maps()[number], *([net.input] if second_input else [])]
         priors.append(net.add("PriorBox", *read, **attributes))
     joined = net.add("Concat", *priors, axis=2) if len(priors) > 1 else priors[0]
-    options: dict[str, Any] = {"num_classes": columns, "share_location": 1, "background_label_id": background, "nms_threshold": 0.45,
-        "confidence_threshold": 0.01, "top_k": 400, "keep_top_k": keep, "code_type": code_type}
+    options: dict[str, Any] = {
+        "num_classes": columns,
+        "share_location": 1,
+        "background_label_id": background,
+        "nms_threshold": 0.45,
+        "confidence_threshold": 0.01,
+        "top_k": 400,
+        "keep_top_k": keep,
+        "code_type": code_type,
+    }
     if encoded:
         options["variance_encoded_in_target"] = encoded
     more = [conf, loc] if inputs == 5 else []
@@ -322,8 +407,13 @@ def caffe(
         return boxes, scores[..., 1:] if background == 0 else scores
 
     del rows
-    return Layout(net.build(), columns - (background == 0), truth, "caffe-ssd",
-                  nms={"iou_threshold": 0.45, "score_threshold": 0.01, "topk_per_class": 400})
+    return Layout(
+        net.build(),
+        columns - (background == 0),
+        truth,
+        "caffe-ssd",
+        nms={"iou_threshold": 0.45, "score_threshold": 0.01, "topk_per_class": 400},
+    )
 
 
 variations(
@@ -351,7 +441,9 @@ def in_graph_decoding(net: Network, rows: str, order: str, pixels: bool, batch: 
     prior = net.const(table if squeezed else table[None])
     centre = net.add("Mul", net.add("Mul", net.cut(rows, 0, 2, axis), net.const(0.1)), net.cut(prior, 2, 4, axis))
     centre = net.add("Add", centre, net.cut(prior, 0, 2, axis))
-    extent = net.add("Mul", net.add("Exp", net.add("Mul", net.cut(rows, 2, 4, axis), net.const(0.2))), net.cut(prior, 2, 4, axis))
+    extent = net.add(
+        "Mul", net.add("Exp", net.add("Mul", net.cut(rows, 2, 4, axis), net.const(0.2))), net.cut(prior, 2, 4, axis)
+    )
     if order == "cxcywh":
         boxes = net.add("Concat", centre, extent, axis=axis)
     else:
@@ -361,12 +453,34 @@ def in_graph_decoding(net: Network, rows: str, order: str, pixels: bool, batch: 
 
 
 def two_heads(
-    names: tuple[str, str] = ("boxes", "scores"), classes: int = 4, decode: str = "", pixels: bool = False, batch: str = "0",
-    activation: str = "", turned: bool = False, family: str = "raw-heads", opset: int = 17, channels_last: bool = False,
-    picture: str = "float32", swapped: bool = False, first: int | str = "batch", wishes: dict[str, str] | None = None,
-    squeezed: bool = False, spelt_out: bool = False, labels: int = 0,
+    names: tuple[str, str] = ("boxes", "scores"),
+    classes: int = 4,
+    decode: str = "",
+    pixels: bool = False,
+    batch: str = "0",
+    activation: str = "",
+    turned: bool = False,
+    family: str = "raw-heads",
+    opset: int = 17,
+    channels_last: bool = False,
+    picture: str = "float32",
+    swapped: bool = False,
+    first: int | str = "batch",
+    wishes: dict[str, str] | None = None,
+    squeezed: bool = False,
+    spelt_out: bool = False,
+    labels: int = 0,
+    half: bool = False,
 ) -> Layout:
-    net = Network({"box": 4, "cls": classes}, opset=opset, batch=first, channels_last=channels_last, picture=picture, scale=2)
+    net = Network(
+        {"box": 4, "cls": classes},
+        opset=opset,
+        batch=first,
+        channels_last=channels_last,
+        picture=picture,
+        scale=2,
+        half=half,
+    )
     if picture == "uint8":
         cast = _cast(net, net.input)
         net.maps(net.add("Transpose", cast, perm=[0, 3, 1, 2]) if channels_last else cast)
@@ -375,7 +489,11 @@ def two_heads(
         boxes = in_graph_decoding(net, boxes, decode, pixels, batch, squeezed)
     if spelt_out:
         powers = net.add("Exp", scores)
-        total = net.add("ReduceSum", powers, net.const([2], INDEX), keepdims=1) if opset >= 13 else net.add("ReduceSum", powers, axes=[2], keepdims=1)
+        total = (
+            net.add("ReduceSum", powers, net.const([2], INDEX), keepdims=1)
+            if opset >= 13
+            else net.add("ReduceSum", powers, axes=[2], keepdims=1)
+        )
         scores = net.add("Div", powers, total)
     elif activation == "Softmax":
         scores = net.add("Softmax", scores, axis=2)
@@ -397,17 +515,19 @@ def two_heads(
         scores = sigmoid(logits) if activation == "Sigmoid" else softmax(logits)
         return decoded(net.numbers(values, "box"), table), scores[..., 1:]
 
-    return Layout(net.build(), labels or classes - 1, truth, family, Wishes(**(wishes or {})), table=None if decode else table)
+    return Layout(
+        net.build(), labels or classes - 1, truth, family, Wishes(**(wishes or {})), table=None if decode else table
+    )
 
 
 variations(
     "heads", two_heads,
     plain={}, opset_7={"opset": 7}, opset_9={"opset": 9}, opset_11={"opset": 11}, opset_12={"opset": 12},
-    softmaxed_opset_11={"opset": 11, "activation": "Softmax"}, turned={"turned": True}, four_columns_five={"classes": 5},
+    softmaxed_opset_11={"opset": 11, "activation": "Softmax", "names": ("loc", "conf")}, turned={"turned": True}, four_columns_five={"classes": 5},
     nvidia={"names": ("ploc", "plabel"), "turned": True, "family": "nvidia-ssd300"},
     nvidia_swapped={"names": ("ploc", "plabel"), "turned": True, "swapped": True, "family": "nvidia-ssd300"},
-    other_names={"names": ("321", "cls_logits"), "classes": 21}, softmaxed={"activation": "Softmax"},
-    softmax_spelt_out={"spelt_out": True}, batch_of_one={"first": 1, "batch": "1"}, batch_from_shape={"batch": "shape"},
+    other_names={"names": ("321", "cls_logits"), "classes": 21}, softmaxed={"activation": "Softmax", "names": ("loc", "conf")},
+    softmax_spelt_out={"spelt_out": True, "names": ("loc", "conf")}, batch_of_one={"first": 1, "batch": "1"}, batch_from_shape={"batch": "shape"},
     half={"picture": "float16"} , bytes={"picture": "uint8"}, bytes_channels_last={"picture": "uint8", "channels_last": True},
     channels_last={"channels_last": True},
     pytorch_ssd={"names": ("boxes", "scores"), "decode": "xyxy", "activation": "Softmax", "family": "pytorch-ssd", "swapped": True, "first": 1, "batch": "1"},
@@ -425,12 +545,8 @@ def half_weights() -> Layout:
     """FP16 through and through, as trtexec users export."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    given = two_heads(activation="Softmax")
-    converted = convert_float_to_float16(given.model)
-    widened = {t.name: np.float32(onnx.numpy_helper.to_array(t)) for t in converted.graph.initializer}
-    exact = two_heads(activation="Softmax")
-    del widened, exact
-    given.model = converted
+    given = two_heads(names=("loc", "conf"), activation="Softmax", half=True)
+    given.model = convert_float_to_float16(given.model)
     return given
 
 
@@ -442,7 +558,11 @@ def per_level(channels_last: bool = False, joined: bool = False, classes: int = 
             columns = CELL * (4 if head == "box" else classes)
             if channels_last:
                 value = net.add("Transpose", value, perm=[0, 2, 3, 1])
-            net.out(value, f"{head}{number}", ["batch", height, width, columns] if channels_last else ["batch", columns, height, width])
+            net.out(
+                value,
+                f"{head}{number}",
+                ["batch", height, width, columns] if channels_last else ["batch", columns, height, width],
+            )
 
     def truth(values: Array) -> tuple[Array, Array]:
         return decoded(net.numbers(values, "box"), anchors()), softmax(net.numbers(values, "cls"))[..., 1:]
@@ -457,8 +577,15 @@ variations("levels", per_level, channels_first={}, channels_last={"channels_last
 
 
 def nms_inside(
-    tail: str = "gather", centred: bool = False, sliced: bool = True, first: int | str = 1, decode: bool = True,
-    activation: str = "Softmax", pixels: bool = False, most: int = 50, labels: int = 3,
+    tail: str = "gather",
+    centred: bool = False,
+    sliced: bool = True,
+    first: int | str = 1,
+    decode: bool = True,
+    activation: str = "Softmax",
+    pixels: bool = False,
+    most: int = 50,
+    labels: int = 3,
 ) -> Layout:
     net = Network({"box": 4, "cls": 4}, batch=first, name="image", scale=2)
     batch = "1" if first == 1 else "0"
@@ -502,7 +629,9 @@ variations(
 )  # fmt: skip
 
 
-def plugin(kind: str = "EfficientNMS_TRT", coding: int = 0, activated: bool = True, four: bool = True, anchored: bool = False) -> Layout:
+def plugin(
+    kind: str = "EfficientNMS_TRT", coding: int = 0, activated: bool = True, four: bool = True, anchored: bool = False
+) -> Layout:
     efficient = "Efficient" in kind
     net = Network({"box": 4, "cls": 3}, scale=2)
     raw = net.rows("box")
@@ -520,14 +649,29 @@ def plugin(kind: str = "EfficientNMS_TRT", coding: int = 0, activated: bool = Tr
          "shareLocation": 1, "isNormalized": 1, "clipBoxes": 0}
     )  # fmt: skip
     read = [boxes, scores, *([net.const(anchors()[None])] if anchored else [])]
-    net.nodes.append(helper.make_node(kind, read, ["num", "det_boxes", "det_scores", "det_classes"], name="nms", domain="TRT", **options))
-    net.outputs += [("num", TensorProto.INT32, ["batch", 1]), ("det_boxes", 1, ["batch", 30, 4]), ("det_scores", 1, ["batch", 30]), ("det_classes", TensorProto.INT32, ["batch", 30])]
+    net.nodes.append(
+        helper.make_node(
+            kind, read, ["num", "det_boxes", "det_scores", "det_classes"], name="nms", domain="TRT", **options
+        )
+    )
+    net.outputs += [
+        ("num", TensorProto.INT32, ["batch", 1]),
+        ("det_boxes", 1, ["batch", 30, 4]),
+        ("det_scores", 1, ["batch", 30]),
+        ("det_classes", TensorProto.INT32, ["batch", 30]),
+    ]
 
     def truth(values: Array) -> tuple[Array, Array]:
         scales = [1] * 4 if anchored else [10, 10, 5, 5]
         return decoded(net.numbers(values, "box"), anchors(), scales), sigmoid(net.numbers(values, "cls"))
 
-    return Layout(net.build(domains={"TRT": 1}), 3, truth, "nms-plugin", nms={"iou_threshold": 0.55, "score_threshold": 0.2, "max_detections": 30})
+    return Layout(
+        net.build(domains={"TRT": 1}),
+        3,
+        truth,
+        "nms-plugin",
+        nms={"iou_threshold": 0.55, "score_threshold": 0.2, "max_detections": 30},
+    )
 
 
 variations(
@@ -535,3 +679,259 @@ variations(
     efficient={}, efficient_cxcywh={"coding": 1}, efficient_logits={"activated": False}, efficient_anchors={"anchored": True},
     batched={"kind": "BatchedNMS_TRT"}, batched_dynamic={"kind": "BatchedNMSDynamic_TRT"},
 )  # fmt: skip
+
+
+# -- one output --------------------------------------------------------------------------------------------------------
+
+
+def keras(
+    activated: bool = True,
+    channels_last: bool = True,
+    batch: str = "-1",
+    pixels: bool = False,
+    first: int | str = "batch",
+) -> Layout:
+    """ssd_keras: class scores, deltas, anchors and variances in one row; the latter two constants tiled over the batch."""
+    net = Network({"box": 4, "cls": 4}, channels_last=channels_last, batch=first, scale=2, name="input_1")
+    logits = net.rows("cls", batch)
+    scores = net.add("Softmax", logits, axis=2) if activated else logits
+    deltas = net.rows("box", batch)
+    table = anchors() * (SIZE if pixels else 1)
+    constant = np.concatenate([table, np.tile(np.float32([0.1, 0.1, 0.2, 0.2]), (BOXES, 1))], 1)[None]
+    count = net.add("Shape", deltas)
+    repeats = net.add("Concat", net.cut(count, 0, 1, 0), net.const([1, 1], INDEX), axis=0)
+    tiled = net.add("Tile", net.const(constant), repeats)
+    net.out(net.add("Concat", scores, deltas, tiled, axis=2), "predictions", [first, BOXES, 16])
+
+    def truth(values: Array) -> tuple[Array, Array]:
+        return decoded(net.numbers(values, "box"), anchors()), softmax(net.numbers(values, "cls"))[..., 1:]
+
+    return Layout(net.build(), 3, truth, "keras-ssd")
+
+
+variations(
+    "keras", keras,
+    plain={}, without_softmax={"activated": False}, channels_first={"channels_last": False}, pixels={"pixels": True},
+    batch_of_one={"batch": "1", "first": 1},
+)  # fmt: skip
+
+GRID = np.array(
+    [(x, y, s) for side, s in ((8, 8), (4, 16)) for y in range(side) for x in range(side) for _ in range(CELL)],
+    np.float32,
+)
+
+
+def yolo(
+    kind: str = "v5",
+    classes: int = 3,
+    turned: bool = False,
+    first: int | str = "batch",
+    batch: str = "0",
+    extra: bool = False,
+) -> Layout:
+    """One output of cx,cy,w,h in pixels and scores; `kind` is how it is computed."""
+    has_object = kind in ("v5", "v5 parts", "x", "x raw")
+    net = Network({"box": 4, "obj": 1, "cls": classes}, batch=first, scale=1)
+    box, scores = net.rows("box", batch), net.rows("cls", batch)
+    grid, stride = GRID[None, :, :2], GRID[None, :, 2:]
+    if kind in ("v5", "v5 parts"):
+        centre = net.add(
+            "Mul",
+            net.add(
+                "Add", net.add("Mul", net.add("Sigmoid", net.cut(box, 0, 2, 2)), net.const(2.0)), net.const(grid - 0.5)
+            ),
+            net.const(stride),
+        )
+        extent = net.add(
+            "Mul",
+            net.add("Pow", net.add("Mul", net.add("Sigmoid", net.cut(box, 2, 4, 2)), net.const(2.0)), net.const(2.0)),
+            net.const(stride * 2),
+        )
+    elif kind == "x raw":
+        centre, extent = net.cut(box, 0, 2, 2), net.cut(box, 2, 4, 2)
+    else:
+        centre = net.add("Mul", net.add("Add", net.cut(box, 0, 2, 2), net.const(grid)), net.const(stride))
+        extent = net.add("Mul", net.add("Exp", net.cut(box, 2, 4, 2)), net.const(stride))
+    parts = [centre, extent]
+    if kind == "v5":  # one Sigmoid over objectness and classes
+        parts.append(net.add("Sigmoid", net.add("Concat", net.rows("obj", batch), scores, axis=2)))
+    else:
+        parts += [net.add("Sigmoid", net.rows("obj", batch))] if has_object else []
+        parts.append(net.add("Sigmoid", scores))
+    value = net.add("Concat", *parts, axis=2)
+    columns = 4 + has_object + classes
+    shape: list[int | str] = [first, BOXES, columns]
+    if turned:
+        value, shape = net.add("Transpose", value, perm=[0, 2, 1]), [first, columns, BOXES]
+    net.out(value, "output0", shape)
+    if extra:  # the levels before they are joined, as YOLOv5's training export has them
+        for number, (height, width) in enumerate(LEVELS):
+            net.out(net.add("Identity", net.maps()[number]), f"onnx::Sigmoid_{number}", [first, 16, height, width])
+
+    def truth(values: Array) -> tuple[Array, Array]:
+        raw = net.numbers(values, "box")
+        if kind in ("v5", "v5 parts"):
+            centre, extent = (
+                (sigmoid(raw[..., :2]) * 2 + grid - 0.5) * stride,
+                (sigmoid(raw[..., 2:]) * 2) ** 2 * stride * 2,
+            )
+        else:
+            centre, extent = (raw[..., :2] + grid) * stride, np.exp(raw[..., 2:]) * stride
+        scores = sigmoid(net.numbers(values, "cls"))
+        if has_object:
+            scores = scores * sigmoid(net.numbers(values, "obj"))
+        return corners(np.concatenate([centre, extent], -1)) / SIZE, scores
+
+    family = {"x raw": "yolox"}.get(kind, "yolov5" if has_object else "yolov8")
+    wishes, table = Wishes(), None
+    if kind == "x raw":
+        table = np.concatenate([GRID[:, :2] * GRID[:, 2:], np.repeat(GRID[:, 2:], 2, 1)], 1).astype(np.float32) / SIZE
+    return Layout(net.build(), classes, truth, family, wishes, table=table)
+
+
+variations(
+    "yolo", yolo,
+    v5={}, v5_one_label={"classes": 1}, v5_parts={"kind": "v5 parts"}, v5_more_outputs={"extra": True}, v8={"kind": "v8", "turned": True},
+    v8_one_label={"kind": "v8", "turned": True, "classes": 1}, v8_two_labels={"kind": "v8", "turned": True, "classes": 2},
+    v8_rows={"kind": "v8"}, x={"kind": "x"}, x_raw={"kind": "x raw"}, batch_of_one={"first": 1, "batch": "1"}, v8_batch_of_one={"kind": "v8", "turned": True, "first": 1, "batch": "1"},
+)  # fmt: skip
+
+
+@layout("yolo: DFL decoded in the graph")
+def dfl() -> Layout:
+    """YOLOv8's own head: 16 bins a side, softmax, distances from the cell's centre, in pixels."""
+    net = Network({"box": 64, "cls": 2}, scale=0.5)
+    bins = net.reshape(net.rows("box"), 0, BOXES, 4, 16)
+    distances = net.axes(
+        "Squeeze", net.add("MatMul", net.add("Softmax", bins, axis=3), net.const(np.arange(16.0)[:, None])), 3
+    )
+    centre, stride = net.const(GRID[None, :, :2] + 0.5), net.const(GRID[None, :, 2:])
+    low = net.add("Sub", centre, net.cut(distances, 0, 2, 2))
+    high = net.add("Add", centre, net.cut(distances, 2, 4, 2))
+    middle = net.add("Div", net.add("Add", low, high), net.const(2.0))
+    boxes = net.add("Mul", net.add("Concat", middle, net.add("Sub", high, low), axis=2), stride)
+    value = net.add("Concat", boxes, net.add("Sigmoid", net.rows("cls")), axis=2)
+    net.out(net.add("Transpose", value, perm=[0, 2, 1]), "output0", ["batch", 6, BOXES])
+
+    def truth(values: Array) -> tuple[Array, Array]:
+        bins = softmax(net.numbers(values, "box").reshape(len(values), BOXES, 4, 16)) @ np.arange(16.0)
+        ends = np.concatenate([GRID[:, :2] + 0.5 - bins[..., :2], GRID[:, :2] + 0.5 + bins[..., 2:]], -1)
+        return ends * GRID[:, 2:] / SIZE, sigmoid(net.numbers(values, "cls"))
+
+    return Layout(net.build(), 2, truth, "yolov8")
+
+
+@layout("yolo: end to end, cut before its TopK")
+def end_to_end() -> Layout:
+    """YOLOv10's export: the best 50 anchors by their best class, then the best 50 of their classes: [B,50,6]."""
+    net = Network({"box": 4, "cls": 3}, scale=1)
+    box = net.rows("box")
+    grid, stride = net.const(GRID[None, :, :2]), net.const(GRID[None, :, 2:])
+    centre = net.add("Mul", net.add("Add", net.cut(box, 0, 2, 2), grid), stride)
+    extent = net.add("Mul", net.add("Exp", net.cut(box, 2, 4, 2)), stride)
+    half = net.add("Div", extent, net.const(2.0))
+    boxes = net.add("Concat", net.add("Sub", centre, half), net.add("Add", centre, half), axis=2)
+    scores = net.add("Sigmoid", net.rows("cls"))
+    best = net.add("ReduceMax", scores, axes=[2], keepdims=0)
+    net.nodes.append(
+        helper.make_node("TopK", [best, net.const([50], INDEX)], ["values", "places"], axis=1, name="n/topk")
+    )
+    places = net.axes("Unsqueeze", "places", 2)
+    kept_boxes = net.add("GatherElements", boxes, net.add("Tile", places, net.const([1, 1, 4], INDEX)), axis=1)
+    kept_scores = net.add("GatherElements", scores, net.add("Tile", places, net.const([1, 1, 3], INDEX)), axis=1)
+    flat = net.reshape(kept_scores, 0, -1)
+    net.nodes.append(
+        helper.make_node("TopK", [flat, net.const([50], INDEX)], ["best", "index"], axis=1, name="n/topk2")
+    )
+    classes = net.add("Mod", "index", net.const(3, INDEX))
+    rows = net.axes("Unsqueeze", net.add("Div", "index", net.const(3, INDEX)), 2)
+    last = net.add("GatherElements", kept_boxes, net.add("Tile", rows, net.const([1, 1, 4], INDEX)), axis=1)
+    net.out(
+        net.add(
+            "Concat", last, net.axes("Unsqueeze", "best", 2), net.axes("Unsqueeze", _cast(net, classes), 2), axis=2
+        ),
+        "output0",
+        ["batch", 50, 6],
+    )
+
+    def truth(values: Array) -> tuple[Array, Array]:
+        raw = net.numbers(values, "box")
+        made = np.concatenate([(raw[..., :2] + GRID[:, :2]) * GRID[:, 2:], np.exp(raw[..., 2:]) * GRID[:, 2:]], -1)
+        return corners(made) / SIZE, sigmoid(net.numbers(values, "cls"))
+
+    return Layout(net.build(), 3, truth, "end-to-end", nms={"max_detections": 50, "iou_threshold": 1.0})
+
+
+# -- faces -------------------------------------------------------------------------------------------------------------
+
+
+def retinaface(decode: bool = False, activated: bool = True, per_scale: bool = False, maps: bool = False) -> Layout:
+    """loc, conf and landms: joined, or three outputs for each scale (two here)."""
+    net = Network({"box": 4, "cls": 2, "landms": 10}, scale=2, name="input0")
+    heads = {"loc": "box", "conf": "cls", "landms": "landms"}
+    if maps:
+        for number, (height, width) in enumerate(LEVELS):
+            for name, head in heads.items():
+                columns = CELL * (len(net.heads[head][0][1]) // CELL)
+                net.out(net.level(head, number), f"{name}{number}", ["batch", columns, height, width])
+    elif per_scale:
+        counts = [height * width * CELL for height, width in LEVELS]
+        for name, head in heads.items():
+            rows = net.rows(head)
+            start = 0
+            for number, count in enumerate(counts):
+                value = net.cut(rows, start, start + count, 1)
+                value = net.add("Softmax", value, axis=2) if name == "conf" and activated else value
+                net.out(value, f"{name}{number}", ["batch", count, len(net.heads[head][0][1]) // CELL])
+                start += count
+    else:
+        for name, head in heads.items():
+            value = net.rows(head)
+            if name == "conf" and activated:
+                value = net.add("Softmax", value, axis=2)
+            if name == "loc" and decode:
+                value = in_graph_decoding(net, value, "xyxy", False, "0")
+            net.out(value, name, ["batch", BOXES, len(net.heads[head][0][1]) // CELL])
+
+    def truth(values: Array) -> tuple[Array, Array]:
+        return decoded(net.numbers(values, "box"), anchors()), softmax(net.numbers(values, "cls"))[..., 1:]
+
+    return Layout(net.build(), 1, truth, "retinaface", table=None if decode else anchors())
+
+
+variations(
+    "retinaface", retinaface,
+    plain={}, logits={"activated": False}, decoded={"decode": True}, nine_outputs={"per_scale": True},
+    nine_logits={"per_scale": True, "activated": False}, nine_maps={"maps": True, "activated": False},
+)  # fmt: skip
+
+
+def blazeface(
+    first: int | str = 1, batch: str = "1", channels_last: bool = True, activated: bool = False, turned: bool = False
+) -> Layout:
+    net = Network({"box": 16, "cls": 1}, batch=first, channels_last=channels_last, scale=2, name="input")
+    boxes, scores = net.rows("box", batch), net.rows("cls", batch)
+    if activated:
+        scores = net.add("Sigmoid", scores)
+    net.out(boxes, "regressors", [first, BOXES, 16])
+    net.out(scores, "classificators", [first, BOXES, 1])
+    table = anchors()
+    table[:, 2:] = 1
+
+    def truth(values: Array) -> tuple[Array, Array]:
+        raw = net.numbers(values, "box")[..., :4] / SIZE
+        return corners(np.concatenate([raw[..., :2] + table[:, :2], raw[..., 2:]], -1)), sigmoid(
+            net.numbers(values, "cls")
+        )
+
+    return Layout(net.build(), 1, truth, "blazeface", table=table)
+
+
+variations(
+    "blazeface",
+    blazeface,
+    plain={},
+    channels_first={"channels_last": False},
+    activated={"activated": True},
+    open_batch={"first": "batch", "batch": "0"},
+)

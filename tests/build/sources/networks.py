@@ -33,6 +33,7 @@ class Network:
         heads: name → columns of a box.
         scale: of the heads' numbers.
         size: H and W in the input's declaration.
+        half: whether the weights are numbers that FP16 has.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Network:
         name: str = "images",
         scale: float = 1.0,
         size: Sequence[int | str] = (SIZE, SIZE),
+        half: bool = False,
     ) -> None:
         random = np.random.default_rng(7)
         self.opset, self.batch, self.channels_last, self.picture = opset, batch, channels_last, picture
@@ -68,6 +70,9 @@ class Network:
             ]
             for head, columns in heads.items()
         }
+        if half:
+            self.first, self.second = _rounded(self.first), _rounded(self.second)
+            self.heads = {head: [_rounded(pair) for pair in pairs] for head, pairs in self.heads.items()}
         self._maps: list[str] = []
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
@@ -128,9 +133,7 @@ class Network:
             count = height * across * CELL
             if batch == "shape":
                 first = self.cut(self.add("Shape", value), 0, 1, 0)
-                value = self.add(
-                    "Reshape", value, self.add("Concat", first, self.const([-1, width], INDEX), axis=0)
-                )
+                value = self.add("Reshape", value, self.add("Concat", first, self.const([-1, width], INDEX), axis=0))
             else:
                 value = self.reshape(value, int(batch), count if batch == "-1" else -1, width)
             parts.append(value)
@@ -170,6 +173,10 @@ class Network:
             made = np.einsum("bcyx,oc->byxo", value, weights[:, :, 0, 0]) + bias
             rows.append(made.reshape(len(pixels), -1, len(bias) // CELL))
         return np.concatenate(rows, 1)
+
+
+def _rounded(pair: tuple[Array, Array]) -> tuple[Array, Array]:
+    return pair[0].astype("f2").astype("f4"), pair[1].astype("f2").astype("f4")
 
 
 def anchors() -> Array:
