@@ -119,7 +119,7 @@ def _scores(
     read = three(editor, scores, shape, total // count, count) if total % count == 0 else None
     if read is None:
         raise ImportModelError(
-            f"{editor.path}: scores {scores.name!r} are {list(shape)}, but there are {count} boxes {reading.boxes.name!r}",
+            f"{editor.path}: scores {scores.name!r} are {list(shape)}, but {reading.boxes.name!r} has {count} boxes",
             fix="name the tensors that belong together: --boxes NAME --logits NAME",
         )
     rows, classes = read[0], total // count
@@ -195,9 +195,12 @@ def _encodings(
     in_pixels = decoding.anchors.max() > _PIXELS
     unit = np.array([front.width, front.height] * 2 if in_pixels else [1] * 4, np.float32)
     found, order = decoding.anchors / unit, decoding.order
+    reading.corners = decoding.box_order
     changes = [np.count_nonzero(np.abs(np.diff(found[:, i])) > 1e-4) for i in range(2)]
     if changes[0] < changes[1] and "box_order" not in reading.stated:  # from row to row, x changes first
         found, order = found[:, [1, 0, 3, 2]], (order[1], order[0], order[3], order[2])
+        turned = {"xyxy": "yxyx", "yxyx": "xyxy", "cxcywh": "cycxhw"}
+        reading.corners = turned.get(reading.corners, reading.corners)
     if anchors is not None and (anchors.shape != found.shape or np.abs(anchors - found).max() > 1e-3):
         raise ImportModelError(
             f"{editor.path}: the graph itself decodes the boxes {reading.boxes.name!r} with {len(found)} anchors, and "
@@ -233,7 +236,7 @@ def _deltas_or_decoded(editor: Editor, reading: Reading, boxes: ir.Value, count:
     if reading.family == "pytorch-ssd":
         raise OptionError(
             f"{editor.path}: nothing in the graph says whether its boxes {reading.boxes.name!r} are decoded",
-            why="exports of this family usually decode them, but no arithmetic stands between the network and the output",
+            why="such exports usually decode them, but no arithmetic stands between the network and the output",
             fix="say it: --boxes-are decoded, or --boxes-are deltas with --anchors FILE",
         )
     return "deltas"
@@ -286,6 +289,7 @@ def _decoded(
         return _corners(editor, boxes, "cxcywh")
     (values,) = editor.measure(front.example(), [boxes])
     order = reading.box_order or _told(editor, reading, values)
+    reading.corners = order
     corners = _corners(editor, boxes, order)
     (values,) = editor.measure(front.example(), [corners])
     largest = np.abs(values).max()

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _ELEMENTWISE = frozenset(
-    ["Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Exp", "Log", "Sqrt", "Neg", "Abs", "Sigmoid", "Tanh", "Relu", "LeakyRelu", "HardSigmoid", "Clip", "Cast", "Identity", "Floor", "Ceil", "Round", "Reciprocal", "Erf", "Softplus", "Where", "Equal", "Greater", "Less", "Not", "And", "Or", "MatMul"]
+    ("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Exp", "Log", "Sqrt", "Neg", "Abs", "Sigmoid", "Tanh", "Relu")
+    + ("LeakyRelu", "HardSigmoid", "Clip", "Cast", "Identity", "Floor", "Ceil", "Round", "Reciprocal", "Erf")
+    + ("Softplus", "Where", "Equal", "Greater", "Less", "Not", "And", "Or", "MatMul")
 )
-_WITH_AXIS = frozenset(["Concat", "Softmax", "LogSoftmax", "Split", "Gather", "ArgMax", "ArgMin", "TopK"])
-_WITH_AXES = frozenset(["Squeeze", "Unsqueeze", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd", "ReduceL2"])
+_WITH_AXIS = frozenset(("Concat", "Softmax", "LogSoftmax", "Split", "Gather", "ArgMax", "ArgMin", "TopK"))
+_WITH_AXES = frozenset(("Squeeze", "Unsqueeze", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd"))
 
 
 def open_batch(path: Path, model: onnx.ModelProto, pixels: NDArray[np.float32]) -> list[str]:
@@ -70,7 +72,7 @@ class _Opening:
                 self._follow(node)
             elif node.op_type == "Reshape":
                 self._reshape(node)
-            elif (node.op_type == "Squeeze" and self._drops(node)) or (node.op_type == "Gather" and self._axis(node) == 0 and self._is(node.input[1], 0)):
+            elif self._drops(node):
                 self._identity(node)
                 self.dropped.update(node.output)
         return self.changed
@@ -149,6 +151,11 @@ class _Opening:
         )
 
     def _drops(self, node: onnx.NodeProto) -> bool:
+        """Whether a node takes the batch away and does nothing else."""
+        if node.op_type == "Gather":
+            return self._axis(node) == 0 and self._is(node.input[1], 0)
+        if node.op_type != "Squeeze":
+            return False
         axes = self._axes(node)
         size = self.shapes.get(node.input[0], ())
         rank = len(size)
@@ -231,9 +238,9 @@ def check_batch(path: Path, model: onnx.ModelProto, pixels: NDArray[np.float32])
         both = run({name: pixels})
     except Exception as error:  # ONNX Runtime's own exceptions have no common type
         called = re.search(r"running (\w+) node\. Name:'([^']*)'", str(error))
-        node = f"its node {called[2]!r} ({called[1]})" if called else "one of its nodes"
+        place = f"its node {called[2]!r} ({called[1]})" if called else "one of its nodes"
         raise ImportModelError(
-            f"{path}: works on one picture only: {node} fails for two",
+            f"{path}: works on one picture only: {place} fails for two",
             why="the export wrote the batch of one into the graph",
             fix=fix,
         ) from None
@@ -248,8 +255,8 @@ def check_batch(path: Path, model: onnx.ModelProto, pixels: NDArray[np.float32])
                 continue
             if not _stacked(*arrays):  # type: ignore[arg-type]
                 raise ImportModelError(
-                    f"{path}: mixes the pictures of a batch: its node {_called(node)} gives other values for two pictures "
-                    "than for each alone",
+                    f"{path}: mixes the pictures of a batch: its node {_called(node)} gives other values for two "
+                    "pictures than for each alone",
                     why="it works across the batch, or the export wrote a batch of one into it",
                     fix=fix,
                 )

@@ -113,8 +113,8 @@ def _probe(
         """[N,4] encodings → [N,4] boxes as they are."""
         feeds = {str(encodings.name): numbers.astype(np.float32).reshape(size)}
         (answer,) = editor.measure(feeds, [boxes])
-        rows = answer.astype(np.float64).reshape(answer.shape[-2:] if answer.ndim > 2 else answer.shape)
-        return rows.T if rows.shape == (4, count) and count != 4 else rows.reshape(count, 4)
+        rows = answer.astype(np.float64)
+        return rows.reshape(4, count).T if rows.shape[-2:] == (4, count) and count != 4 else rows.reshape(count, 4)
 
     random = np.random.default_rng(0).normal(0, 1, (count, 4))
     inputs = [np.zeros((count, 4)), *(np.eye(4)[place] * np.full((count, 1), _STEP) for place in range(4)), random]

@@ -182,6 +182,8 @@ class Editor:
         """
         import onnx_ir as ir
 
+        if not outputs:
+            return []
         model = self.part([self.value(name) for name in feeds], outputs)
         for info, array in zip(model.graph.input, feeds.values(), strict=True):
             info.type.tensor_type.elem_type = ir.DataType.from_numpy(array.dtype).value

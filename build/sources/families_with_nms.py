@@ -243,8 +243,11 @@ def suppressed(editor: Editor, front: Front, labels: int) -> Reading | None:
     if score is not None:
         reading.nms["score_threshold"] = min(1.0, max(0.0, decimal(score)))
     if most is not None:
+        # It keeps `most` of each class. Where that cuts nothing off, everything is kept; else the best `most` of all
+        # classes are the same.
+        kept = max(1, int(decimal(most)))
         reading.nms["topk_per_class"] = 0
-        reading.nms["max_detections"] = min(int(decimal(most)), _MOST) or 100
+        reading.nms["max_detections"] = min(_MOST, kept if kept < size[1] else size[1] * labels)
     reading.state_nms(where)
     reading.selection = {"boxes": str(boxes.name), "scores": str(scores.name), "selected": str(node.outputs[0].name)}
     return reading
@@ -322,6 +325,7 @@ def end_to_end(editor: Editor, front: Front, labels: int) -> Reading | None:
     reading.nms = {"max_detections": most, "iou_threshold": 1.0, "background_class": -1, "clip_boxes": False}
     assert chooser is not None
     reading.state_nms(f"TopK {chooser.name!r}: no NMS, the best {most}")
+    reading.selection = {"rows": str(output.name)}
     reading.usual = {"score_threshold": 0.25}
     reading.picture = {**PLAIN, "std": [255.0] * 3, "resize": "letterbox", "pad_value": 114} | SAMPLED
     return reading

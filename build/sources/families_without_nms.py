@@ -33,9 +33,10 @@ def keras(editor: Editor, front: Front, labels: int) -> Reading | None:
     """Keras SSD (ssd_keras): one output [B,N,C+12]: scores, four deltas, the anchor, the variances."""
     import numpy as np
 
-    output, array = _one_table(editor, front)
-    if output is None or array.shape[2] != labels + 13:
+    table = _one_table(editor, front)
+    if table is None or table[1].shape[2] != labels + 13:
         return None
+    output, array = table
     classes = labels + 1
     scores, deltas, anchor, variance = (
         columns(editor, front, output, start, end)
@@ -69,9 +70,10 @@ def keras(editor: Editor, front: Front, labels: int) -> Reading | None:
 
 def yolo(editor: Editor, front: Front, labels: int) -> Reading | None:
     """YOLOv5 to v12 and YOLOX: an output with the box, in YOLOv5, v7 and X objectness, and a score for each class."""
-    output, array = _one_table(editor, front)
-    if output is None:
+    table = _one_table(editor, front)
+    if table is None:
         return None
+    output, array = table
     masks = 32 if any(other.ndim == 4 and other.shape[1] == 32 for _, other in outputs(editor, front)) else 0
     known = {labels + 4 + masks: False, labels + 5 + masks: True}
     turned = array.shape[1] in known and array.shape[2] not in known
@@ -257,8 +259,7 @@ def picodet(editor: Editor, front: Front, labels: int) -> Reading | None:
         distance = editor.reshape(distance, -1, size[1], 4)
         ends = [editor.op(op, centre, editor.columns(distance, i, i + 2)) for op, i in (("Sub", 0), ("Add", 2))]
         boxes.append(editor.concat(ends, 2))
-    size = editor.number([front.width, front.height] * 2)
-    joined = editor.op("Div", editor.concat(boxes, 1), size)
+    joined = editor.op("Div", editor.concat(boxes, 1), editor.number([front.width, front.height] * 2))
     reading = Reading("picodet", joined, editor.concat([value for value, _ in scores], 1), boxes_are="decoded")
     reading.box_order, reading.nms = "xyxy", {"background_class": -1}
     reading.usual = {"iou_threshold": 0.6, "score_threshold": 0.025, "topk_per_class": 1000, "clip_boxes": True}
@@ -275,8 +276,9 @@ def two_heads(editor: Editor, front: Front, labels: int) -> Reading | None:
     if len(pairs) > 1:  # scores are softmaxed, boxes are not
         pairs = [p for p in pairs if _sums_to_one(p[1][1]) and not _sums_to_one(p[0][1])] or pairs
     if len(pairs) > 1:
-        names = {word: [p for p in pairs if _named(p[0][0], word)] for word in ("box", "loc", "reg", "delta")}
-        said = next((chosen for chosen in names.values() if len(chosen) == 1), None)
+        by_boxes = [[p for p in pairs if _named(p[0][0], word)] for word in ("box", "loc", "reg", "delta")]
+        by_scores = [[p for p in pairs if _named(p[1][0], word)] for word in ("score", "conf", "cls", "logit", "class")]
+        said = next((chosen for chosen in (*by_boxes, *by_scores) if len(chosen) == 1), None)
         if said is None:
             listed = " or ".join(f"{boxes[0].name!r} and {scores[0].name!r}" for boxes, scores in pairs[:3])
             raise ImportModelError(
@@ -398,7 +400,7 @@ def _by_size(entries: Sequence[tuple[ir.Value, tuple[int, ...]]]) -> list[tuple[
     return sorted(entries, key=lambda entry: -entry[1][1])
 
 
-def _one_table(editor: Editor, front: Front) -> tuple[ir.Value, NDArray[Any]] | tuple[None, None]:
+def _one_table(editor: Editor, front: Front) -> Output | None:
     """The only output of three dimensions."""
     tables = [entry for entry in outputs(editor, front) if entry[1].ndim == 3]
-    return tables[0] if len(tables) == 1 else (None, None)
+    return tables[0] if len(tables) == 1 else None

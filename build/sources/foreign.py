@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 BOXES_ARE = ("deltas", "decoded")
 SCORES_ARE = ("logits", "probabilities")
+_PIXELS = 4  # no anchor in 0..1 reaches so far
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,12 @@ def load(path: Path) -> onnx.ModelProto:
         return onnx.load(path)
     except OSError as error:
         raise ImportModelError(f"{path}: cannot be read: {error.strerror or error}", fix="correct the path") from None
+    except onnx.checker.ValidationError as error:  # external data
+        raise ImportModelError(
+            f"{path}: cannot be read whole: {error}",
+            why="weights are in a file of their own beside it, which is missing or another one",
+            fix="keep the files of the export together",
+        ) from None
     except (DecodeError, ValueError) as error:
         raise ImportModelError(
             f"{path}: no ONNX model: {error}", why="the file is truncated or of another kind", fix="export it again"
@@ -169,11 +176,16 @@ def _anchors(text: str, front: Front, order: str) -> NDArray[np.float32]:
     Raises:
         OptionError: they cannot be had, or their order cannot be told.
     """
+    import numpy as np
+
     rows = anchor_forms.from_text(text, front.width, front.height)
     form, unit = documented = ("cxcywh", "fraction")
-    if Path(text).suffix in anchor_forms.SUFFIXES:
+    if order:
+        unit = "pixel" if np.abs(rows).max() > _PIXELS else "fraction"
+    elif Path(text).suffix in anchor_forms.SUFFIXES:
         forms = anchor_forms.plausible_forms(rows, front.width, front.height)
-        if documented not in forms:
+        corners = [other for other in forms if other[0] in ("xyxy", "yxyx") and other[1] == "fraction"]
+        if documented not in forms or corners:
             form, unit = anchor_forms.guess_form(rows, front.width, front.height)
     size = (front.width, front.height) if unit == "pixel" else (1, 1)
     return anchor_forms.corners_to_centers(rows, order or form, *size)

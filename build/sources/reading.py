@@ -30,6 +30,7 @@ class Reading:
         boxes, scores: tensors of the main graph.
         boxes_are: deltas (the anchors are still to be applied), decoded, linear (MediaPipe) or empty: to be found out.
         box_order: of decoded boxes xyxy, yxyx, xywh or cxcywh; of deltas `xy` or `yx`: which comes first.
+        corners: the order of the graph's own decoded boxes, for a proof; set when it was found out.
         scores_are: logits or probabilities.
         stated: which of boxes_are, box_order and scores_are the user said: nothing in the graph overrules them.
         nms: keys of [nms] that the graph itself says.
@@ -47,6 +48,7 @@ class Reading:
     scores: ir.Value
     boxes_are: str = "deltas"
     box_order: str = ""
+    corners: str = ""
     scores_are: str = "logits"
     stated: set[str] = field(default_factory=set)
     nms: dict[str, Any] = field(default_factory=dict)

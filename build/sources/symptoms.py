@@ -48,16 +48,22 @@ def check_values(path: Path, adapted: Adapted, reading: Reading, front: Front) -
             why="the export activates them in a way that is not one Softmax or Sigmoid node",
             fix="--scores-are probabilities, or --scores-are logits if they really are raw",
         )
-    corners = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
-    if (
-        "boxes_are" not in reading.stated
-        and adapted.anchors is not None
-        and corners.mean() > 0.99
-        and np.abs(boxes - 0.5).max() < 2
-    ):
+    if "boxes_are" in reading.stated or adapted.anchors is None or not boxes.size:
+        return
+    ordered = ((boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])).mean()
+    size = max(front.width, front.height)
+    unit = "0..1" if np.abs(boxes - 0.5).max() < 2 else "pixels" if boxes.min() > -size and boxes.max() > 4 else ""
+    raw = "--boxes-are deltas if they really are raw"
+    if ordered > 0.99 and unit:
         raise ImportModelError(
-            f"{path}: the boxes {reading.boxes.name!r} look like corners x1,y1,x2,y2 in 0..1 and not like deltas: "
-            f"{corners.mean():.0%} have x2 > x1 and y2 > y1",
+            f"{path}: the boxes {reading.boxes.name!r} look like corners x1,y1,x2,y2 in {unit} and not like deltas: "
+            f"{ordered:.0%} have x2 > x1 and y2 > y1",
             why="the export decodes them already, and the anchors would move them a second time",
-            fix="--boxes-are decoded, or --boxes-are deltas if they really are raw",
+            fix=f"--boxes-are decoded, or {raw}",
+        )
+    if boxes.min() >= 0:
+        raise ImportModelError(
+            f"{path}: the boxes {reading.boxes.name!r} are not like deltas: of {boxes.size:,} numbers none is below 0",
+            why="the export decodes them already, to a centre and a size, and the anchors would move them a second time",
+            fix=f"--boxes-are decoded --box-order cxcywh, or {raw}",
         )
