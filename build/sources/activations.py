@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from build.sources.decoding import NETWORK
-from build.sources.reading import three
+from build.sources.reading import parts_of, three
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,6 +71,12 @@ def find_activation(editor: Editor, front: Front, scores: ir.Value, count: int, 
                     if read is not None:
                         return Activation(kind, read[0], wide + cut, candidate)
     return None
+
+
+def is_activated(scores: ir.Value) -> bool:
+    """Whether every part of the scores comes straight from a Softmax or Sigmoid node."""
+    producers = [part.producer() for part in parts_of(scores)]
+    return all(node is not None and node.op_type in ("Softmax", "Sigmoid", "HardSigmoid") for node in producers)
 
 
 def activate(logits: NDArray[np.floating], kind: str) -> NDArray[np.float64]:

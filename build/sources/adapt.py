@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from build import contract
 from build.errors import ImportModelError, OptionError
-from build.sources.activations import find_activation
+from build.sources.activations import find_activation, is_activated
 from build.sources.anchors import usual_anchors
 from build.sources.batch import check_batch, open_batch
 from build.sources.decoding import BOX_ORDERS, CORNERS, Decoding, find_decoding, is_computed
@@ -132,6 +132,8 @@ def _scores(
                 reading.nms["background_class"] = 0
             reading.fact("score_activation", kind, f"behind {node.name!r}, measured: left to SSDNMS")
             return activation.logits, activation.columns, kind
+        if is_activated(rows):  # part by part, such as for each feature map
+            reading.scores_are = "probabilities"
     if reading.scores_are == "probabilities":
         reading.fact("score_activation", "none", f"{scores.name!r} are probabilities already")
         return rows, classes, "none"
@@ -291,6 +293,10 @@ def _decoded(
     order = reading.box_order or _told(editor, reading, values)
     reading.corners = order
     corners = _corners(editor, boxes, order)
+    if reading.family == "nms-inside" and order in CORNERS and (values[..., 2:] < values[..., :2]).any():
+        first, second = editor.columns(corners, 0, 2), editor.columns(corners, 2, 4)
+        corners = editor.concat([editor.op("Min", first, second), editor.op("Max", first, second)], 2)
+        reading.fact("corners", "sorted", "NonMaxSuppression takes any two opposite corners (ONNX)")
     (values,) = editor.measure(front.example(), [corners])
     largest = np.abs(values).max()
     if largest > _PIXELS:

@@ -48,13 +48,14 @@ class Editor:
 
     Attributes:
         path: likewise.
+        original: the model as it is in the file.
         model: the onnx-ir model that the methods change.
     """
 
     def __init__(self, path: Path, model: onnx.ModelProto) -> None:
         import onnx_ir as ir
 
-        self.path = path
+        self.path, self.original = path, model
         self.model: ir.Model = ir.from_proto(_raised(path, _widened(model)))
         self._count = 0
 

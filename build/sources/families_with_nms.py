@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from build.errors import ImportModelError
+from build.session import runner
 from build.sources.editor import SHAPING, Editor
 from build.sources.front import Front
 from build.sources.reading import (
@@ -135,10 +136,9 @@ def tensorflow(editor: Editor, front: Front, labels: int) -> Reading | None:
     )
     reading.scores_are = "probabilities"
     iou, score = (editor.constant(node.inputs[i]) if len(node.inputs) > i else None for i in (3, 4))
-    try:
-        values = outputs(editor, front)
-    except ImportModelError:  # the post-processing cannot run; the network can
-        values = []
+    values = _as_exported(editor, front)
+    (size,) = (array.shape for array in editor.measure(front.example(), [scores]))
+    reading.sees_background = size[-1] == labels + 1
     reading.selection = _detection_outputs(values)
     most = next(
         (array.shape[1] for value, array in values if value.name == reading.selection.get("detection_boxes")), 100
@@ -150,6 +150,15 @@ def tensorflow(editor: Editor, front: Front, labels: int) -> Reading | None:
         reading.nms["score_threshold"] = min(1.0, max(0.0, decimal(score)))
     reading.state_nms(where)
     return reading
+
+
+def _as_exported(editor: Editor, front: Front) -> list[tuple[ir.Value, NDArray[Any]]]:
+    """The outputs of the file as it is; none where ONNX Runtime cannot run its post-processing."""
+    try:
+        answers = runner(editor.original)(front.example())
+    except Exception:  # ONNX Runtime's own exceptions have no common type; the network itself may run all the same
+        return []
+    return [(value, answers[str(value.name)]) for value in editor.graph.outputs if value.name in answers]
 
 
 def _read_by(editor: Editor, front: Front, loop: ir.Node, labels: int, where: str) -> tuple[ir.Value, ir.Value]:

@@ -241,7 +241,8 @@ def _tensorflow(foreign: Foreign, spec: Spec, run: Callable[[Any], Any], pixels:
     boxes = answers[names["detection_boxes"]][0, :count][:, [1, 0, 3, 2]]
     scores = answers[names["detection_scores"]][0, :count]
     classes = answers[names["detection_classes"]][0, :count] - 1 if "detection_classes" in names else np.zeros(count)
-    kept = scores > spec.nms.score_threshold
+    classes = classes - foreign.reading.sees_background
+    kept = (scores > spec.nms.score_threshold) & (classes >= 0)
     return Detected(boxes[kept], scores[kept], classes[kept].astype(np.int32))
 
 
@@ -275,10 +276,11 @@ def _finished(foreign: Foreign, spec: Spec, run: Callable[[Any], Any], pixels: N
 
 
 def _in_fractions(foreign: Foreign, boxes: NDArray[Any], chosen: NDArray[Any]) -> NDArray[np.float64]:
-    """The chosen rows as x1,y1,x2,y2 in 0..1; all of them tell the unit."""
+    """The chosen rows as x1,y1,x2,y2 in 0..1, any two opposite corners put in order; all rows tell the unit."""
     import numpy as np
 
     picked = to_corners(boxes[chosen].astype(np.float64), foreign.reading.corners)
+    picked = np.concatenate([np.minimum(picked[:, :2], picked[:, 2:]), np.maximum(picked[:, :2], picked[:, 2:])], 1)
     in_pixels = boxes.size and np.abs(boxes).max() > 4
     return picked / np.array([foreign.front.width, foreign.front.height] * 2) if in_pixels else picked
 

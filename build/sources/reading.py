@@ -40,7 +40,8 @@ class Reading:
         presets: names of anchor presets (build/sources/anchors.py) that this family usually has.
         facts: (what, value, where it was seen) for people.
         selection: what a proof compares with: names of the tensors (boxes, scores, selected) of a NonMaxSuppression in
-            the main graph, or of the outputs of TensorFlow's post-processing.
+            the main graph, of the outputs of TensorFlow's post-processing, or of finished rows.
+        sees_background: whether that post-processing also chooses among the background's scores.
     """
 
     family: str
@@ -58,6 +59,7 @@ class Reading:
     presets: tuple[str, ...] = ()
     facts: list[tuple[str, str, str]] = field(default_factory=list)
     selection: dict[str, str] = field(default_factory=dict)
+    sees_background: bool = False
 
     def fact(self, what: str, value: object, where: str) -> None:
         self.facts.append((what, str(value), where))

@@ -33,6 +33,8 @@ class Network:
         heads: name → columns of a box.
         scale: of the heads' numbers.
         size: H and W in the input's declaration.
+        cells: boxes of a cell.
+        levels: how many feature maps have heads.
         half: whether the weights are numbers that FP16 has.
     """
 
@@ -48,6 +50,8 @@ class Network:
         scale: float = 1.0,
         size: Sequence[int | str] = (SIZE, SIZE),
         half: bool = False,
+        cells: int = CELL,
+        levels: int = 2,
     ) -> None:
         random = np.random.default_rng(7)
         self.opset, self.batch, self.channels_last, self.picture = opset, batch, channels_last, picture
@@ -63,16 +67,17 @@ class Network:
         self.heads = {
             head: [
                 (
-                    random.normal(0, 0.3 * scale, (CELL * columns, 16, 1, 1)).astype("f4"),
-                    random.normal(0, 0.2 * scale, CELL * columns).astype("f4"),
+                    random.normal(0, 0.3 * scale, (cells * columns, 16, 1, 1)).astype("f4"),
+                    random.normal(0, 0.2 * scale, cells * columns).astype("f4"),
                 )
-                for _ in LEVELS
+                for _ in LEVELS[:levels]
             ]
             for head, columns in heads.items()
         }
         if half:
             self.first, self.second = _rounded(self.first), _rounded(self.second)
             self.heads = {head: [_rounded(pair) for pair in pairs] for head, pairs in self.heads.items()}
+        self.cells = cells
         self._maps: list[str] = []
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
@@ -169,9 +174,9 @@ class Network:
             value = np.maximum(np.einsum("bcyixj,ocij->boyx", blocks, weights) + bias[:, None, None], 0)
             maps.append(value)
         rows = []
-        for value, (weights, bias) in zip(maps, self.heads[head], strict=True):
+        for value, (weights, bias) in zip(maps, self.heads[head], strict=False):
             made = np.einsum("bcyx,oc->byxo", value, weights[:, :, 0, 0]) + bias
-            rows.append(made.reshape(len(pixels), -1, len(bias) // CELL))
+            rows.append(made.reshape(len(pixels), -1, len(bias) // self.cells))
         return np.concatenate(rows, 1)
 
 
