@@ -96,8 +96,8 @@ class Editor:
     # -- looking -------------------------------------------------------------------------------------------------------
 
     def nodes(self, *op_types: str) -> Iterator[ir.Node]:
-        """The nodes of these operators, those inside loops and branches included."""
-        return (node for node in self.graph.all_nodes() if node.op_type in op_types)
+        """The nodes of these operators (of all, if none is named), those inside loops and branches included."""
+        return (node for node in self.graph.all_nodes() if not op_types or node.op_type in op_types)
 
     def constant(self, value: ir.Value | None) -> NDArray[Any] | None:
         """A tensor's value where it is a constant, also one that is made from constants; None where it is not."""

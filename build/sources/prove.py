@@ -214,7 +214,7 @@ def _opencv(foreign: Foreign, spec: Spec) -> tuple[Original | None, str]:
         return None, f"OpenCV {cv2.__version__} cannot read the file: {str(error).strip().splitlines()[-1]}"
 
     def detect(pixels: NDArray[np.uint8]) -> Detected:
-        network.setInput(foreign.front.feeds(_normalised(spec, pixels))[str(foreign.front.pixels.name)])
+        network.setInput(foreign.front.feeds(_normalised(spec, pixels))[foreign.front.names[0]])
         rows = network.forward().reshape(-1, 7)
         rows = rows[rows[:, 2] > spec.nms.score_threshold]
         labels = rows[:, 1].astype(np.int32) - (spec.nms.background_class == 0)
@@ -236,7 +236,7 @@ def _tensorflow(foreign: Foreign, spec: Spec, run: Callable[[Any], Any], pixels:
     import numpy as np
 
     names, front = foreign.reading.selection, foreign.front
-    answers = run({str(front.picture.name): pixels[None].astype(front.picture.dtype.numpy())})  # type: ignore[union-attr]
+    answers = run({front.names[1]: pixels[None].astype(front.picture.dtype.numpy())})  # type: ignore[union-attr]
     count = int(answers[names["num_detections"]][0])
     boxes = answers[names["detection_boxes"]][0, :count][:, [1, 0, 3, 2]]
     scores = answers[names["detection_scores"]][0, :count]

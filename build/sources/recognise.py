@@ -6,6 +6,7 @@ the graph wins; `--family` names one. A reading says where every fact was seen, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,10 @@ from build.sources.families_without_nms import (
 )
 from build.sources.front import Front
 from build.sources.reading import Reading, shown
+
+
+# Operators that choose boxes: the standard ones, TensorRT's plugins, and exporters' own.
+_SELECTING = re.compile(r"TopK|NonMaxSuppression|\w*(NMS|Nms)\w*|\w*DetectionOutput\w*|\w*Detection_?PostProcess\w*")
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,17 @@ def recognise(editor: Editor, front: Front, labels: int, family: str = "") -> Re
         if reading is not None:
             return reading
     outputs = ", ".join(f"{value.name!r} {shown(value)}" for value in editor.graph.outputs)
+    node = next((n for n in editor.nodes() if _SELECTING.fullmatch(n.op_type)), None)
+    if node is not None:
+        reads = ", ".join(repr(value.name) for value in node.inputs[:2] if value is not None)
+        raise ImportModelError(
+            f"{editor.path}: ends in its own post-processing ({node.op_type}), in a form that is not known; it has the "
+            f"outputs {outputs}",
+            why=f"its node {node.name or '(unnamed)'!r} selects the boxes inside the model",
+            fix="export the network up to its raw heads: boxes [B,N,4] and class scores [B,N,C] (switch NMS or "
+            f"post-processing off in the export); or name tensors before that node, which reads {reads}: --boxes NAME "
+            "--logits NAME",
+        )
     raise ImportModelError(
         f"{editor.path}: is {'no ' + family if family else 'of no known family'}; it has the outputs {outputs}",
         why=f"its heads are laid out in another way, or the model has other classes than the {labels} labels",
