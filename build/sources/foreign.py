@@ -131,7 +131,9 @@ def understand(path: Path, labels: Sequence[str], wishes: Wishes = Wishes()) -> 
             reading.fact(name.replace("_", " "), value, f"--{name.replace('_', '-')}")
     given = None
     if wishes.anchors:
-        given = _anchors(wishes.anchors, front, wishes.box_order)
+        (array,) = editor.measure(front.example(), [reading.boxes])
+        count = array.size // 4 if 4 in array.shape[-2:] else 0
+        given = _anchors(wishes.anchors, front, wishes.box_order, count)
         reading.fact("anchors", anchor_forms.describe(given), f"--anchors {wishes.anchors}")
     adapted = adapt(editor, front, reading, len(labels), given)
     check_values(path, adapted, reading, front)
@@ -170,7 +172,7 @@ def load(path: Path) -> onnx.ModelProto:
         ) from None
 
 
-def _anchors(text: str, front: Front, order: str) -> NDArray[np.float32]:
+def _anchors(text: str, front: Front, order: str, count: int) -> NDArray[np.float32]:
     """The user's anchors as cx,cy,w,h in 0..1.
 
     Raises:
@@ -178,7 +180,7 @@ def _anchors(text: str, front: Front, order: str) -> NDArray[np.float32]:
     """
     import numpy as np
 
-    rows = anchor_forms.from_text(text, front.width, front.height)
+    rows = anchor_forms.from_text(text, front.width, front.height, count)
     form, unit = documented = ("cxcywh", "fraction")
     if order:
         unit = "pixel" if np.abs(rows).max() > _PIXELS else "fraction"

@@ -110,7 +110,7 @@ def find_front(editor: Editor, width: int = 0, height: int = 0) -> Front:
     shape = list(picture.shape or ())
     sizes = [size if isinstance(size, int) else 0 for size in shape]
     turns = any(n.op_type == "Transpose" and list(n.attributes["perm"].as_ints()) == [0, 3, 1, 2] for n in passed)
-    channels_last = turns if producer else len(sizes) == 4 and sizes[3] == 3 and sizes[1] != 3
+    channels_last = turns or (not producer and len(sizes) == 4 and sizes[3] == 3 and sizes[1] != 3)
     rows, columns = (1, 2) if channels_last else (2, 3)
     inside = _resize(editor) if producer else (sizes[rows], sizes[columns]) if len(sizes) == 4 else (0, 0)
     tall, wide = height or inside[0], width or inside[1]

@@ -206,7 +206,7 @@ def _opencv(foreign: Foreign, spec: Spec) -> tuple[Original | None, str]:
             attributes.pop("img_sizes", None)
             if steps and steps[0]:
                 attributes["step"] = float(steps[0])
-            inputs = list(node.input) if len(node.input) > 1 else [node.input[0], str(foreign.front.picture.name)]
+            inputs = list(node.input) if len(node.input) > 1 else [node.input[0], foreign.front.names[1]]
             node.CopyFrom(helper.make_node("PriorBox", inputs, node.output, name=node.name, **attributes))
     try:
         network = cv2.dnn.readNetFromONNX(np.frombuffer(model.SerializeToString(), np.uint8))

@@ -95,7 +95,7 @@ def test_raw_heads_by_other_names(tmp_path: Path, files: dict[str, Any]) -> None
     assert checked.input.std == (1.0, 2.0, 3.0)
     model = attach(checked)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    number, boxes, _, _ = session.run(None, {"images": np.full((2, 8, 8, 3), 200, np.uint8)})
+    number, boxes, _, _ = session.run(None, checked.nms.feeds(np.full((2, 8, 8, 3), 200, np.uint8)))
     assert number.shape == (2, 1)
     assert boxes.shape == (2, 7, 4)
     assert not list(tmp_path.glob(".importing-*"))
