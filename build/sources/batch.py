@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _ELEMENTWISE = frozenset(
-    ("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Exp", "Log", "Sqrt", "Neg", "Abs", "Sigmoid", "Tanh", "Relu")
-    + ("LeakyRelu", "HardSigmoid", "Clip", "Cast", "Identity", "Floor", "Ceil", "Round", "Reciprocal", "Erf")
-    + ("Softplus", "Where", "Equal", "Greater", "Less", "Not", "And", "Or", "MatMul")
+    (
+        *("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Exp", "Log", "Sqrt", "Neg", "Abs", "Sigmoid", "Tanh"),
+        *("Relu", "LeakyRelu", "HardSigmoid", "Clip", "Cast", "Identity", "Floor", "Ceil", "Round", "Reciprocal"),
+        *("Erf", "Softplus", "Where", "Equal", "Greater", "Less", "Not", "And", "Or", "MatMul"),
+    )
 )
 _WITH_AXIS = frozenset(("Concat", "Softmax", "LogSoftmax", "Split", "Gather", "ArgMax", "ArgMin", "TopK"))
 _WITH_AXES = frozenset(("Squeeze", "Unsqueeze", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd"))

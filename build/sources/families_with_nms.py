@@ -1,4 +1,4 @@
-"""Exports that carry their post-processing: Caffe's DetectionOutput, TensorFlow's Loop, NonMaxSuppression, plugins, TopK."""
+"""Exports that carry their post-processing: DetectionOutput, TensorFlow's Loop, NonMaxSuppression, plugins, TopK."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _read_by(editor: Editor, front: Front, loop: ir.Node, labels: int, where: st
 
 
 def _detection_outputs(values: list[tuple[ir.Value, NDArray[Any]]]) -> dict[str, str]:
-    """TensorFlow's names of the outputs that a proof needs → the tensors' own; by their values where they have others."""
+    """TensorFlow's names of the outputs that a proof needs → the tensors' own, which the values tell if need be."""
     roles = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
     named = {str(value.name).split(":")[0]: str(value.name) for value, _ in values}
     result = {role: named[role] for role in roles if role in named}
@@ -325,8 +325,8 @@ def end_to_end(editor: Editor, front: Front, labels: int) -> Reading | None:
         if chooser is None and labels in (1, 2):
             return None  # 6 columns are also a box, objectness and a label, or a box and two labels
         raise ImportModelError(
-            f"{editor.path}: its output {output.name!r} {list(array.shape)} has finished detections (x1,y1,x2,y2, score, "
-            "class), and the boxes and class scores that they are chosen from are not told",
+            f"{editor.path}: its output {output.name!r} {list(array.shape)} has finished detections (x1,y1,x2,y2, "
+            "score, class), and the boxes and class scores that they are chosen from are not told",
             why=f"TopK {chooser.name!r} does not choose from class scores of {labels} labels" if chooser else "",
             fix=_NO_NMS,
         )

@@ -68,6 +68,29 @@ def keras(editor: Editor, front: Front, labels: int) -> Reading | None:
     return reading
 
 
+def one_table(editor: Editor, front: Front, labels: int) -> Reading | None:
+    """Raw boxes and scores side by side in one output: [B,N,4+C] or [B,N,C+4], joined by a Concat that tells which."""
+    table = _one_table(editor, front)
+    if table is None or table[1].shape[2] not in (labels + 4, labels + 5):
+        return None
+    output, array = table
+    classes = array.shape[2] - 4
+    where = f"output {output.name!r} {list(array.shape)}"
+    for start, first in ((0, 4), (classes, 0)):
+        boxes, scores = array[..., start : start + 4], array[..., first : first + classes]
+        background = classes == labels + 1 and _sums_to_one(scores)
+        if classes == labels + 1 and not background and ((scores >= 0) & (scores <= 1)).all():
+            continue  # objectness and classes of YOLOX
+        parts = [columns(editor, front, output, *ends) for ends in ((start, start + 4), (first, first + classes))]
+        joined = all(part.producer() is None or part.producer().op_type != "Slice" for part in parts)  # type: ignore[union-attr]
+        if (boxes < 0).any() and (joined or background) and (classes != 4 or background):
+            reading = Reading("raw-heads", parts[0], parts[1], boxes_are="")
+            order = "4 of the box, then" if start == 0 else "then 4 of the box:"
+            reading.fact("columns", f"{order} {classes} scores", where)
+            return reading
+    return None
+
+
 def yolo(editor: Editor, front: Front, labels: int) -> Reading | None:
     """YOLOv5 to v12 and YOLOX: an output with the box, in YOLOv5, v7 and X objectness, and a score for each class."""
     table = _one_table(editor, front)
@@ -87,10 +110,14 @@ def yolo(editor: Editor, front: Front, labels: int) -> Reading | None:
     first = 5 if objectness else 4
     scores = columns(editor, front, value, first, first + labels)
     where = f"output {output.name!r} {list(array.shape)}"
-    if raw and not objectness and not turned:  # YOLO has no sizes below 0
-        reading = Reading("raw-heads", columns(editor, front, value, 0, 4), scores, boxes_are="")
-        reading.fact("columns", f"4 of the box, {labels} scores", where)
-        return reading
+    finished = bool((rows[..., 4:] >= 0).all() and (rows[..., 4:] <= 1).all())
+    if raw and not turned and not (objectness and finished):  # YOLO has no sizes below 0, YOLOX no raw scores
+        raise ImportModelError(
+            f"{editor.path}: its {where} can be 4 of the box and {wide - 4} scores, but the boxes are not decoded and "
+            "nothing tells the columns apart",
+            why="YOLO exports have sizes above 0, and YOLOX exports have scores in 0..1",
+            fix="name the tensors before they are joined: --boxes NAME --logits NAME --anchors FILE",
+        )
     raw = raw and objectness
     name = "yolox" if raw else "yolov5" if objectness else "yolov8"
     logits = not (rows[..., 4:].min() >= 0 and rows[..., 4:].max() <= 1)
@@ -389,9 +416,9 @@ def maps_to_rows(editor: Editor, value: ir.Value, wide: int, channels_last: bool
 def _turned_rows(editor: Editor, value: ir.Value) -> ir.Value:
     """[B,columns,N] → [B,N,columns]: what a Transpose at the end was made from, or one more."""
     node = value.producer()
-    if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
-        if list(node.attributes["perm"].as_ints()) == [0, 2, 1]:
-            return node.inputs[0]
+    source = node.inputs[0] if node is not None and node.op_type == "Transpose" else None
+    if node is not None and source is not None and list(node.attributes["perm"].as_ints()) == [0, 2, 1]:
+        return source
     return editor.transpose(value, 0, 2, 1)
 
 

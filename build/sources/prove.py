@@ -18,7 +18,7 @@ from build.gate.scoring import Detected
 from build.gate.verify import ious
 from build.graph.attach import attach
 from build.session import runner
-from build.sources.decoding import to_corners
+from build.sources.decoding import CORNERS, to_corners
 from build.sources.foreign import Foreign
 from build.spec import Spec
 
@@ -280,7 +280,9 @@ def _in_fractions(foreign: Foreign, boxes: NDArray[Any], chosen: NDArray[Any]) -
     import numpy as np
 
     picked = to_corners(boxes[chosen].astype(np.float64), foreign.reading.corners)
-    picked = np.concatenate([np.minimum(picked[:, :2], picked[:, 2:]), np.maximum(picked[:, :2], picked[:, 2:])], 1)
+    if foreign.reading.corners in CORNERS:
+        first, second = picked[:, :2], picked[:, 2:]
+        picked = np.concatenate([np.minimum(first, second), np.maximum(first, second)], 1)
     in_pixels = boxes.size and np.abs(boxes).max() > 4
     return picked / np.array([foreign.front.width, foreign.front.height] * 2) if in_pixels else picked
 
@@ -350,6 +352,7 @@ def _symptom(spec: Spec, theirs: Detected, ours: Detected) -> str:
 
 def draw(path: Path, spec: Spec, sheets: Sequence[tuple[NDArray[np.uint8], Detected, Detected]]) -> None:
     """One picture for people: the original's detections on the left, the imported model's on the right."""
+    import numpy as np
     from PIL import Image, ImageDraw
 
     from build.files import replacing
@@ -366,7 +369,8 @@ def draw(path: Path, spec: Spec, sheets: Sequence[tuple[NDArray[np.uint8], Detec
             pencil = ImageDraw.Draw(picture)
             for box, score, label in zip(side.boxes, side.scores, side.classes, strict=True):
                 if score >= SHOWN:
-                    corners = (box * [width, height, width, height]).tolist()
+                    ends = np.sort((box * [width, height, width, height]).reshape(2, 2), axis=0)
+                    corners = ends.ravel().tolist()
                     pencil.rectangle(corners, outline="lime", width=2)
                     text = f"{spec.labels[label]} {score:.2f}"
                     pencil.text(

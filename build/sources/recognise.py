@@ -18,6 +18,7 @@ from build.sources.families_without_nms import (
     keras,
     levels,
     mediapipe,
+    one_table,
     picodet,
     retinaface,
     two_heads,
@@ -25,7 +26,6 @@ from build.sources.families_without_nms import (
 )
 from build.sources.front import Front
 from build.sources.reading import Reading, shown
-
 
 # Operators that choose boxes: the standard ones, TensorRT's plugins, and exporters' own.
 _SELECTING = re.compile(r"TopK|NonMaxSuppression|\w*(NMS|Nms)\w*|\w*DetectionOutput\w*|\w*Detection_?PostProcess\w*")
@@ -60,6 +60,7 @@ FAMILIES = (
     ),
     Family("end-to-end", "finished detections chosen by a TopK (YOLOv10, YOLO26): cut before it", end_to_end),
     Family("keras-ssd", "ssd_keras: one output `predictions` [B,N,C+12]", keras),
+    Family("one-table", "raw boxes and scores side by side in one output: [B,N,4+C] or [B,N,C+4]", one_table),
     Family("yolo", "YOLOv5 to v12 and YOLOX: one output of boxes in pixels and scores", yolo),
     Family("blazeface", "MediaPipe's face detectors: regressors [B,N,16], classificators [B,N,1]", mediapipe),
     Family("retinaface", "RetinaFace: loc, conf and landms, joined or for each scale", retinaface),

@@ -64,6 +64,6 @@ def check_values(path: Path, adapted: Adapted, reading: Reading, front: Front) -
     if boxes.min() >= 0:
         raise ImportModelError(
             f"{path}: the boxes {reading.boxes.name!r} are not like deltas: of {boxes.size:,} numbers none is below 0",
-            why="the export decodes them already, to a centre and a size, and the anchors would move them a second time",
+            why="the export decodes them already, to a centre and a size, and the anchors would move them again",
             fix=f"--boxes-are decoded --box-order cxcywh, or {raw}",
         )

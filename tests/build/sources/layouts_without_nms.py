@@ -7,6 +7,7 @@ from onnx import TensorProto, helper
 
 from build.sources.foreign import Wishes
 from tests.build.sources.layouts import GRID, Layout, Layouts, cast, in_graph_decoding, variations
+from tests.build.sources.layouts_faces import FACES
 from tests.build.sources.networks import (
     BOXES,
     CELL,
@@ -22,7 +23,7 @@ from tests.build.sources.networks import (
     softmax,
 )
 
-WITHOUT_NMS: Layouts = {}
+WITHOUT_NMS: Layouts = {**FACES}
 
 # -- two heads ---------------------------------------------------------------------------------------------------------
 
@@ -96,23 +97,85 @@ def two_heads(
 
 
 variations(
-    WITHOUT_NMS, "heads", two_heads,
-    plain={}, opset_7={"opset": 7}, opset_9={"opset": 9}, opset_11={"opset": 11}, opset_12={"opset": 12},
-    softmaxed_opset_11={"opset": 11, "activation": "Softmax", "names": ("loc", "conf")}, turned={"turned": True}, four_columns_five={"classes": 5},
+    WITHOUT_NMS,
+    "heads",
+    two_heads,
+    plain={},
+    opset_7={"opset": 7},
+    opset_9={"opset": 9},
+    opset_11={"opset": 11},
+    opset_12={"opset": 12},
+    softmaxed_opset_11={"opset": 11, "activation": "Softmax", "names": ("loc", "conf")},
+    turned={"turned": True},
+    four_columns_five={"classes": 5},
     nvidia={"names": ("ploc", "plabel"), "turned": True, "family": "nvidia-ssd300"},
     nvidia_swapped={"names": ("ploc", "plabel"), "turned": True, "swapped": True, "family": "nvidia-ssd300"},
-    other_names={"names": ("321", "cls_logits"), "classes": 21}, softmaxed={"activation": "Softmax", "names": ("loc", "conf")},
-    softmax_spelt_out={"spelt_out": True, "names": ("loc", "conf")}, batch_of_one={"first": 1, "batch": "1"}, batch_from_shape={"batch": "shape"},
-    half={"picture": "float16"} , bytes={"picture": "uint8"}, bytes_channels_last={"picture": "uint8", "channels_last": True},
+    other_names={"names": ("321", "cls_logits"), "classes": 21},
+    softmaxed={"activation": "Softmax", "names": ("loc", "conf")},
+    softmax_spelt_out={"spelt_out": True, "names": ("loc", "conf")},
+    batch_of_one={"first": 1, "batch": "1"},
+    batch_from_shape={"batch": "shape"},
+    half={"picture": "float16"},
+    bytes={"picture": "uint8"},
+    bytes_channels_last={"picture": "uint8", "channels_last": True},
     channels_last={"channels_last": True},
-    pytorch_ssd={"names": ("boxes", "scores"), "decode": "xyxy", "activation": "Softmax", "family": "pytorch-ssd", "swapped": True, "first": 1, "batch": "1"},
-    pytorch_ssd_open={"names": ("boxes", "scores"), "decode": "xyxy", "activation": "Softmax", "family": "pytorch-ssd", "swapped": True, "batch": "-1"},
-    ultraface={"names": ("boxes", "scores"), "classes": 2, "decode": "xyxy", "activation": "Softmax", "family": "pytorch-ssd", "first": 1, "batch": "1"},
-    pytorch_ssd_cxcywh={"names": ("boxes", "scores"), "decode": "cxcywh", "activation": "Softmax", "family": "pytorch-ssd", "batch": "1", "first": 1},
-    pytorch_ssd_in_pixels={"names": ("boxes", "scores"), "decode": "xyxy", "pixels": True, "activation": "Softmax", "family": "pytorch-ssd"},
-    decoded_of_other_names={"names": ("out_b", "out_s"), "decode": "xyxy", "activation": "Softmax", "family": "raw-heads"},
-    decoded_without_batch={"names": ("boxes", "scores"), "decode": "xyxy", "activation": "Softmax", "family": "pytorch-ssd", "first": 1, "batch": "1", "squeezed": True},
-)  # fmt: skip
+    pytorch_ssd={
+        "names": ("boxes", "scores"),
+        "decode": "xyxy",
+        "activation": "Softmax",
+        "family": "pytorch-ssd",
+        "swapped": True,
+        "first": 1,
+        "batch": "1",
+    },
+    pytorch_ssd_open={
+        "names": ("boxes", "scores"),
+        "decode": "xyxy",
+        "activation": "Softmax",
+        "family": "pytorch-ssd",
+        "swapped": True,
+        "batch": "-1",
+    },
+    ultraface={
+        "names": ("boxes", "scores"),
+        "classes": 2,
+        "decode": "xyxy",
+        "activation": "Softmax",
+        "family": "pytorch-ssd",
+        "first": 1,
+        "batch": "1",
+    },
+    pytorch_ssd_cxcywh={
+        "names": ("boxes", "scores"),
+        "decode": "cxcywh",
+        "activation": "Softmax",
+        "family": "pytorch-ssd",
+        "batch": "1",
+        "first": 1,
+    },
+    pytorch_ssd_in_pixels={
+        "names": ("boxes", "scores"),
+        "decode": "xyxy",
+        "pixels": True,
+        "activation": "Softmax",
+        "family": "pytorch-ssd",
+    },
+    decoded_of_other_names={
+        "names": ("out_b", "out_s"),
+        "decode": "xyxy",
+        "activation": "Softmax",
+        "family": "raw-heads",
+    },
+    decoded_without_batch={
+        "names": ("boxes", "scores"),
+        "decode": "xyxy",
+        "activation": "Softmax",
+        "family": "pytorch-ssd",
+        "first": 1,
+        "batch": "1",
+        "squeezed": True,
+    },
+)
 
 
 def half_weights() -> Layout:
@@ -164,7 +227,7 @@ def keras(
     pixels: bool = False,
     first: int | str = "batch",
 ) -> Layout:
-    """ssd_keras: class scores, deltas, anchors and variances in one row; the latter two constants tiled over the batch."""
+    """ssd_keras: class scores, deltas, anchors and variances in a row; the last two are constants."""
     net = Network({"box": 4, "cls": 4}, channels_last=channels_last, batch=first, scale=2, name="input_1")
     logits = net.rows("cls", batch)
     scores = net.add("Softmax", logits, axis=2) if activated else logits
@@ -183,10 +246,15 @@ def keras(
 
 
 variations(
-    WITHOUT_NMS, "keras", keras,
-    plain={}, without_softmax={"activated": False}, channels_first={"channels_last": False}, pixels={"pixels": True},
+    WITHOUT_NMS,
+    "keras",
+    keras,
+    plain={},
+    without_softmax={"activated": False},
+    channels_first={"channels_last": False},
+    pixels={"pixels": True},
     batch_of_one={"batch": "1", "first": 1},
-)  # fmt: skip
+)
 
 
 def yolo(
@@ -258,11 +326,22 @@ def yolo(
 
 
 variations(
-    WITHOUT_NMS, "yolo", yolo,
-    v5={}, v5_one_label={"classes": 1}, v5_parts={"kind": "v5 parts"}, v5_more_outputs={"extra": True}, v8={"kind": "v8", "turned": True},
-    v8_one_label={"kind": "v8", "turned": True, "classes": 1}, v8_two_labels={"kind": "v8", "turned": True, "classes": 2},
-    v8_rows={"kind": "v8"}, x={"kind": "x"}, x_raw={"kind": "x raw"}, batch_of_one={"first": 1, "batch": "1"}, v8_batch_of_one={"kind": "v8", "turned": True, "first": 1, "batch": "1"},
-)  # fmt: skip
+    WITHOUT_NMS,
+    "yolo",
+    yolo,
+    v5={},
+    v5_one_label={"classes": 1},
+    v5_parts={"kind": "v5 parts"},
+    v5_more_outputs={"extra": True},
+    v8={"kind": "v8", "turned": True},
+    v8_one_label={"kind": "v8", "turned": True, "classes": 1},
+    v8_two_labels={"kind": "v8", "turned": True, "classes": 2},
+    v8_rows={"kind": "v8"},
+    x={"kind": "x"},
+    x_raw={"kind": "x raw"},
+    batch_of_one={"first": 1, "batch": "1"},
+    v8_batch_of_one={"kind": "v8", "turned": True, "first": 1, "batch": "1"},
+)
 
 
 def dfl() -> Layout:
@@ -288,101 +367,20 @@ def dfl() -> Layout:
     return Layout(net.build(), 2, truth, "yolov8")
 
 
-# -- faces -------------------------------------------------------------------------------------------------------------
-
-
-def retinaface(decode: bool = False, activated: bool = True, per_scale: bool = False, maps: bool = False) -> Layout:
-    """loc, conf and landms: joined, or three outputs for each scale (two here)."""
-    net = Network({"box": 4, "cls": 2, "landms": 10}, scale=2, name="input0")
-    heads = {"loc": "box", "conf": "cls", "landms": "landms"}
-    if maps:
-        for number, (height, width) in enumerate(LEVELS):
-            for name, head in heads.items():
-                columns = CELL * (len(net.heads[head][0][1]) // CELL)
-                net.out(net.level(head, number), f"{name}{number}", ["batch", columns, height, width])
-    elif per_scale:
-        counts = [height * width * CELL for height, width in LEVELS]
-        for name, head in heads.items():
-            rows = net.rows(head)
-            start = 0
-            for number, count in enumerate(counts):
-                value = net.cut(rows, start, start + count, 1)
-                value = net.add("Softmax", value, axis=2) if name == "conf" and activated else value
-                net.out(value, f"{name}{number}", ["batch", count, len(net.heads[head][0][1]) // CELL])
-                start += count
-    else:
-        for name, head in heads.items():
-            value = net.rows(head)
-            if name == "conf" and activated:
-                value = net.add("Softmax", value, axis=2)
-            if name == "loc" and decode:
-                value = in_graph_decoding(net, value, "xyxy", False, "0")
-            net.out(value, name, ["batch", BOXES, len(net.heads[head][0][1]) // CELL])
+def one_table(scores_first: bool = False, activation: str = "") -> Layout:
+    """Raw deltas and scores in one output."""
+    net = Network({"box": 4, "cls": 4}, scale=2)
+    scores = net.rows("cls")
+    if activation:
+        scores = net.add(activation, scores, **({"axis": 2} if activation == "Softmax" else {}))
+    parts = [net.rows("box"), scores]
+    value = net.add("Concat", *(parts[::-1] if scores_first else parts), axis=2)
+    net.out(value, "output", ["batch", BOXES, 8])
 
     def truth(values: Array) -> tuple[Array, Array]:
         return decoded(net.numbers(values, "box"), anchors()), softmax(net.numbers(values, "cls"))[..., 1:]
 
-    return Layout(net.build(), 1, truth, "retinaface", table=None if decode else anchors())
-
-
-variations(
-    WITHOUT_NMS, "retinaface", retinaface,
-    plain={}, logits={"activated": False}, decoded={"decode": True}, nine_outputs={"per_scale": True},
-    nine_logits={"per_scale": True, "activated": False}, nine_maps={"maps": True, "activated": False},
-)  # fmt: skip
-
-
-def blazeface(
-    first: int | str = 1, batch: str = "1", channels_last: bool = True, activated: bool = False, turned: bool = False
-) -> Layout:
-    net = Network({"box": 16, "cls": 1}, batch=first, channels_last=channels_last, scale=2, name="input")
-    boxes, scores = net.rows("box", batch), net.rows("cls", batch)
-    if activated:
-        scores = net.add("Sigmoid", scores)
-    net.out(boxes, "regressors", [first, BOXES, 16])
-    net.out(scores, "classificators", [first, BOXES, 1])
-    table = anchors()
-    table[:, 2:] = 1
-
-    def truth(values: Array) -> tuple[Array, Array]:
-        raw = net.numbers(values, "box")[..., :4] / SIZE
-        return corners(np.concatenate([raw[..., :2] + table[:, :2], raw[..., 2:]], -1)), sigmoid(
-            net.numbers(values, "cls")
-        )
-
-    return Layout(net.build(), 1, truth, "blazeface", table=table)
-
-
-variations(
-    WITHOUT_NMS,
-    "blazeface",
-    blazeface,
-    plain={},
-    channels_first={"channels_last": False},
-    activated={"activated": True},
-    open_batch={"first": "batch", "batch": "0"},
-)
-
-
-WITHOUT_NMS["heads: half weights"] = half_weights
-
-
-def centerface() -> Layout:
-    """CenterFace's four maps of stride 8: heatmap, sizes (h, w), offsets (y, x), landmarks."""
-    net = Network({"heat": 1, "size": 2, "off": 2, "land": 10}, scale=1, cells=1, levels=1)
-    for name, head in (("heatmap", "heat"), ("scale", "size"), ("offset", "off"), ("landmarks", "land")):
-        value = net.level(head, 0)
-        value = net.add("Sigmoid", value) if head == "heat" else value
-        net.out(value, name, ["batch", len(net.heads[head][0][1]), 8, 8])
-    y, x = np.mgrid[:8, :8].reshape(2, -1) + 0.5
-
-    def truth(values: Array) -> tuple[Array, Array]:
-        sizes, offsets = np.exp(net.numbers(values, "size")) * 8, net.numbers(values, "off")
-        centre = np.stack([(x + offsets[..., 1]) * 8, (y + offsets[..., 0]) * 8], -1)
-        boxes = corners(np.concatenate([centre, sizes[..., ::-1]], -1)) / SIZE
-        return boxes, sigmoid(net.numbers(values, "heat"))
-
-    return Layout(net.build(), 1, truth, "centerface")
+    return Layout(net.build(), 3, truth, "raw-heads", table=anchors())
 
 
 def picodet() -> Layout:
@@ -412,5 +410,12 @@ def picodet() -> Layout:
 
 
 WITHOUT_NMS["yolo: DFL decoded in the graph"] = dfl
-WITHOUT_NMS["centerface: plain"] = centerface
+variations(
+    WITHOUT_NMS,
+    "one table",
+    one_table,
+    softmaxed={"activation": "Softmax"},
+    softmaxed_scores_first={"activation": "Softmax", "scores_first": True},
+)
 WITHOUT_NMS["picodet: plain"] = picodet
+WITHOUT_NMS["heads: half weights"] = half_weights

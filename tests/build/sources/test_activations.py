@@ -1,4 +1,4 @@
-"""Activations are found by their values: nodes, the same spelt out, columns cut off; and nothing else is taken for one."""
+"""Activations are found by their values: nodes, the same spelt out, columns cut off; nothing else is taken for one."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_constants_are_what_constants_make(tmp_path: Path) -> None:
 
 def test_a_name_that_is_not_there_suggests_others() -> None:
     editor = Editor(Path("given.onnx"), two_heads(names=("loc", "conf")).model)
-    with pytest.raises(ImportModelError, match="given.onnx: has no tensor 'lok'") as raised:
+    with pytest.raises(ImportModelError, match=r"given\.onnx: has no tensor 'lok'") as raised:
         editor.value("lok")
     assert "'loc'" in raised.value.fix
 
@@ -42,7 +42,7 @@ def test_a_part_that_depends_on_more_is_refused() -> None:
     boxes = net.rows("box")
     net.out(net.add("Add", boxes, net.rows("cls")), "out", ["batch", BOXES, 4])
     editor = editor_of(net)
-    with pytest.raises(ImportModelError, match="given.onnx: cannot be cut there"):
+    with pytest.raises(ImportModelError, match=r"given\.onnx: cannot be cut there"):
         editor.measure({boxes: np.zeros((1, BOXES, 4), np.float32)}, [editor.value("out")])
     assert editor.measure({}, []) == []
 
@@ -51,7 +51,7 @@ def test_a_part_that_cannot_run_is_refused_without_a_log_line(capfd: pytest.Capt
     net = Network({"box": 4})
     net.out(net.reshape(net.rows("box"), 7, 7), "out", [7, 7])
     editor = editor_of(net)
-    with pytest.raises(ImportModelError, match="given.onnx: this part of it cannot run"):
+    with pytest.raises(ImportModelError, match=r"given\.onnx: this part of it cannot run"):
         editor.measure(find_front(editor).example(), [editor.value("out")])
     assert capfd.readouterr().err == ""
 

@@ -1,4 +1,4 @@
-"""Exports with post-processing inside: recognised, cut before it, and the same boxes and scores as the truth in NumPy."""
+"""Exports with post-processing inside: recognised, cut before it, the same boxes and scores as the truth in NumPy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from build.errors import ImportModelError, OptionError
 from build.sources.foreign import Wishes
 from tests.build.sources.checks import check, imported
 from tests.build.sources.layouts import Layout, in_graph_decoding
-from tests.build.sources.layouts_with_nms import WITH_NMS, caffe, nms_inside, plugin, tensorflow
+from tests.build.sources.layouts_tensorflow import tensorflow
+from tests.build.sources.layouts_with_nms import WITH_NMS, caffe, nms_inside, plugin
 from tests.build.sources.networks import BOXES, INDEX, Network
 
 

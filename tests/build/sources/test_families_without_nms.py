@@ -10,7 +10,8 @@ import pytest
 from build.errors import ImportModelError, OptionError
 from tests.build.sources.checks import check, imported
 from tests.build.sources.layouts import Layout
-from tests.build.sources.layouts_without_nms import WITHOUT_NMS, blazeface, retinaface, two_heads, yolo
+from tests.build.sources.layouts_faces import blazeface, retinaface
+from tests.build.sources.layouts_without_nms import WITHOUT_NMS, two_heads, yolo
 from tests.build.sources.networks import BOXES, Network, anchors
 
 
@@ -35,6 +36,7 @@ def pooled(size: tuple[int, int], count: int, heads: dict[str, int], names: dict
     return Layout(net.build(), 1, lambda pixels: (pixels, pixels), "")
 
 
+RETINAFACE = {"box": 4, "cls": 2, "land": 10}
 BLAZEFACE = {"box": 16, "cls": 1}
 BLAZEFACE_NAMES = {"box": "regressors", "cls": "classificators"}
 
@@ -47,7 +49,7 @@ BLAZEFACE_NAMES = {"box": "regressors", "cls": "classificators"}
         ((192, 192), 2304, BLAZEFACE, BLAZEFACE_NAMES, "blazeface-full-range"),
         ((300, 300), 8732, {"box": 4, "cls": 2}, {"box": "ploc", "cls": "plabel"}, "nvidia-ssd300"),
         ((1200, 1200), 15130, {"box": 4, "cls": 2}, {"box": "ploc", "cls": "plabel"}, "mlperf-ssd-resnet34"),
-        ((64, 96), 252, {"box": 4, "cls": 2, "land": 10}, {"box": "loc", "cls": "conf", "land": "landms"}, "retinaface"),
+        ((64, 96), 252, RETINAFACE, {"box": "loc", "cls": "conf", "land": "landms"}, "retinaface"),
     ],
 )  # fmt: skip
 def test_anchors_that_are_usual_for_a_count_and_a_size(

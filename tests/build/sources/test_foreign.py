@@ -14,7 +14,7 @@ from build.errors import ImportModelError, OptionError
 from build.sources.foreign import Wishes, understand
 from tests.build.sources.checks import check, imported
 from tests.build.sources.layouts import Layout
-from tests.build.sources.layouts_with_nms import tensorflow
+from tests.build.sources.layouts_tensorflow import tensorflow
 from tests.build.sources.layouts_without_nms import two_heads
 from tests.build.sources.networks import BOXES, Array, Network, anchors, corners
 
@@ -80,7 +80,7 @@ def test_anchors_that_do_not_tell_their_order(tmp_path: Path) -> None:
 def test_anchors_that_are_not_as_many_as_boxes(tmp_path: Path) -> None:
     layout = plain()
     layout.table = anchors()[:-1]
-    with pytest.raises(OptionError, match="239 anchors.*, but the model's heads have 240 rows"):
+    with pytest.raises(OptionError, match=r"239 anchors.*, but the model's heads have 240 rows"):
         imported(layout, tmp_path)
 
 
@@ -89,7 +89,7 @@ def test_anchors_that_are_not_as_many_as_boxes(tmp_path: Path) -> None:
 
 def test_scores_that_are_finished_already(tmp_path: Path) -> None:
     layout = opaque(scores="softmax")
-    with pytest.raises(ImportModelError, match="'conf' lie in 0..1: they are probabilities already") as raised:
+    with pytest.raises(ImportModelError, match=r"'conf' lie in 0\.\.1: they are probabilities already") as raised:
         imported(layout, tmp_path)
     assert "--scores-are probabilities" in raised.value.fix
     layout.wishes = Wishes(scores_are="probabilities")

@@ -14,7 +14,7 @@ from build.sources.foreign import Wishes
 from build.sources.front import find_front
 from tests.build.sources.checks import check, imported
 from tests.build.sources.layouts import Layout
-from tests.build.sources.layouts_with_nms import tensorflow
+from tests.build.sources.layouts_tensorflow import tensorflow
 from tests.build.sources.layouts_without_nms import two_heads
 from tests.build.sources.networks import BOXES, Network, anchors
 

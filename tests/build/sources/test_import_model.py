@@ -19,7 +19,7 @@ from build.graph.attach import attach
 from build.sources import import_model as import_module
 from build.sources.foreign import Wishes
 from build.sources.import_model import ImportModelError, import_model
-from tests.build.sources.layouts_with_nms import tensorflow
+from tests.build.sources.layouts_tensorflow import tensorflow
 
 LABELS = ["alpha", "beta", "gamma"]
 ANCHORS = np.array([[0.3, 0.3, 0.3, 0.3], [0.6, 0.6, 0.4, 0.3], [0.5, 0.5, 0.9, 0.9]], np.float32)
@@ -265,9 +265,10 @@ def test_errors_name_the_users_files_and_nothing_else_is_printed(
     assert str(tmp_path / "labels.txt") in str(raised.value)
     assert ".importing-" not in str(raised.value)
     (tmp_path / "labels.txt").write_text("one\ntwo\nthree\n")
+    fixed = heads_model([], ["boxes_raw", "scores_raw"], {"s_cls": np.array([7, 3, 4], np.int64)})
+    source = saved(fixed, tmp_path)
     with pytest.raises(SSDError) as raised:  # a Reshape that fails: ONNX Runtime would log it in red
-        fixed = heads_model([], ["boxes_raw", "scores_raw"], {"s_cls": np.array([7, 3, 4], np.int64)})
-        import_model(saved(fixed, tmp_path), models=tmp_path / "models", **files)
+        import_model(source, models=tmp_path / "models", **files)
     assert str(tmp_path / "detector.onnx") in str(raised.value)
     assert not capfd.readouterr().err
 

@@ -19,7 +19,8 @@ from build.sources.import_model import _toml
 from build.sources.prove import photographs, prove
 from tests.build.sources.checks import imported
 from tests.build.sources.layouts import Layout
-from tests.build.sources.layouts_with_nms import end_to_end, nms_inside, plugin, tensorflow
+from tests.build.sources.layouts_tensorflow import tensorflow
+from tests.build.sources.layouts_with_nms import end_to_end, nms_inside, plugin
 from tests.build.sources.layouts_without_nms import yolo
 
 
