@@ -39,6 +39,7 @@ _PRIORBOX = {
 }
 _CODE_TYPES = {"1": "corner", "2": "center_size", "CORNER": "corner", "CENTER_SIZE": "center_size"}
 _MOST = 1000  # detections of an export that keeps all
+_NEITHER = "NonMaxSuppression does not do that"
 _NAME_THEM = "say which tensors hold them: --boxes NAME --logits NAME"
 _NO_NMS = "export it again without NMS (Ultralytics: nms=False, end2end=False), up to boxes and class scores"
 
@@ -82,7 +83,9 @@ def caffe(editor: Editor, front: Front, labels: int) -> Reading | None:
         "max_detections": kept if kept > 0 else min(_MOST, columns * (top if top > 0 else len(reading.anchors))),
         "clip_boxes": bool(int(_first(options.get("clip_before_nms", 0)) or _first(options.get("clip_after_nms", 0)))),
     }
-    reading.state_nms(where)
+    clips = f"{where} does not say that it clips" if not reading.nms["clip_boxes"] else where
+    scales = where if encoded else "1 / variances of PriorBox"
+    reading.state_nms(where, box_scales=scales, clip_boxes=clips)
     reading.selection = {"detection_out": str(node.outputs[0].name)}
     return reading
 
@@ -100,6 +103,8 @@ def _priors(
         given = {_PRIORBOX.get(name, name): value for name, value in attributes(producer).items()}
         if "step_h" in given and "step_w" in given:
             given["steps"] = [given["step_h"], given["step_w"]]
+        if "img_h" in given and "img_w" in given:
+            given["img_sizes"] = [given["img_h"], given["img_w"]]
         (feature,) = _inputs(producer, 1)
         (array,) = editor.measure(front.example(), [feature])
         rows = priorbox_node(given, array.shape[2:], (front.height, front.width))
@@ -148,7 +153,9 @@ def tensorflow(editor: Editor, front: Front, labels: int) -> Reading | None:
         reading.nms["iou_threshold"] = decimal(iou)
     if score is not None:
         reading.nms["score_threshold"] = min(1.0, max(0.0, decimal(score)))
-    reading.state_nms(where)
+    output = reading.selection.get("detection_boxes")
+    kept = f"output {output!r}" if output else "usual: the file's own post-processing did not run"
+    reading.state_nms(where, max_detections=kept, topk_per_class=_NEITHER, clip_boxes=_NEITHER)
     return reading
 
 
@@ -257,7 +264,7 @@ def suppressed(editor: Editor, front: Front, labels: int) -> Reading | None:
         kept = max(1, int(decimal(most)))
         reading.nms["topk_per_class"] = 0
         reading.nms["max_detections"] = min(_MOST, kept if kept < size[1] else size[1] * labels)
-    reading.state_nms(where)
+    reading.state_nms(where, topk_per_class=_NEITHER, clip_boxes=_NEITHER)
     reading.selection = {"boxes": str(boxes.name), "scores": str(scores.name), "selected": str(node.outputs[0].name)}
     return reading
 

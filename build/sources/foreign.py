@@ -138,7 +138,7 @@ def understand(path: Path, labels: Sequence[str], wishes: Wishes = Wishes()) -> 
     adapted = adapt(editor, front, reading, len(labels), given)
     check_values(path, adapted, reading, front)
     for key, value in reading.picture.items():
-        if key in adapted.picture and adapted.picture[key] == value:
+        if not (front.normalised and key in ("mean", "std")):
             reading.fact(
                 f"input.{key}", value, f"usual for {reading.family}: the file cannot say it (--set input.{key}=...)"
             )

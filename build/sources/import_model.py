@@ -115,6 +115,9 @@ def import_model(
     wishes = dataclasses.replace(wishes, width=int(size.get("width", 0)), height=int(size.get("height", 0)))
     names = _lines(labels)
     foreign = understand(path, names, wishes)
+    for table, values in tables.items():
+        for key, value in values.items():
+            foreign.reading.override(f"{table}.{key}", value, "--set" if spec_file is None else f"--set or {spec_file}")
     show.print(foreign.table())
     if dry_run:
         show.print("dry run: nothing was written", markup=False)

@@ -64,10 +64,16 @@ class Reading:
     def fact(self, what: str, value: object, where: str) -> None:
         self.facts.append((what, str(value), where))
 
-    def state_nms(self, where: str) -> None:
-        """Every key of [nms] so far as a fact that `where` says."""
+    def override(self, setting: str, value: object, where: str) -> None:
+        """States what the user set; what was read or is usual for that key does not count any more."""
+        names = {setting, setting.removeprefix("nms.")}
+        self.facts = [fact for fact in self.facts if fact[0] not in names]
+        self.fact(setting, value, where)
+
+    def state_nms(self, where: str, **elsewhere: str) -> None:
+        """Every key of [nms] so far as a fact: `where` says it, or another place says that key."""
         for key, value in self.nms.items():
-            self.fact(key, value, where)
+            self.fact(key, value, elsewhere.get(key, where))
 
 
 def attributes(node: ir.Node) -> dict[str, Any]:

@@ -20,19 +20,32 @@ def test_every_layout(name: str, tmp_path: Path) -> None:
     check(WITHOUT_NMS[name](), tmp_path)
 
 
-def pooled(size: tuple[int, int], count: int, heads: dict[str, int], names: dict[str, str]) -> Layout:
-    """A network of any input size with `count` boxes: a convolution, the mean of it, and a head of all boxes."""
-    height, width = size
+def pooled(
+    size: tuple[int, int], count: int, heads: dict[str, int], names: dict[str, str], joined: bool = False
+) -> Layout:
+    """A network of any input size with `count` boxes: a convolution, the mean of it, and a head of all boxes.
+
+    Args:
+        size: height, width.
+        count: N.
+        heads: name → columns.
+        names: name → output.
+        joined: one output `output`, with all heads but the first behind a Sigmoid.
+    """
     net = Network({"box": 4}, size=size)
     random = np.random.default_rng(0)
     value = net.add("Conv", net.input, net.const(random.normal(0, 0.1, (2, 3, 8, 8))), strides=[8, 8])
     value = net.add("GlobalAveragePool", value)
+    tables = []
     for head, columns in heads.items():
         weights = net.const(random.normal(0, 1, (count * columns, 2, 1, 1)))
-        rows = net.reshape(net.add("Conv", value, weights), 0, -1, columns)
-        net.out(rows, names[head], ["batch", count, columns])
-    assert height
-    assert width
+        bias = net.const(random.normal(0, 1, count * columns))
+        tables.append(net.reshape(net.add("Conv", value, weights, bias), 0, -1, columns))
+        if not joined:
+            net.out(tables[-1], names[head], ["batch", count, columns])
+    if joined:
+        rest = [net.add("Sigmoid", table) for table in tables[1:]]
+        net.out(net.add("Concat", tables[0], *rest, axis=2), "output", ["batch", count, sum(heads.values())])
     return Layout(net.build(), 1, lambda pixels: (pixels, pixels), "")
 
 
@@ -61,7 +74,7 @@ def test_anchors_that_are_usual_for_a_count_and_a_size(
 
 
 def test_the_cells_of_yolox_are_usual(tmp_path: Path) -> None:
-    layout = pooled((64, 64), 84, {"all": 6}, {"all": "output"})
+    layout = pooled((64, 64), 84, {"box": 4, "object": 1, "cls": 1}, {}, joined=True)
     foreign = imported(layout, tmp_path)
     assert foreign.reading.family == "yolox"
     assert foreign.adapted.anchors is not None

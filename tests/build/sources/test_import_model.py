@@ -248,6 +248,21 @@ def test_the_proof_and_what_was_recognised_are_kept(tmp_path: Path, capfd: pytes
     assert not printed.err
 
 
+def test_what_the_user_sets_replaces_what_was_read(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+    folder = import_model(
+        saved(tensorflow().model, tmp_path),
+        labels=tmp_path / "labels.txt",
+        settings=["nms.iou_threshold=0.6", 'input.color_order="RGB"'],
+        models=tmp_path / "models",
+        artifacts=tmp_path,
+    )
+    facts = json.loads((folder / "import.json").read_text())["facts"]
+    assert ["nms.iou_threshold", "0.6", "--set"] in facts
+    assert not [fact for fact in facts if fact[0] == "iou_threshold"]
+    assert not [fact for fact in facts if fact[0] in ("input.mean", "input.std")]  # the graph normalises
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, files: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
     source = saved(heads_model([], ["boxes_raw", "scores_raw"]), tmp_path)
     import_model(source, dry_run=True, models=tmp_path / "models", **files)
