@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 OPSET = 17
 OLDEST_OPSET = 13
+_FOREIGN = "ssd.foreign"  # domain of operators that no ONNX version has
 # Operators that move numbers around and leave their values as they are.
 SHAPING = frozenset(
     (
@@ -306,6 +307,12 @@ def _raised(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     current = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
     if current >= OLDEST_OPSET:
         return model
+    # Caffe's exporters give PriorBox and others as standard operators, which they are not: the converter would stop.
+    for node in model.graph.node:
+        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
+            node.domain = _FOREIGN
+    if all(item.domain != _FOREIGN for item in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(_FOREIGN, 1))
     try:
         return onnx.version_converter.convert_version(model, OPSET)
     except Exception as error:  # the converter raises whatever its C++ raises

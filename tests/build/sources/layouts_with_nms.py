@@ -10,7 +10,6 @@ from onnx import TensorProto, helper
 from tests.build.sources.layouts import GRID, Layout, Layouts, cast, in_graph_decoding, variations
 from tests.build.sources.layouts_tensorflow import TENSORFLOW
 from tests.build.sources.networks import (
-    CELL,
     INDEX,
     LEVELS,
     SIZE,
@@ -44,12 +43,11 @@ def caffe(
     second_input: bool = False,
     inputs: int = 3,
     batch: str = "1",
-    size: tuple[int, int] = (SIZE, SIZE),
+    opset: int = 17,
 ) -> Layout:
     """DetectionOutput over two levels; `prior` says how the anchors are written."""
     columns = 4
-    net = Network({"box": 4, "cls": columns}, batch=1, name="data", scale=2)
-    rows = 8 * 8 * CELL, 4 * 4 * CELL
+    net = Network({"box": 4, "cls": columns}, batch=1, name="data", scale=2, opset=opset)
     loc = net.reshape(net.rows("box", batch), 1, -1)
     conf = net.rows("cls", batch)
     if softmax_rows:
@@ -66,7 +64,7 @@ def caffe(
     }
     variances = [0.1, 0.1, 0.2, 0.2]
     priors, table = [], []
-    height, width = size
+    height = width = SIZE
     for number, (low, high) in enumerate(levels):
         side = LEVELS[number][0]
         pixels = [(low, low)]
@@ -136,7 +134,6 @@ def caffe(
         scores = softmax(net.numbers(pixels, "cls"))
         return boxes, scores[..., 1:] if background == 0 else scores
 
-    del rows
     return Layout(
         net.build(),
         columns - (background == 0),
@@ -172,6 +169,8 @@ variations(
     encoded={"encoded": 1},
     corner_encoded={"code_type": 1, "encoded": 1},
     open_batch={"batch": "0"},
+    opset_9={"opset": 9},
+    opset_11_rows={"opset": 11, "softmax_rows": True},
 )
 
 
@@ -183,13 +182,13 @@ def nms_inside(
     centred: bool = False,
     sliced: bool = True,
     first: int | str = 1,
-    decode: bool = True,
+    opset: int = 17,
     activation: str = "Softmax",
     pixels: bool = False,
     most: int = 50,
     labels: int = 3,
 ) -> Layout:
-    net = Network({"box": 4, "cls": 4}, batch=first, name="image", scale=2)
+    net = Network({"box": 4, "cls": 4}, batch=first, name="image", scale=2, opset=opset)
     batch = "1" if first == 1 else "0"
     boxes = in_graph_decoding(net, net.rows("box", batch), "cxcywh" if centred else "xyxy", pixels, batch)
     logits = net.rows("cls", batch)
@@ -201,11 +200,11 @@ def nms_inside(
         "NonMaxSuppression", boxes, turned, net.const([most], INDEX), net.const([0.5]), net.const([0.1]),
         to="selected", center_point_box=int(centred),
     )  # fmt: skip
-    one, two, zero = (net.const([i], INDEX) for i in (1, 2, 0))
+    one, two = (net.const([i], INDEX) for i in (1, 2))
     if tail == "gather":
-        index = net.add("Squeeze", net.add("Gather", selected, net.const([2], INDEX), axis=1), one)
-        classes = net.add("Squeeze", net.add("Gather", selected, net.const([1], INDEX), axis=1), one)
-        kept = net.add("Gather", net.add("Squeeze", boxes, zero), index, axis=0)
+        index = net.axes("Squeeze", net.add("Gather", selected, net.const([2], INDEX), axis=1), 1)
+        classes = net.axes("Squeeze", net.add("Gather", selected, net.const([1], INDEX), axis=1), 1)
+        kept = net.add("Gather", net.axes("Squeeze", boxes, 0), index, axis=0)
         net.out(kept, "bboxes", ["n", 4])
         net.out(classes, "labels", ["n"], TensorProto.INT64)
     else:
@@ -213,7 +212,7 @@ def nms_inside(
         kept = net.add("GatherND", boxes, places)
         which = net.add("GatherND", turned, selected)
         classes = cast(net, net.add("Slice", selected, one, two, one))
-        net.out(net.add("Concat", kept, net.add("Unsqueeze", which, one), classes, axis=1), "detections", ["n", 6])
+        net.out(net.add("Concat", kept, net.axes("Unsqueeze", which, 1), classes, axis=1), "detections", ["n", 6])
 
     def truth(values: Array) -> tuple[Array, Array]:
         made = net.numbers(values, "cls")
@@ -235,6 +234,7 @@ variations(
     background_is_a_label={"sliced": False, "labels": 4},
     sigmoid={"activation": "Sigmoid"},
     pixels={"pixels": True},
+    opset_11={"opset": 11},
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from build import spec
 from build.errors import SSDError
 from build.graph.attach import attach
+from build.session import runner
 from build.sources import import_model as import_module
 from build.sources.foreign import Wishes
 from build.sources.import_model import ImportModelError, import_model
@@ -318,3 +320,49 @@ def test_a_truncated_file_is_no_stack_trace(tmp_path: Path, files: dict[str, Any
     source.write_bytes(source.read_bytes()[:500])
     with pytest.raises(ImportModelError, match="no ONNX model"):
         import_model(str(source), models=tmp_path / "models", **files)
+
+
+# -- published detectors -----------------------------------------------------------------------------------------------
+
+FOLDER = os.environ.get("SSD_DETECTORS", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FOLDER, reason="needs published detectors in the folder $SSD_DETECTORS")
+@pytest.mark.parametrize(
+    ("name", "threshold", "family"),
+    [("pedestrians", 1e-8, "tf-object-detection"), ("faces", 0.01, "caffe-ssd"), ("blazeface", 0.5, "blazeface")],
+)
+def test_published_detectors_give_their_originals_detections(
+    name: str, threshold: float, family: str, tmp_path: Path
+) -> None:
+    """As exported, with nothing but their labels; on the very pixels of reference.npz."""
+    given = Path(FOLDER) / name
+    folder = import_model(
+        str(given / "as_exported.onnx"),
+        name,
+        labels=given / "labels.txt",
+        settings=["input.mean=[104.0, 177.0, 123.0]"] if name == "faces" else [],  # not the usual 104, 117, 123
+        models=tmp_path / "m",
+        artifacts=tmp_path,
+    )
+    assert json.loads((folder / "import.json").read_text())["family"] == family
+    checked = spec.load(folder)
+    run = runner(attach(checked))
+    reference = np.load(given / "reference.npz")
+    for key in sorted({entry.rsplit("/", 1)[0] for entry in reference.files}):
+        theirs = reference[f"{key}/det"]
+        theirs = theirs[theirs[:, 4] > threshold]
+        outputs = run(checked.nms.feeds(reference[f"{key}/in"][None]))
+        count = int(outputs["num_detections"][0, 0])
+        rows = np.column_stack([outputs[f"detection_{part}"][0, :count] for part in ("boxes", "scores", "classes")])
+        assert len(rows) == len(theirs), key
+        free = [*rows]
+        for row in theirs:
+            boxes = np.array([other[:4] for other in free]).clip(0, 1)
+            apart = np.abs(boxes - row[:4].clip(0, 1)).max(1) + np.abs([other[4] - row[4] for other in free])
+            place = int(apart.argmin())
+            other = free.pop(place)
+            assert np.abs(other[:4].clip(0, 1) - row[:4].clip(0, 1)).max() < 1e-5
+            assert abs(other[4] - row[4]) < 1e-4
+            assert other[5] == row[5]

@@ -51,6 +51,7 @@ def noise(count: int = 2) -> list[Image.Image]:
         (nms_inside, "its own NonMaxSuppression in ONNX Runtime"),
         (lambda: nms_inside(centred=True), "its own NonMaxSuppression in ONNX Runtime"),
         (lambda: nms_inside(sliced=False), "its own NonMaxSuppression in ONNX Runtime"),
+        (lambda: nms_inside(opset=11), "its own NonMaxSuppression in ONNX Runtime"),
         (lambda: nms_inside(pixels=True, tail="nd"), "its own NonMaxSuppression in ONNX Runtime"),
         (end_to_end, "its own TopK in ONNX Runtime"),
     ],
