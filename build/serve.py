@@ -174,7 +174,7 @@ class TritonServer:
         self._folder = tempfile.TemporaryDirectory(prefix="ssd-triton-")
         try:
             command = self._command(installation, options, Path(self._folder.name))
-            preload = tritonserver.preload() if uses_tensorrt else ""
+            preload = tritonserver.preload(Path(self._folder.name)) if uses_tensorrt else ""
             launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), preload]
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             with self.log_path.open("wb") as log:
@@ -388,7 +388,7 @@ class TritonServer:
         return "\n".join(["the log ends with:", *(f"  {tritonserver.first_part(line)}" for line in log[-lines:])])
 
     def _failure(
-        self, what: str, *, why: str = "", fix: str = "publish the model again: invoke build-engines --force"
+        self, what: str, *, why: str = "", fix: str = "publish the model again: ./invoke build-engines --force"
     ) -> ServeError:
         """An error with the end of the log, and with the cause where the log gives it away."""
         why, fix = tritonserver.cause("\n".join([what, *self.log_lines()])) or (why, fix)
@@ -465,12 +465,12 @@ def _published(repository: Path) -> list[ModelConfig]:
             text_format.Parse(path.read_text(), config, allow_unknown_field=True)
         except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
             raise ServeError(
-                f"{path} cannot be read: {error}", fix="publish the model again: invoke build-engines --force"
+                f"{path} cannot be read: {error}", fix="publish the model again: ./invoke build-engines --force"
             ) from error
         config.name = config.name or path.parent.name
         configs.append(config)
     if not configs:
-        raise ServeError(f"no model is published in {repository}", fix="publish one: invoke build-engines")
+        raise ServeError(f"no model is published in {repository}", fix="publish one: ./invoke build-engines")
     return configs
 
 

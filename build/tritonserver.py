@@ -64,19 +64,19 @@ _CAUSES = (
     (
         r"unable to find backend library for backend '(ssd_onnxruntime)'",
         "the version folder lacks its libtriton_{0}.so",
-        "publish the model again: invoke build-engines --force",
+        "publish the model again: ./invoke build-engines --force",
     ),
     (
         r"unable to find backend library for backend '(\w+)'",
         "this tritonserver comes without the {0} backend",
-        "serve from NVIDIA's container, or publish for the CPU: invoke build-engines --runtime onnxruntime",
+        "serve from NVIDIA's container, or publish for the CPU: ./invoke build-engines --runtime onnxruntime",
     ),
     (
         r"(No space left on device|Failed to (?:initialize|increase) the shared memory\b[^\n\"]*)",
         "{0}: /dev/shm is too small for the model's instances",
         "enlarge it (docker run --shm-size=1g) or publish with fewer instances",
     ),
-    (r"failed to stat file (\S+)", "the repository {0} is not there", "publish a model first: invoke build-engines"),
+    (r"failed to stat file (\S+)", "the repository {0} is not there", "publish a model first: ./invoke build-engines"),
 )
 
 
@@ -187,10 +187,18 @@ def usage(program: Path, variables: Mapping[str, str]) -> str:
     return output
 
 
-def preload() -> str:
-    """LD_PRELOAD for a server of plans that hold SSDNMS: what is set already, and the plugin where it was built."""
-    given = os.environ.get("LD_PRELOAD", "")
-    return ":".join(filter(None, [given, str(PLUGIN) if PLUGIN.is_file() else ""]))
+def preload(folder: Path) -> str:
+    """LD_PRELOAD for a server of plans that hold SSDNMS: what is set already, and the plugin where it was built.
+
+    Args:
+        folder: the server's own; it gets a link to the plugin, since LD_PRELOAD cannot name a path with a space.
+    """
+    names = [os.environ.get("LD_PRELOAD", "")]
+    if PLUGIN.is_file():
+        link = folder / PLUGIN.name
+        link.symlink_to(PLUGIN)
+        names.append(str(link))
+    return ":".join(filter(None, names))
 
 
 def worth_reading(lines: Iterable[str]) -> list[str]:

@@ -1,21 +1,25 @@
 """`invoke demo`: the whole way on real input, in one run: build, serve, detect, evaluate, load.
 
-Writes `<artifacts>/demo/detections.png` (a contact sheet) and `<artifacts>/demo/summary.json`.
+Writes `<artifacts>/demo/detections.png` (a contact sheet), `<artifacts>/demo/summary.json`, and for each imported
+detector in models/ `<artifacts>/demo/<name>.png`: what it sees on a photograph.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build.files import MODELS, write_json
+from build.errors import SSDError
+from build.files import IMPORT_FILE, MODELS, write_json
 from perf.direct import CLIENTS
 
 if TYPE_CHECKING:
     from PIL import Image
+    from rich.console import Console
     from rich.table import Table
 
     from perf.bench import Bench
@@ -56,6 +60,7 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     images = 100 if quick else 500
 
     pipeline.build_engines([MODEL], repository=repository)
+    imported = _build_imported(repository, console)
     with console.status(f"drawing {images} held-out scenes (once; kept in {artifacts.name}/datasets)"):
         pictures, truth = write_split(artifacts / "datasets" / MODEL, "held_out", images)
     sent, _ = verify.images_for(spec.load(MODELS / MODEL / "spec.toml"), artifacts / "datasets", PICTURES)
@@ -67,6 +72,9 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
             detected = client.detect(pictures[:DRAWN], score_threshold=DRAW_THRESHOLD)
             sheet = contact_sheet([detections.draw() for detections in detected])
             sheet.save(out / "detections.png")
+            photographs = {name: photograph(server.grpc_url, name) for name in imported}
+            for name, (picture, _) in photographs.items():
+                picture.save(out / f"{name}.png")
             with console.status(f"evaluating {images} scenes through the server"):
                 evaluation_started = time.monotonic()
                 accuracy = evaluate_served(client, pictures, truth)
@@ -91,11 +99,40 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     console.print(_table(summary))
     console.print(f"done in {time.monotonic() - started:.0f} s; where to look next:")
     console.print(f"  {short(out / 'detections.png')}   what it sees: {DRAWN} held-out scenes with boxes")
+    for name, (_, found) in photographs.items():
+        console.print(f"  {short(out / f'{name}.png'):32} {name} on a photograph: {found}")
     console.print(f"  {short(out / 'summary.json')}     these figures, for machines")
     console.print(
         "  ./invoke serve                   keep it running; then: .venv/bin/python -m ssd_client IMAGE --out DIR"
     )
     return summary
+
+
+def _build_imported(repository: Path, console: Console, models: Path = MODELS) -> list[str]:
+    """Publishes what `import-model` wrote; a detector that cannot be published is said and left out."""
+    from build import pipeline
+
+    names = []
+    for path in sorted(models.glob(f"*/{IMPORT_FILE}")):
+        name = path.parent.name
+        try:
+            pipeline.build_engines([name], repository=repository, sources=models)
+            names.append(name)
+        except SSDError as error:
+            console.print(f"the demo goes on without {name}: {error}", markup=False)
+    return names
+
+
+def photograph(url: str, model: str) -> tuple[Image.Image, str]:
+    """A photograph with what a served detector sees on it, and that in words: "2 person, 1 face"."""
+    from ssd_client import SSDClient
+
+    from build.gate.datasets import photographs
+
+    with SSDClient(url, model=model) as client:
+        detections = client.detect(photographs()[0], score_threshold=DRAW_THRESHOLD)
+    seen = Counter(detections.labels)
+    return detections.draw(), ", ".join(f"{count} {label}" for label, count in seen.items()) or "nothing"
 
 
 def _load(bench: Bench, *, quick: bool) -> dict[str, Any]:

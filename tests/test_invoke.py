@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from invoke.context import Context
@@ -135,6 +136,8 @@ def test_names_of_sources_and_weights_stay_names(name: str, tmp_path: Path, monk
 def test_files_to_import_are_the_callers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/anchors.npy").touch()
     given = recorded_import(
         monkeypatch,
         tmp_path,
@@ -148,20 +151,20 @@ def test_files_to_import_are_the_callers(
     assert given["weights"] == str(tmp_path / "weights.pth")
     assert given["spec_file"] == tmp_path / "spec.toml"
     assert given["labels"] == tmp_path / "labels.txt"
-    assert given["anchors"] == tmp_path / "sub/anchors.npy"
+    assert given["wishes"].anchors == str(tmp_path / "sub/anchors.npy")
     assert capsys.readouterr().out == "models/mine/ is ready; next: ./invoke build-engines --model mine\n"
 
 
-def recorded_import(monkeypatch: pytest.MonkeyPatch, caller: Path, source: str, **options: str) -> dict[str, object]:
+def recorded_import(monkeypatch: pytest.MonkeyPatch, caller: Path, source: str, **options: str) -> dict[str, Any]:
     """What the task import-model gives to the function that imports."""
-    given: dict[str, object] = {}
+    given: dict[str, Any] = {}
 
     def import_model(source: str, name: str, **rest: object) -> Path:
         given.update(rest, source=source, name=name)
         return ROOT / "models" / "mine"
 
     monkeypatch.setattr(f"{IMPORTER}.import_model", import_model)
-    load_tasks(monkeypatch, caller).import_model.body(Recorder(), source, settings=[], **options)
+    load_tasks(monkeypatch, caller).import_model.body(Recorder(), [], source, **options)
     return given
 
 
@@ -172,6 +175,12 @@ def recorded_import(monkeypatch: pytest.MonkeyPatch, caller: Path, source: str, 
 def checkout(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkout in an odd folder, whose .venv is this interpreter's and is up to date."""
     root = tmp_path / request.param
+    make_checkout(root)
+    return root
+
+
+def make_checkout(root: Path) -> None:
+    """A checkout whose .venv is this interpreter's and is up to date."""
     (root / ".venv/bin").mkdir(parents=True)
     for name in ("invoke", "tasks.py"):
         shutil.copy(ROOT / name, root)
@@ -183,7 +192,6 @@ def checkout(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     content = b"".join(lock.read_bytes() for lock in locks) + f"{root}\n".encode()
     stamp = subprocess.run(["sha256sum"], input=content, stdout=subprocess.PIPE, check=True).stdout.split()[0]
     (root / ".venv/.stamp").write_bytes(stamp + b"\n")
-    return root
 
 
 def test_wrapper_runs_a_task_in_an_odd_folder_for_a_caller_elsewhere(checkout: Path, tmp_path: Path) -> None:
@@ -200,6 +208,37 @@ def test_wrapper_runs_a_task_in_an_odd_folder_for_a_caller_elsewhere(checkout: P
         )
         assert done.stderr == ""
         assert done.stdout.splitlines() == [str(checkout), str(caller / "x.onnx")]
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        (["a.onnx", "--labels", "b.txt"], ["--source", "a.onnx", "--labels", "b.txt"]),
+        (["--labels", "b.txt", "--force", "a b.onnx"], ["--labels", "b.txt", "--force", "--source", "a b.onnx"]),
+        (["--set", "nms.x='y z'", "--labels=b.txt", "it's.onnx"],
+         ["--set", "nms.x='y z'", "--labels=b.txt", "--source", "it's.onnx"]),
+        (["--family", "list"], ["--family", "list"]),
+        (["--from", "faces", "--dry-run"], ["--from", "faces", "--dry-run"]),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_wrapper_names_the_source_of_an_import(tmp_path: Path, given: list[str], passed: list[str]) -> None:
+    """Invoke has no positional argument that may be left out."""
+    root = tmp_path / "checkout"
+    make_checkout(root)
+    (root / ".venv/bin/python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    done = subprocess.run([root / "invoke", "import-model", *given], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["-m", "invoke", "import-model", *passed]
+
+
+def test_the_wrapper_knows_the_flags_of_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options that take no value, beside those that every task has."""
+    task = load_tasks(monkeypatch, tmp_path).import_model
+    flags = {name for argument in task.get_arguments() if argument.kind is bool for name in argument.names if name[1:]}
+    (line,) = (line for line in (ROOT / "invoke").read_text().splitlines() if "| --help |" in line)
+    assert {part.strip() for part in line.split(")")[0].split("|")} == {
+        *(f"--{name.replace('_', '-')}" for name in flags), "--help", "-*=*",
+    }  # fmt: skip
 
 
 def test_wrapper_refuses_a_folder_that_no_environment_can_be_in(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ def test_only_these_blocks_do_not_run() -> None:
     assert [block.text.splitlines()[0].split()[:2] for block in _blocks() if block.note] == [
         ["./invoke", "test"],
         ["./invoke", "serve"],
+        ["./invoke", "import-model"],
+        ["./invoke", "import-model"],
         ["docker", "run"],
     ]
 

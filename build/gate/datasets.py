@@ -158,6 +158,23 @@ def open_picture(path: Path) -> Image.Image:
         raise DataError(str(error)) from None
 
 
+def photographs() -> list[Image.Image]:
+    """Real photographs for models without pictures of their own: Grace Hopper, as it comes with matplotlib.
+
+    Returns:
+        RGB: the whole picture, mirrored, in parts and turned.
+    """
+    import matplotlib as mpl
+    from PIL import ImageOps
+
+    whole = open_picture(Path(mpl.get_data_path()) / "sample_data" / "grace_hopper.jpg")
+    width, height = whole.size
+    upper, lower = whole.crop((0, 0, width, height // 2)), whole.crop((0, height // 2, width, height))
+    middle = whole.crop((width // 6, height // 8, width * 5 // 6, height * 5 // 8))
+    turned = [whole.rotate(degrees) for degrees in (10, -10)]
+    return [whole, ImageOps.mirror(whole), upper, middle, *turned, ImageOps.mirror(middle), lower]
+
+
 def load(path: Path, into: Input) -> tuple[NDArray[np.uint8], Placement]:
     """A picture as the client would send it.
 
@@ -167,11 +184,16 @@ def load(path: Path, into: Input) -> tuple[NDArray[np.uint8], Placement]:
     Raises:
         DataError: it cannot be read.
     """
+    return to_input(open_picture(path), into)
+
+
+def to_input(picture: Image.Image, into: Input) -> tuple[NDArray[np.uint8], Placement]:
+    """A picture in 8-bit RGB, as `load` gives it."""
     import numpy as np
     from ssd_client.preprocess import preprocess
 
     pixels = np.empty((into.height, into.width, 3), np.uint8)
-    return pixels, preprocess(open_picture(path), into.preprocessing, pixels)
+    return pixels, preprocess(picture, into.preprocessing, pixels)
 
 
 def _pictures(spec: Spec, name: str, count: int, cache: Path, *, labelled: bool) -> Pictures:

@@ -137,7 +137,7 @@ def text(message: ModelConfig) -> str:
     """The file's text."""
     from google.protobuf import text_format
 
-    return f"# Written by build/publish/; invoke build-engines makes it anew.\n{text_format.MessageToString(message)}"
+    return f"# Written by build/publish/; ./invoke build-engines makes it anew.\n{text_format.MessageToString(message)}"
 
 
 def cores() -> int:

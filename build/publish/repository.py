@@ -222,7 +222,7 @@ def rollback(repository: Path, name: str) -> int:
         known = sorted(path.parent.name for path in repository.glob(f"*/{CONFIG}"))
         raise PublishError(
             f"no model {name!r} is published in {repository}",
-            fix=f"published are {', '.join(known)}" if known else "publish one: invoke build-engines",
+            fix=f"published are {', '.join(known)}" if known else "publish one: ./invoke build-engines",
         )
     with _locked(repository, name) as folder, files.explained(folder, _UNTOUCHED, PublishError):
         served = served_version(repository, name) or 0
@@ -233,7 +233,8 @@ def rollback(repository: Path, name: str) -> int:
         fault = damage(folder / str(version))
         if fault:
             raise PublishError(
-                f"{name}: version {version} cannot be served again: {fault}", fix="publish anew: invoke build-engines"
+                f"{name}: version {version} cannot be served again: {fault}",
+                fix="publish again: ./invoke build-engines",
             )
         _serve_config(folder, (folder / str(version) / CONFIG).read_bytes())
     return version
@@ -260,11 +261,11 @@ def served(repository: Path, name: str) -> tuple[Path, dict[str, Any]]:
     """
     version = served_version(repository, name)
     if version is None:
-        raise PublishError(f"no model {name!r} is published in {repository}", fix="publish one: invoke build-engines")
+        raise PublishError(f"no model {name!r} is published in {repository}", fix="publish one: ./invoke build-engines")
     folder = repository / name / str(version)
     fault = damage(folder)
     if fault:
-        raise PublishError(f"{name}: version {version} is damaged: {fault}", fix="invoke build-engines --force")
+        raise PublishError(f"{name}: version {version} is damaged: {fault}", fix="./invoke build-engines --force")
     return folder, json.loads((folder / MANIFEST).read_bytes())
 
 

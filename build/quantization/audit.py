@@ -62,7 +62,7 @@ def approved(spec: Spec, precision: str, artifacts: Path, console: Console) -> C
             f"{summary}, but the gate asks for {spec.quantization.gate:.2%}; it is not published",
             why="some layer does not bear the precision"
             + (", or the calibration pictures are unlike the held-out ones" if kind.quantised else ""),
-            fix="find it: invoke audit --sensitivity"
+            fix="find it: ./invoke audit --sensitivity"
             if kind.quantised
             else "build a precision with more range or more digits",
         )

@@ -104,6 +104,9 @@ def _entropy(counts: NDArray[np.int64]) -> int:
 
     Migacz, "8-bit inference with TensorRT" (GTC 2017). As in NVIDIA's own tools the first bin counts as much as the
     second: the zeros that a Relu makes are represented exactly whatever the clipping, and would drown the rest.
+
+    What is clipped counts in the last bin, also if that bin was empty; otherwise clipping everything would be free. If
+    nothing on the last level is kept to stand for it, the divergence is infinite.
     """
     import numpy as np
 
@@ -119,14 +122,13 @@ def _entropy(counts: NDArray[np.int64]) -> int:
         reference = kept.copy()
         reference[-1] += total - kept.sum()  # what is clipped comes to lie on the last level
         level = np.arange(bins) * _LEVELS // bins
-        filled = kept > 0
+        filled = reference > 0
         share = np.bincount(level, kept, _LEVELS) / np.maximum(np.bincount(level, filled, _LEVELS), 1)
         quantised = np.where(filled, share[level], 0.0)
-        p, q = reference / total, quantised / max(quantised.sum(), 1e-300)
-        both = (p > 0) & (q > 0)
-        if (p[~both] > 0).any():
-            p = np.where(both, p, 0.0) / p[both].sum()
-        divergence = float((p[both] * np.log(p[both] / q[both])).sum())
+        if (quantised[filled] == 0).any():
+            continue
+        p, q = reference[filled] / total, quantised[filled] / quantised.sum()
+        divergence = float((p * np.log(p / q)).sum())
         if divergence < best:
             best, best_bins = divergence, bins
     return best_bins

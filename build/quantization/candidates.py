@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,8 @@ class Candidate:
         calibrator: how its activations are clipped; empty where nothing is calibrated.
         source: the typed source model.
         graph: the served graph as TensorRT gets it.
+        runs: the served graph as ONNX Runtime runs it here: INT8 in a form of its own, BF16 widened to FP32, any other
+            as it is.
         quantised: names of the quantised Convs.
     """
 
@@ -36,6 +38,7 @@ class Candidate:
     calibrator: str
     source: onnx.ModelProto
     graph: onnx.ModelProto
+    runs: onnx.ModelProto
     quantised: tuple[str, ...] = ()
 
     @property
@@ -47,11 +50,6 @@ class Candidate:
     def kind(self) -> Precision:
         """The row of contract.PRECISIONS."""
         return PRECISIONS[self.precision]
-
-    @property
-    def runs(self) -> onnx.ModelProto:
-        """The graph as ONNX Runtime runs it here: INT8 with UINT8 Relus, BF16 widened to FP32, any other as it is."""
-        return qdq.for_onnxruntime(self.graph) if self.precision == "int8" else runnable(self.graph, self.precision)
 
 
 def candidates(
@@ -79,20 +77,29 @@ def candidates(
     kind = PRECISIONS[name]
     source = load_source(spec)
     if not kind.typed:
-        return [Candidate(name, "", source, attach(spec, source))]
+        graph = attach(spec, source)
+        return [Candidate(name, "", source, graph, graph)]
     folded = qdq.fold(source)
     if not kind.quantised:
         typed = precision.half(folded, name)
-        return [Candidate(name, "", typed, attach(spec, typed))]
+        graph = attach(spec, typed)
+        return [Candidate(name, "", typed, graph, runnable(graph, name))]
     settings = spec.quantization
     calibration = calibrate(spec, folded, artifacts, console)
     left = settings.exclude_nodes if exclude is None else exclude
     results = []
     for calibrator in calibrators or (CALIBRATORS if settings.calibrator == "auto" else (settings.calibrator,)):
         clips = calibration.clips(calibrator, settings.percentile)
-        placed = qdq.quantize(folded, clips, kind=name, exclude=left)
-        typed = precision.half(placed.model, "fp16") if settings.rest == "fp16" else placed.model
-        results.append(Candidate(name, calibrator, typed, attach(spec, typed), placed.nodes))
+
+        def quantised(*, sums: bool, clips: Mapping[str, float] = clips) -> qdq.Placed:
+            placed = qdq.quantize(folded, clips, kind=name, exclude=left, sums=sums)
+            return placed if settings.rest == "fp32" else replace(placed, model=precision.half(placed.model, "fp16"))
+
+        placed = quantised(sums=False)
+        graph = attach(spec, placed.model)
+        form = qdq.for_onnxruntime(attach(spec, quantised(sums=True).model)) if name == "int8" else None
+        runs = form or runnable(graph, name)
+        results.append(Candidate(name, calibrator, placed.model, graph, runs, placed.nodes))
     return results
 
 

@@ -110,9 +110,14 @@ class Placed:
 
 
 def quantize(
-    source: onnx.ModelProto, clips: Mapping[str, float], *, kind: str = "int8", exclude: Collection[str] = ()
+    source: onnx.ModelProto,
+    clips: Mapping[str, float],
+    *,
+    kind: str = "int8",
+    exclude: Collection[str] = (),
+    sums: bool = False,
 ) -> Placed:
-    """Puts Q/DQ pairs where TensorRT fuses them; integer kernels of ONNX Runtime take the same places.
+    """Puts Q/DQ pairs where TensorRT fuses them; integer kernels of ONNX Runtime take the same places and one more.
 
     - Before every quantised Conv: one pair on its input, from which all readers of that tensor read, and one on its
       weights, per output channel.
@@ -125,6 +130,8 @@ def quantize(
         clips: the largest absolute value to represent, per activation.
         kind: int8 or fp8 (E4M3).
         exclude: names of Convs that stay as they are.
+        sums: for ONNX Runtime: a pair also between a Conv and the Add behind it. Without it that Conv has no integer
+            kernel there; with it TensorRT could not fuse the two.
 
     Raises:
         QuantizeError: an excluded name is no Conv, or an activation has no clipping point.
@@ -191,34 +198,63 @@ def quantize(
             known = len(shortcut) == 1 and (shortcut[0] in clips or shortcut[0] in own)
             if node.op_type == "Add" and known and conv.output[0] not in pairs:  # else this Conv is the shortcut itself
                 activation(shortcut[0])
+            if node.op_type == "Add" and shortcut and sums:
+                activation(conv.output[0])
     _insert(model, pairs)
     return Placed(model, tuple(conv.name for conv in chosen), scales, left)
 
 
 def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose quantised Relus are UINT8 with the same scales: what ONNX Runtime runs in integers on a CPU.
+    """A copy, of what `quantize` made with `sums`, whose activations are UINT8: what ONNX Runtime runs in integers.
 
-    TensorRT demands INT8 with zero point 0, of which a Relu uses 0..127. UINT8 with zero point 0 and the same scale
-    keeps these codes as they are, stops clipping at 127, and its own clip at 0 IS the Relu, which ONNX Runtime then
-    drops. With INT8 it finds no integer kernel for Conv-Relu-Quantize and falls back to floats.
+    TensorRT demands INT8 with zero point 0. ONNX Runtime has an integer kernel for a Conv only if its input and
+    output are of one type, and drops a Relu only if the quantisation cuts off the same values, which takes UINT8.
+
+    - Zero point 128 and the same scale: the same values as in INT8. For everything that may be negative.
+    - Relu: zero point 0 and the same scale. The codes 0..127 are as they were, and what is larger is no longer clipped.
+    - Clip from 0 to a constant (ReLU6): zero point 0. ONNX Runtime drops it only if 255 steps are not more than that
+      constant. So its 255 steps reach as far as INT8's 127: the largest value stays, the steps are half as long.
     """
+    import numpy as np
     import onnx
-    from onnx import TensorProto
+    from onnx import TensorProto, numpy_helper
 
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
     makers = {name: node for node in copied.graph.node for name in node.output}
-    constants = {constant.name: constant for constant in copied.graph.initializer}
+    constants = _constants(copied)
     for node in copied.graph.node:
-        if node.op_type == "QuantizeLinear" and node.input[0] in makers:
-            zero = constants[node.input[2]]
-            if (
-                makers[node.input[0]].op_type == "Relu"
-                and zero.data_type == TensorProto.INT8
-                and not any(zero.raw_data)
-            ):
-                zero.data_type = TensorProto.UINT8
+        if node.op_type != "QuantizeLinear" or node.input[0] in constants:
+            continue
+        scale, zero = (constants[name] for name in node.input[1:3])
+        if zero.data_type != TensorProto.INT8 or any(zero.raw_data):
+            continue
+        maker = makers.get(node.input[0])
+        from_zero = maker is not None and _starts_at_zero(maker, constants)
+        zero.CopyFrom(numpy_helper.from_array(np.array(0 if from_zero else 128, np.uint8), zero.name))
+        if from_zero and maker is not None and maker.op_type == "Clip":
+            largest = numpy_helper.to_array(scale) * np.float32(_LARGEST["int8"])
+            steps = np.nextafter(largest, np.float32(0)) / np.float32(255)  # never a rounding above the Clip's end
+            scale.CopyFrom(numpy_helper.from_array(steps.astype(np.float32), scale.name))
     return copied
+
+
+def _starts_at_zero(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether an activation's values begin at 0, where UINT8 with zero point 0 cuts them off as well."""
+    from onnx import numpy_helper
+
+    if node.op_type == "Clip" and len(node.input) > 1 and node.input[1] in constants:
+        return bool(numpy_helper.to_array(constants[node.input[1]]) == 0)
+    return node.op_type == "Relu"
+
+
+def _constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Initializers and the values of Constant nodes, by name."""
+    nodes = [node for node in model.graph.node if node.op_type == "Constant"]
+    values = {
+        node.output[0]: attribute.t for node in nodes for attribute in node.attribute if attribute.name == "value"
+    }
+    return values | {constant.name: constant for constant in model.graph.initializer}
 
 
 def _insert(model: onnx.ModelProto, pairs: Mapping[str, list[onnx.NodeProto]]) -> None:

@@ -80,7 +80,7 @@ def search(
             if budget and time.monotonic() - started > budget:
                 raise TimeoutError
             placed = qdq.quantize(folded, clips, exclude=exclude)
-            runs = qdq.for_onnxruntime(attach(spec, placed.model))
+            runs = qdq.for_onnxruntime(attach(spec, qdq.quantize(folded, clips, exclude=exclude, sums=True).model))
             result = scoring.score(on, scoring.detector(spec, runner(runs)), what, show)
             held[what] = {"map": result.accuracy.map}
             if on is few:

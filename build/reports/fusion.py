@@ -82,7 +82,7 @@ def fusion_report(
         graph = onnx.load(built / "model.onnx")
     else:
         raise FusionError(
-            f"{built / 'model.onnx'} is not there", fix=f"build it: invoke build-engines --precision {precision}"
+            f"{built / 'model.onnx'} is not there", fix=f"build it: ./invoke build-engines --precision {precision}"
         )
     feeds = spec.nms.feeds(picture(spec.input.height, spec.input.width)[None])
     if runtime == "onnxruntime":

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssd_client.rule import BILINEAR_PLAIN
+
 from build import contract
 from build.errors import ImportModelError, OptionError, RuntimeUnavailableError
 
@@ -188,6 +190,7 @@ def write_torchvision(
             "height": height,
             "color_order": "RGB",
             "resize": "stretch",
+            "resample": BILINEAR_PLAIN,  # torchvision interpolates without antialiasing
             "mean": [255 * value for value in model.transform.image_mean],
             "std": [255 * value for value in model.transform.image_std],
         },

@@ -83,6 +83,10 @@ def build_plugins(
         raise PluginBuildError(
             f"architectures is {architectures!r}", fix='give numbers, such as "90" or "80,90-virtual"'
         )
+    if re.search(r'["\\;]', f"{PLUGINS}{output}{work}"):
+        raise PluginBuildError(
+            f"CMake cannot build in {PLUGINS}", why='the name of a folder has ", ; or \\ in it', fix="rename the folder"
+        )
     cmake = _need("cmake", "pip install cmake, or the system's package cmake")
     if not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise PluginBuildError("there is no C++ compiler", fix="install g++, or set CXX")

@@ -30,7 +30,7 @@ class ModelConfig:
         color_order: `RGB` or `BGR`, order of the channels of the input.
         resize: one of `rule.RESIZES`; `rule.Preprocessing` explains them.
         resample: one of `rule.RESAMPLES`; `rule.Preprocessing` explains them.
-        pad_value: grey level of the letterbox's padding, 0..255.
+        pad_value: grey level of the padding, 0..255.
         labels: names of the foreground classes, in order.
         score_threshold: the model's own score threshold, 0..1.
         iou_threshold: the model's own IoU threshold of the suppression, 0..1.

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from .exceptions import ImageError
-from .rule import BILINEAR_PLAIN, Preprocessing
+from .rule import BILINEAR_PLAIN, PAD, Preprocessing
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]"
 
@@ -79,7 +79,7 @@ class Placement:
 
     image_size: tuple[int, int]
     scale: tuple[float, float]
-    offset: tuple[int, int]
+    offset: tuple[float, float]
     input_size: tuple[int, int]
 
     def to_image(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -158,10 +158,23 @@ def place(image_size: tuple[int, int], rule: Preprocessing) -> Placement:
     (width, height), (across, down) = image_size, (rule.width, rule.height)
     if rule.resize == "stretch":
         return Placement(image_size, (across / width, down / height), (0, 0), (across, down))
+    if rule.resize == PAD:
+        whole = _padded(image_size, rule)
+        across_scale, down_scale = across / whole[0], down / whole[1]
+        left, top = ((whole[0] - width) // 2, (whole[1] - height) // 2)
+        return Placement(
+            image_size, (across_scale, down_scale), (left * across_scale, top * down_scale), (across, down)
+        )
     scale = min(across / width, down / height)
     inner = (max(1, round(width * scale)), max(1, round(height * scale)))
     offset = (0, 0) if rule.resize == "letterbox_top_left" else ((across - inner[0]) // 2, (down - inner[1]) // 2)
     return Placement(image_size, (inner[0] / width, inner[1] / height), offset, (across, down))
+
+
+def _padded(image_size: tuple[int, int], rule: Preprocessing) -> tuple[int, int]:
+    """(width, height) of a picture that is padded to the input's aspect ratio."""
+    width, height = image_size
+    return max(width, round(height * rule.width / rule.height)), max(height, round(width * rule.height / rule.width))
 
 
 def preprocess(image: Image.Image, rule: Preprocessing, out: NDArray[np.uint8]) -> Placement:
@@ -176,7 +189,15 @@ def preprocess(image: Image.Image, rule: Preprocessing, out: NDArray[np.uint8]) 
         Where the picture lies in the input, to map boxes back.
     """
     placement = place(image.size, rule)
-    (left, top), (across, down) = placement.offset, placement.input_size
+    (across, down) = placement.input_size
+    if rule.resize == PAD:
+        size = _padded(image.size, rule)
+        canvas = Image.new("RGB", size, (rule.pad_value,) * 3)
+        canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+        pixels = _resized(canvas, (across, down), rule.resample)
+        out[...] = pixels if rule.color_order == "RGB" else pixels[..., ::-1]
+        return placement
+    left, top = (round(edge) for edge in placement.offset)
     inner = (
         round(placement.scale[0] * placement.image_size[0]),
         round(placement.scale[1] * placement.image_size[1]),

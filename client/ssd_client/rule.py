@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from .exceptions import InvalidInputError
 
-RESIZES = ("stretch", "letterbox", "letterbox_top_left")
+PAD = "pad"
+RESIZES = ("stretch", "letterbox", "letterbox_top_left", PAD)
 BILINEAR_PLAIN = "bilinear_plain"
 RESAMPLES = ("nearest", "box", "bilinear", BILINEAR_PLAIN, "hamming", "bicubic", "lanczos")
 COLOR_ORDERS = ("RGB", "BGR")
@@ -20,10 +21,11 @@ class Preprocessing:
         width: of the input, in pixels.
         height: of the input, in pixels.
         resize: `stretch`, or `letterbox` (aspect ratio kept, centred, padded with `pad_value`), or `letterbox_top_left`
-            (the same, but in the top left corner).
+            (the same, but in the top left corner), or `pad` (centred and padded to the input's aspect ratio first, then
+            resized: MediaPipe's way, which keeps fractions of a pixel that `letterbox` rounds).
         resample: `bilinear_plain` (no antialiasing: OpenCV's INTER_LINEAR, torch's interpolate, ONNX's Resize), or the
             Pillow filter of that name (antialiased when it shrinks); one of `RESAMPLES`.
-        pad_value: grey level of the letterbox's padding, 0..255.
+        pad_value: grey level of the padding, 0..255.
         color_order: `RGB` or `BGR`, the order of the input's channels.
 
     Raises:

@@ -403,3 +403,26 @@ def test_the_table_shows_all_of_it(machine: Machine) -> None:
     for finding in examine(replace(machine)):
         if finding.name != "leftovers":
             assert finding.name in shown
+
+
+def test_imported_models_say_whether_they_were_proven(machine: Machine) -> None:
+    proof = {"proven": True, "how": "its own NonMaxSuppression", "pictures": 5, "detections": 12}
+    for name, text in (
+        ("shown", json.dumps({"source": "a.onnx", "family": "nms-inside", "proof": proof})),
+        (
+            "open",
+            json.dumps({"source": "b.onnx", "family": "yolov5", "proof": {"proven": False, "how": "no original"}}),
+        ),
+        ("broken", "{"),
+    ):
+        (machine.models / name).mkdir()
+        (machine.models / name / "import.json").write_text(text)
+    findings = doctor.examine(machine)
+    shown = only(findings, "Models", "shown")
+    assert (shown.state, shown.text) == (
+        "ok",
+        "imported from a.onnx (nms-inside): the same 12 detections on 5 pictures as its own NonMaxSuppression",
+    )
+    unproven = only(findings, "Models", "open")
+    assert (unproven.state, "NOT PROVEN against its original: no original" in unproven.text) == ("info", True)
+    assert only(findings, "Models", "broken").state == "warning"

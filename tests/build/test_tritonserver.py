@@ -134,15 +134,18 @@ def test_the_plugin_is_preloaded_for_plans_only(
 ) -> None:
     config = plan / "shapes" / "config.pbtxt"
     config.write_text(f'name: "shapes" platform: "{platform}"')
-    plugin = tmp_path / "libssd_nms.so"
+    plugin = tmp_path / "mein projekt" / "libssd_nms.so"
+    plugin.parent.mkdir()
     if built:
         plugin.touch()
     monkeypatch.setattr(tritonserver, "PLUGIN", plugin)
     monkeypatch.delenv("LD_PRELOAD", raising=False)
-    stand_in(f'{HELP} echo "preload=[$LD_PRELOAD]"; exit 3')
+    # The paths as the loader takes them: separated by spaces and colons.
+    stand_in(f'{HELP} IFS=" :"; for path in $LD_PRELOAD; do echo "preload=[$(readlink -f "$path")]"; done; exit 3')
     with pytest.raises(ServeError) as caught:
         TritonServer(plan).start()
-    assert f"preload=[{plugin if loaded else ''}]" in str(caught.value)
+    assert (f"preload=[{plugin}]" in str(caught.value)) is loaded
+    assert str(caught.value).count("preload=[") == loaded
     assert "LD_PRELOAD" not in os.environ
 
 

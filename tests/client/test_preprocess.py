@@ -657,3 +657,17 @@ def test_preprocess_overwrites_what_was_there() -> None:
     out = np.full((48, 64, 3), 7, np.uint8)
     preprocess(four_colors(), BOXED_RGB, out)
     assert np.array_equal(out, input_array(four_colors(), BOXED_RGB)[0])
+
+
+@pytest.mark.parametrize("size", [(451, 300), (300, 451), (512, 512), (31, 7)])
+def test_pad_pads_first_and_keeps_fractions(size: tuple[int, int]) -> None:
+    rule = Preprocessing(128, 96, "pad", "bilinear", 7, "RGB")
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    pixels, placement = input_array(picture, rule)
+    whole = max(size[0], round(size[1] * 4 / 3)), max(size[1], round(size[0] * 3 / 4))
+    left, top = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
+    canvas = Image.new("RGB", whole, (7, 7, 7))
+    canvas.paste(picture, (left, top))
+    assert np.array_equal(pixels, np.asarray(canvas.resize((128, 96), Image.Resampling.BILINEAR)))
+    corners = np.array([[left, top, left + size[0], top + size[1]]], np.float32) / [*whole, *whole]
+    np.testing.assert_allclose(placement.to_image(corners.astype(np.float32)), [[0, 0, *size]], atol=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -234,8 +235,10 @@ class Program:
 
     def says(self, *bodies: str) -> None:
         """Python code for each call; `options` is its command line as a dict, `write` takes an option and a text."""
-        self.path.write_text(
-            f"#!{sys.executable}\n"
+        script = self.path.with_suffix(".py")
+        # Not a shebang of Python's: that cannot have a space in it.
+        self.path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(script))} "$@"\n')
+        script.write_text(
             "import os, pathlib, sys, time\n"
             "arguments = sys.argv[1:]\n"
             "options = dict(zip(arguments, arguments[1:]))\n"

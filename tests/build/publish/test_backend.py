@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import sys
 from pathlib import Path
@@ -29,7 +30,10 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def compiler(alone: Path, name: str, code: str) -> Path:
     """A program of this name on PATH that does what the Python code says."""
     path = alone.parent / "bin" / name
-    path.write_text(f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n{code}\n")
+    script = path.with_suffix(".py")
+    script.write_text(f"import sys\nfrom pathlib import Path\n{code}\n")
+    # Not a shebang of Python's: that cannot have a space in it.
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(script))} "$@"\n')
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 

@@ -23,7 +23,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from build import files
 from build import spec as specs
-from build.contract import Nms, Target
+from build.contract import SpecNms, Target
 from build.errors import PublishError, ServeError, WriteError
 from build.publish import backend, repository
 from build.publish.backend import Backend
@@ -160,10 +160,10 @@ def test_a_changed_default_makes_it_stale_and_is_named(
 ) -> None:
     publish()
     assert "iou_threshold" not in spec.path.read_text()
-    defaults = Nms.__init__.__defaults__
+    defaults = SpecNms.__init__.__defaults__
     assert defaults
     assert defaults[1] == 0.45
-    monkeypatch.setattr(Nms.__init__, "__defaults__", (defaults[0], 0.5, *defaults[2:]))
+    monkeypatch.setattr(SpecNms.__init__, "__defaults__", (defaults[0], 0.5, *defaults[2:]))
     assert fresh() is None
     assert changed(spec, root, stand_in) == ["nms.iou_threshold"]
 

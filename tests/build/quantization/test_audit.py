@@ -239,8 +239,8 @@ def test_sensitivity_finds_what_to_leave_out_and_writes_it(
     fragile = next(conv.name for conv in qdq.convs(qdq.fold(load_source(spec))))
     plain = qdq.quantize
 
-    def breaks(source: Any, clips: Any, *, kind: str = "int8", exclude: Any = ()) -> qdq.Placed:
-        return plain(source, {**clips, "ssd/front/div": 1e-3}, kind=kind, exclude=exclude)
+    def breaks(source: Any, clips: Any, **options: Any) -> qdq.Placed:
+        return plain(source, {**clips, "ssd/front/div": 1e-3}, **options)
 
     monkeypatch.setattr(qdq, "quantize", breaks)
     first = sensitivity.search(spec, tmp_path, budget=1e-6, count=20, console=silent())

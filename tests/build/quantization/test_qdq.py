@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,15 @@ def run(model: onnx.ModelProto, feeds: dict[str, Any], *, literal: bool = True) 
 
 def noise(seed: int = 5, rows: int = 4) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 1, (rows, 3, 8, 8)).astype(np.float32)
+
+
+def optimised(model: onnx.ModelProto, feed: dict[str, np.ndarray], folder: Path) -> tuple[list[str], np.ndarray]:
+    """The operators that ONNX Runtime makes of a graph, and its first output."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimised.onnx"), 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
+    return kinds, np.asarray(session.run(None, feed)[0])
 
 
 # -- folding -----------------------------------------------------------------------------------------------------------
@@ -130,18 +141,53 @@ def test_entropy_finds_the_least_divergence_of_all_choices() -> None:
         reference[-1] += values[bins:].sum()
         quantised = np.zeros(bins)
         for level in range(128):
-            inside = [i for i in range(bins) if i * 128 // bins == level and values[i] > 0]
+            inside = [i for i in range(bins) if i * 128 // bins == level and reference[i] > 0]
             for i in inside:
                 quantised[i] = sum(values[j] for j in inside) / len(inside)
+        if (quantised[reference > 0] == 0).any():
+            return float("inf")
         p, q = reference / reference.sum(), quantised / quantised.sum()
-        both = (p > 0) & (q > 0)
-        p = p / p[both].sum()
-        return float(sum(p[i] * np.log(p[i] / q[i]) for i in np.flatnonzero(both)))
+        return float(sum(p[i] * np.log(p[i] / q[i]) for i in np.flatnonzero(reference)))
 
     last = int(np.flatnonzero(counts)[-1]) + 1
     choices = sorted({*range(128, last, 8), last})[::12]
     found = calibration._entropy(counts)
     assert divergence(found) <= min(map(divergence, choices)) + 1e-9
+
+
+def class_logits(rng: np.random.Generator) -> list[np.ndarray]:
+    """As of a head: nearly all values in a narrow lump far from zero (background), few at other places."""
+    return [rng.normal(-9, 0.8, 40_000), rng.normal(3, 2, 60)]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda rng: [rng.normal(0, 1, 50_000)],
+        lambda rng: [rng.laplace(0, 1, 50_000)],
+        lambda rng: [rng.normal(0, 1, 50_000), [7.0]],  # bins without values between most and the largest
+        lambda rng: [[7.25] * 5_000, [9.5]],
+        class_logits,
+    ],
+    ids=["normal", "laplace", "outlier", "two_values", "class_logits"],
+)
+def test_entropy_clips_as_onnxruntime_s_own_calibrator(parts: Callable[[np.random.Generator], list[Any]]) -> None:
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    found = histogram(*(np.asarray(part) for part in parts(np.random.default_rng(3))))
+    # Its histogram has both signs, and our 4,096 bins a side would take it minutes: 512.
+    counts = found.counts.reshape(-1, 8).sum(1)
+    edges = np.linspace(-found.end, found.end, 2 * len(counts) + 2)
+    both = np.concatenate([counts[::-1], [0], counts]).astype(np.int64)
+    collector = HistogramCollector("entropy", True, 0, 128, 99.9, "same")
+    _, theirs = collector.get_entropy_threshold(
+        (both, edges, np.float64(-found.largest), np.float64(found.largest)), 255
+    )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = found.clip("entropy", 99.9)
+    assert theirs / 1.35 <= ours <= theirs * 1.35
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -333,7 +379,7 @@ def residual() -> onnx.ModelProto:
     make = helper.make_node
     shapes = {"wa": (4, 3, 3, 3), "wb": (4, 4, 3, 3), "wc": (4, 4, 1, 1), "wd": (2, 8, 1, 1), "we": (4, 4, 1, 1)}
     constants = [numpy_helper.from_array(rng.normal(0, 0.3, s).astype(np.float32), n) for n, s in shapes.items()]
-    same = {"pads": [1, 1, 1, 1]}
+    same: dict[str, Any] = {"pads": [1, 1, 1, 1]}
     nodes = [
         make("Conv", ["x", "wa"], ["a"], name="conv_a", **same),
         make("Relu", ["a"], ["ar"]),
@@ -367,6 +413,18 @@ def test_residuals_and_concatenations() -> None:
     assert activations == {"x", "ar", "e", "sr", "both", "y/raw"}
     assert [output.name for output in placed.model.graph.output] == ["y"]
     exact, found = run(model, {"x": noise(rows=1)})[0], run(placed.model, {"x": noise(rows=1)})[0]
+    assert 0 < np.abs(exact - found).max() < 0.1 * np.abs(exact).max()
+
+
+def test_sums_run_in_integers_in_onnxruntime_s_form(tmp_path: Path) -> None:
+    model = residual()
+    clips = clips_of(model, noise(rows=1))
+    with_sums = qdq.quantize(model, clips, sums=True).model
+    assert pairs(with_sums) - pairs(qdq.quantize(model, clips).model) == {"b"}
+    kinds, found = optimised(qdq.for_onnxruntime(with_sums), {"x": noise(rows=1)}, tmp_path)
+    assert kinds.count("QLinearConv") == 4  # all but conv_c, whose Relu runs into the concatenation
+    assert "QLinearAdd" in kinds
+    exact = run(model, {"x": noise(rows=1)})[0]
     assert 0 < np.abs(exact - found).max() < 0.1 * np.abs(exact).max()
 
 
@@ -410,24 +468,71 @@ def test_onnxruntime_runs_its_form_in_integers_with_the_same_answers(spec: Spec,
     clips = clips_of(folded, noise())
     written = qdq.quantize(folded, clips, exclude=names[:1]).model
     form = qdq.for_onnxruntime(written)
-    # Only the zero points of what a Relu made differ.
-    differ = [
-        one.name for one, other in zip(written.graph.initializer, form.graph.initializer, strict=True) if one != other
-    ]
-    assert differ == ["relu/zero"]
+    # Only the zero points of activations differ.
+    differ = {
+        one.name: numpy_helper.to_array(other)
+        for one, other in zip(written.graph.initializer, form.graph.initializer, strict=True)
+        if one != other
+    }
+    assert differ == {"relu/zero": 0, **dict.fromkeys(differ.keys() - {"relu/zero"}, 128)}
+    assert all(zero.dtype == np.uint8 and name.endswith("/zero") for name, zero in differ.items())
     assert list(written.graph.node) == list(form.graph.node)
 
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
     session = onnxruntime.InferenceSession(form.SerializeToString(), options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
-    assert kinds.count("QLinearConv") == 2
+    assert kinds.count("QLinearConv") == len(names) - 1
     # Nothing here is clipped, so that the codes 0..127 are all there is: the same numbers, integer or not.
     images = noise()
     for expected, found in zip(run(written, {"images": images}), session.run(None, {"images": images}), strict=True):
         step = np.abs(expected).max() / 127
         assert np.abs(expected - found).max() <= 1.01 * step
         assert np.mean(np.abs(expected - found) > 1e-5) < 0.01
+
+
+def bottleneck(minimum: str) -> onnx.ModelProto:
+    """As in MobileNetV2: Conv, ReLU6, depthwise Conv, ReLU6, Conv without an activation, the sum with a shortcut, Conv.
+
+    Args:
+        minimum: where the lower end of ReLU6 is: an initializer, a Constant node, or -1 in place of 0.
+    """
+    rng = np.random.default_rng(5)
+    make = helper.make_node
+    same: dict[str, Any] = {"group": 8, "pads": [1, 1, 1, 1]}
+    shapes = {"wa": (4, 3, 1, 1), "wb": (8, 4, 1, 1), "wc": (8, 1, 3, 3), "wd": (4, 8, 1, 1), "we": (4, 4, 1, 1)}
+    constants = [numpy_helper.from_array(rng.normal(0, 0.7, s).astype(np.float32), n) for n, s in shapes.items()]
+    low = numpy_helper.from_array(np.float32(-1.0 if minimum == "below zero" else 0.0), "low")
+    constants.append(numpy_helper.from_array(np.float32(6), "high"))
+    if minimum != "constant node":
+        constants.append(low)
+    nodes = [
+        *([make("Constant", [], ["low"], value=low)] if minimum == "constant node" else []),
+        make("Conv", ["x", "wa"], ["a"], name="stem"),
+        make("Conv", ["a", "wb"], ["b"], name="expand"),
+        make("Clip", ["b", "low", "high"], ["b6"]),
+        make("Conv", ["b6", "wc"], ["c"], name="depthwise", **same),
+        make("Clip", ["c", "low", "high"], ["c6"]),
+        make("Conv", ["c6", "wd"], ["d"], name="project"),
+        make("Add", ["d", "a"], ["sum"]),
+        make("Conv", ["sum", "we"], ["y"], name="next"),
+    ]
+    tensor = helper.make_tensor_value_info
+    x, y = tensor("x", TensorProto.FLOAT, [1, 3, 8, 8]), tensor("y", TensorProto.FLOAT, [1, 4, 8, 8])
+    graph = helper.make_graph(nodes, "bottleneck", [x], [y], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize(("minimum", "in_integers"), [("initializer", 5), ("constant node", 5), ("below zero", 3)])
+def test_onnxruntime_s_form_of_relu6_runs_in_integers(minimum: str, in_integers: int, tmp_path: Path) -> None:
+    model = bottleneck(minimum)
+    images = 4 * noise(rows=1)
+    form = qdq.for_onnxruntime(qdq.quantize(model, clips_of(model, images)).model)
+    kinds, found = optimised(form, {"x": images}, tmp_path)
+    assert kinds.count("QLinearConv") == in_integers
+    assert "Clip" not in kinds
+    exact = run(model, {"x": images})[0]
+    assert 0 < np.abs(exact - found).max() < 0.05 * np.abs(exact).max()
 
 
 # -- what people look at -----------------------------------------------------------------------------------------------

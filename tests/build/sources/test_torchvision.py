@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from ssd_client.rule import BILINEAR_PLAIN
 
 from build import spec
 from build.errors import ImportModelError, OptionError, SSDError
+from build.gate import datasets
+from build.gate.verify import ious
 from build.graph.attach import attach
 from build.reports.fusion import picture
 from build.session import runner
@@ -142,3 +146,53 @@ def test_weights_that_do_not_fit_are_explained(tmp_path: Path) -> None:
         torchvision_model("ssdlite320_mobilenet_v3_large", str(tmp_path / "nowhere.pth"))
     with pytest.raises(OptionError, match="COCO"):
         torchvision_model("ssdlite320_mobilenet_v3_large", "default", LABELS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("architecture", TORCHVISION)
+def test_from_the_picture_file_on_detections_are_torchvisions(architecture: str, tmp_path: Path) -> None:
+    """With torchvision's own resizing on its side, and the client's on ours."""
+    torchvision()
+    import torch
+
+    model = random_detector(architecture)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "labels.txt").write_text("\n".join(LABELS) + "\n")
+    folder = import_model(
+        architecture,
+        "theirs",
+        weights=str(tmp_path / "weights.pth"),
+        labels=tmp_path / "labels.txt",
+        models=tmp_path / "models",
+    )
+    checked = spec.load(folder)
+    assert checked.input.resample == BILINEAR_PLAIN
+    run = runner(attach(checked))
+
+    def agreeing(resample: str) -> float:
+        """The share of torchvision's detections that are ours, too: the class, IoU 0.9, the score within 0.02.
+
+        The client rounds the resized picture to 8 bits and torchvision does not, and lists end at 200 or 300 rows.
+        """
+        into, shares = dataclasses.replace(checked.input, resample=resample), []
+        for number, photograph in enumerate(datasets.photographs()[:4]):
+            file = tmp_path / f"{number}.png"
+            photograph.save(file)
+            pixels, placement = datasets.load(file, into)
+            outputs = run(checked.nms.feeds(pixels[None]))
+            count = int(outputs["num_detections"][0, 0])
+            boxes = placement.to_image(outputs["detection_boxes"][0, :count])
+            with torch.no_grad():
+                (wanted,) = model([torch.from_numpy(np.asarray(photograph).copy()).permute(2, 0, 1).float() / 255])
+            assert count == len(wanted["scores"]) > 20
+            same = ious(boxes.astype(float), wanted["boxes"].numpy().astype(float))
+            same *= outputs["detection_classes"][0, :count, None] + 1 == wanted["labels"].numpy()
+            same *= np.abs(outputs["detection_scores"][0, :count, None] - wanted["scores"].numpy()) < 0.02
+            shares.append((same.max(0) > 0.9).mean())
+        return float(np.mean(shares))
+
+    plain, antialiased = agreeing(BILINEAR_PLAIN), agreeing("bilinear")
+    print(f"{architecture}: {plain:.3f} of torchvision's detections, {antialiased:.3f} with antialiasing")
+    assert plain > 0.95
+    assert plain > antialiased
