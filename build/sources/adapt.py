@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-DELTAS = {"xy": (0, 1, 2, 3), "yx": (1, 0, 3, 2)}
+Y_FIRST = ("yx", "yxyx", "cycxhw")  # orders of deltas, anchors and boxes in which y comes before x
 _PIXELS = 4  # no box in 0..1 reaches so far
 
 
@@ -81,7 +81,9 @@ def adapt(editor: Editor, front: Front, reading: Reading, labels: int, anchors: 
         if reading.boxes_are != "decoded":
             given = _anchors(editor, front, reading, given, count)
     if reading.boxes_are == "deltas":
-        boxes = editor.pick(boxes, DELTAS[reading.box_order if reading.box_order in DELTAS else "xy"])
+        if reading.box_order in Y_FIRST:
+            boxes = editor.pick(boxes, CORNERS["yxyx"])
+            reading.fact("deltas", "y before x, h before w", f"as the order {reading.box_order} says")
         kept = given
     else:
         boxes, kept = _decoded(editor, front, reading, boxes, given), None

@@ -182,10 +182,13 @@ def _anchors(text: str, front: Front, order: str, count: int) -> NDArray[np.floa
 
     rows = anchor_forms.from_text(text, front.width, front.height, count)
     form, unit = documented = ("cxcywh", "fraction")
-    if order:
+    if Path(text).suffix not in anchor_forms.SUFFIXES:
+        return rows  # a generator's
+    forms = anchor_forms.plausible_forms(rows, front.width, front.height)
+    if order and (not forms or any(form[0] == order for form in forms)):
         unit = "pixel" if np.abs(rows).max() > _PIXELS else "fraction"
-    elif Path(text).suffix in anchor_forms.SUFFIXES:
-        forms = anchor_forms.plausible_forms(rows, front.width, front.height)
+    else:
+        order = ""  # it is that of the boxes: the anchors tell another one
         corners = [other for other in forms if other[0] in ("xyxy", "yxyx") and other[1] == "fraction"]
         if documented not in forms or corners:
             form, unit = anchor_forms.guess_form(rows, front.width, front.height)

@@ -16,7 +16,7 @@ from tests.build.sources.checks import check, imported
 from tests.build.sources.layouts import Layout
 from tests.build.sources.layouts_tensorflow import tensorflow
 from tests.build.sources.layouts_without_nms import two_heads
-from tests.build.sources.networks import BOXES, Array, Network, anchors, corners
+from tests.build.sources.networks import BOXES, Array, Network, anchors, corners, decoded
 
 SAME = np.tile(np.float32([[0.5, 0.5, 0.3, 0.3]]), (BOXES, 1))
 
@@ -82,6 +82,23 @@ def test_anchors_that_are_not_as_many_as_boxes(tmp_path: Path) -> None:
     layout.table = anchors()[:-1]
     with pytest.raises(OptionError, match=r"239 anchors.*, but the model's heads have 240 rows"):
         imported(layout, tmp_path)
+
+
+@pytest.mark.parametrize("table", [corners(anchors())[:, [1, 0, 3, 2]], anchors()], ids=["yxyx", "cxcywh"])
+def test_deltas_with_y_first_are_said_by_the_order(table: Array, tmp_path: Path) -> None:
+    layout = plain()
+    right = layout.truth
+
+    def truth(pixels: Array) -> tuple[Array, Array]:
+        return decoded(encoded(pixels)[..., [1, 0, 3, 2]], anchors()), right(pixels)[1]
+
+    def encoded(pixels: Array) -> Array:
+        net = Network({"box": 4, "cls": 4}, scale=2)
+        return net.numbers(pixels, "box")
+
+    layout.truth, layout.table, layout.wishes = truth, table.astype(np.float32), Wishes(box_order="yxyx")
+    foreign = check(layout, tmp_path)
+    assert ("deltas", "y before x, h before w", "as the order yxyx says") in foreign.reading.facts
 
 
 # -- what would be served wrongly --------------------------------------------------------------------------------------
@@ -264,3 +281,12 @@ def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(ImportModelError, match="cannot be read whole") as raised:
         understand(path, ["a", "b", "c"], wishes)
     assert "file of their own" in raised.value.why
+
+
+def test_a_generator_has_its_own_order(tmp_path: Path) -> None:
+    layout = plain()
+    sizes = "min=12.8|28.8;ratios=2;flip=1;feature=8,4"
+    layout.table, layout.wishes = None, Wishes(anchors=f"priorbox:{sizes}")
+    right = imported(layout, tmp_path).adapted.anchors
+    layout.wishes = Wishes(anchors=f"priorbox:{sizes}", box_order="yxyx")
+    np.testing.assert_array_equal(imported(layout, tmp_path).adapted.anchors, right)
