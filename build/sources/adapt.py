@@ -72,9 +72,9 @@ def adapt(editor: Editor, front: Front, reading: Reading, labels: int, anchors: 
     if reading.boxes_are in ("decoded", ""):
         decoding = find_decoding(editor, boxes, count, reading.box_order, front.example())
     if decoding is not None:
-        boxes, found = _encodings(editor, front, reading, decoding, anchors)
+        boxes, own = _encodings(editor, front, reading, decoding, anchors)
         nms |= {"box_coding": "center_size", "box_scales": list(decoding.scales)}
-        given: NDArray[np.float32] | None = found
+        given: NDArray[np.float32] | None = own
     else:
         given = anchors if anchors is not None else reading.anchors
         reading.boxes_are = reading.boxes_are or _deltas_or_decoded(editor, reading, boxes, count, anchors is not None)
@@ -198,28 +198,28 @@ def _encodings(
 
     in_pixels = decoding.anchors.max() > _PIXELS
     unit = np.array([front.width, front.height] * 2 if in_pixels else [1] * 4, np.float32)
-    found, order = decoding.anchors / unit, decoding.order
+    own, order = decoding.anchors / unit, decoding.order
     reading.corners = decoding.box_order
-    changes = [np.count_nonzero(np.abs(np.diff(found[:, i])) > 1e-4) for i in range(2)]
+    changes = [np.count_nonzero(np.abs(np.diff(own[:, i])) > 1e-4) for i in range(2)]
     if changes[0] < changes[1] and "box_order" not in reading.stated:  # from row to row, x changes first
-        found, order = found[:, [1, 0, 3, 2]], (order[1], order[0], order[3], order[2])
+        own, order = own[:, [1, 0, 3, 2]], (order[1], order[0], order[3], order[2])
         turned = {"xyxy": "yxyx", "yxyx": "xyxy", "cxcywh": "cycxhw"}
         reading.corners = turned.get(reading.corners, reading.corners)
-    if anchors is not None and (anchors.shape != found.shape or np.abs(anchors - found).max() > 1e-3):
+    if anchors is not None and (anchors.shape != own.shape or np.abs(anchors - own).max() > 1e-3):
         raise ImportModelError(
-            f"{editor.path}: the graph itself decodes the boxes {reading.boxes.name!r} with {len(found)} anchors, and "
+            f"{editor.path}: the graph itself decodes the boxes {reading.boxes.name!r} with {len(own)} anchors, and "
             "--anchors would move them a second time",
             why=f"they are computed from the raw numbers in {decoding.encodings.name!r}",
             fix="leave --anchors out: the anchors are read from the graph",
         )
     where = f"tensor {decoding.encodings.name!r}, measured: {decoding.error:.0e} from the graph's own"
     reading.fact("box_scales", list(decoding.scales), where)
-    reading.fact("anchors", f"{len(found)}{' in pixels' if in_pixels else ''}", where)
+    reading.fact("anchors", f"{len(own)}{' in pixels' if in_pixels else ''}", where)
     (array,) = editor.measure(front.example(), [decoding.encodings])
-    read = three(editor, decoding.encodings, array.shape, 4, len(found))
+    read = three(editor, decoding.encodings, array.shape, 4, len(own))
     assert read is not None
     reading.boxes_are, reading.box_order = "deltas", "xy"
-    return editor.pick(read[0], order), np.ascontiguousarray(found, np.float32)
+    return editor.pick(read[0], order), np.ascontiguousarray(own, np.float32)
 
 
 def _deltas_or_decoded(editor: Editor, reading: Reading, boxes: ir.Value, count: int, anchors_given: bool) -> str:

@@ -200,7 +200,7 @@ def nms_inside(
         "NonMaxSuppression", boxes, turned, net.const([most], INDEX), net.const([0.5]), net.const([0.1]),
         to="selected", center_point_box=int(centred),
     )  # fmt: skip
-    one, two = (net.const([i], INDEX) for i in (1, 2))
+    column_1, column_2 = (net.const([i], INDEX) for i in (1, 2))
     if tail == "gather":
         index = net.axes("Squeeze", net.add("Gather", selected, net.const([2], INDEX), axis=1), 1)
         classes = net.axes("Squeeze", net.add("Gather", selected, net.const([1], INDEX), axis=1), 1)
@@ -211,12 +211,12 @@ def nms_inside(
         places = net.add("Gather", selected, net.const([0, 2], INDEX), axis=1)
         kept = net.add("GatherND", boxes, places)
         which = net.add("GatherND", turned, selected)
-        classes = cast(net, net.add("Slice", selected, one, two, one))
+        classes = cast(net, net.add("Slice", selected, column_1, column_2, column_1))
         net.out(net.add("Concat", kept, net.axes("Unsqueeze", which, 1), classes, axis=1), "detections", ["n", 6])
 
     def truth(values: Array) -> tuple[Array, Array]:
-        made = net.numbers(values, "cls")
-        scores = softmax(made) if activation == "Softmax" else sigmoid(made)
+        logits = net.numbers(values, "cls")
+        scores = softmax(logits) if activation == "Softmax" else sigmoid(logits)
         return decoded(net.numbers(values, "box"), anchors()), scores[..., 1:] if labels == 3 else scores
 
     return Layout(net.build(), labels, truth, "nms-inside", nms={"iou_threshold": 0.5, "score_threshold": 0.1})
@@ -328,8 +328,8 @@ def end_to_end() -> Layout:
 
     def truth(values: Array) -> tuple[Array, Array]:
         raw = net.numbers(values, "box")
-        made = np.concatenate([(raw[..., :2] + GRID[:, :2]) * GRID[:, 2:], np.exp(raw[..., 2:]) * GRID[:, 2:]], -1)
-        return corners(made) / SIZE, sigmoid(net.numbers(values, "cls"))
+        boxes = np.concatenate([(raw[..., :2] + GRID[:, :2]) * GRID[:, 2:], np.exp(raw[..., 2:]) * GRID[:, 2:]], -1)
+        return corners(boxes) / SIZE, sigmoid(net.numbers(values, "cls"))
 
     return Layout(net.build(), 3, truth, "end-to-end", nms={"max_detections": 50, "iou_threshold": 1.0})
 

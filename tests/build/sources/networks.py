@@ -1,4 +1,4 @@
-"""A tiny detector network, as ONNX nodes and again in NumPy: what the layouts of layouts.py are made of.
+"""A tiny detector network, as ONNX nodes and again in NumPy: what the layouts of layouts.py are numbers of.
 
 A picture of 64×64 becomes feature maps of 8×8 (3 boxes a cell) and 4×4 (3 boxes a cell): 240 boxes. `Network.rows`
 writes a head into the graph as exporters do, and `Network.numbers` computes the same [B,240,columns] in NumPy.
@@ -175,8 +175,8 @@ class Network:
             maps.append(value)
         rows = []
         for value, (weights, bias) in zip(maps, self.heads[head], strict=False):
-            made = np.einsum("bcyx,oc->byxo", value, weights[:, :, 0, 0]) + bias
-            rows.append(made.reshape(len(pixels), -1, len(bias) // self.cells))
+            numbers = np.einsum("bcyx,oc->byxo", value, weights[:, :, 0, 0]) + bias
+            rows.append(numbers.reshape(len(pixels), -1, len(bias) // self.cells))
         return np.concatenate(rows, 1)
 
 

@@ -14,7 +14,7 @@ from tests.build.sources.layouts import in_graph_decoding
 from tests.build.sources.networks import BOXES, Network, anchors, corners, decoded
 
 
-def found(net: Network, boxes: str, order: str = "") -> object:
+def decoding_of(net: Network, boxes: str, order: str = "") -> object:
     net.out(boxes, "boxes", ["batch", BOXES, 4])
     editor = Editor(Path("x.onnx"), net.build())
     front = find_front(editor)
@@ -25,7 +25,7 @@ def found(net: Network, boxes: str, order: str = "") -> object:
 @pytest.mark.parametrize("pixels", [False, True])
 def test_the_ssd_decoding(order: str, pixels: bool) -> None:
     net = Network({"box": 4})
-    decoding = found(net, in_graph_decoding(net, net.rows("box"), order, pixels, "0"))
+    decoding = decoding_of(net, in_graph_decoding(net, net.rows("box"), order, pixels, "0"))
     assert decoding is not None
     assert decoding.scales == (10, 10, 5, 5)  # type: ignore[attr-defined]
     assert decoding.order == (0, 1, 2, 3)  # type: ignore[attr-defined]
@@ -36,9 +36,9 @@ def test_the_ssd_decoding(order: str, pixels: bool) -> None:
 def test_other_decodings_are_not_taken_for_it() -> None:
     net = Network({"box": 4})
     rows = net.add("Sigmoid", net.rows("box"))
-    assert found(net, net.add("Add", rows, net.const(anchors()[None]))) is None
+    assert decoding_of(net, net.add("Add", rows, net.const(anchors()[None]))) is None
     net = Network({"box": 4})
-    assert found(net, net.add("Exp", net.rows("box"))) is None
+    assert decoding_of(net, net.add("Exp", net.rows("box"))) is None
 
 
 def test_boxes_that_are_computed_for_each_anchor() -> None:

@@ -11,9 +11,8 @@ from onnx import TensorProto
 from build.errors import ImportModelError
 from build.sources.editor import Editor
 from build.sources.front import find_front
-from build.sources.reading import columns, parts_of, three
 from tests.build.sources.layouts_without_nms import two_heads
-from tests.build.sources.networks import BOXES, INDEX, Network
+from tests.build.sources.networks import BOXES, Network
 
 
 def editor_of(net: Network) -> Editor:
@@ -63,51 +62,3 @@ def test_half_precision_becomes_full() -> None:
     model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
     editor = Editor(Path("given.onnx"), model)
     assert {str(value.dtype) for value in (*editor.graph.inputs, *editor.graph.outputs)} == {"FLOAT"}
-
-
-def test_columns_are_a_part_of_the_concatenation_where_they_can_be() -> None:
-    net = Network({"box": 4, "cls": 3})
-    box, cls = net.rows("box"), net.rows("cls")
-    net.out(net.add("Identity", net.add("Concat", box, cls, axis=2)), "out", ["batch", BOXES, 7])
-    editor = editor_of(net)
-    front = find_front(editor)
-    assert columns(editor, front, editor.value("out"), 0, 4) is editor.value(box)
-    assert columns(editor, front, editor.value("out"), 4, 7) is editor.value(cls)
-    sliced = columns(editor, front, editor.value("out"), 3, 5)
-    whole, part = editor.measure(front.example(), [editor.value("out"), sliced])
-    np.testing.assert_array_equal(part, whole[..., 3:5])
-
-
-def test_rows_of_any_shape() -> None:
-    net = Network({"box": 4})
-    rows = net.rows("box")
-    shapes = {
-        "rows": rows,
-        "turned": net.add("Transpose", rows, perm=[0, 2, 1]),
-        "flat": net.add("Flatten", rows),
-        "without batch": net.reshape(rows, -1, 4),
-        "four dimensions": net.axes("Unsqueeze", rows, 2),
-    }
-    for name, value in shapes.items():
-        net.out(net.add("Identity", value), name, None)  # type: ignore[arg-type]
-    editor = editor_of(net)
-    example = find_front(editor).example()
-    (right,) = editor.measure(example, [editor.value("rows")])
-    for name in shapes:
-        (array,) = editor.measure(example, [editor.value(name)])
-        read = three(editor, editor.value(name), array.shape, 4)
-        assert read is not None
-        assert read[1] == BOXES
-        np.testing.assert_array_equal(editor.measure(example, [read[0]])[0], right)
-    assert three(editor, editor.value("rows"), (1, BOXES, 4), 3) is None
-    assert three(editor, editor.value("rows"), (1, BOXES, 4), 4, BOXES + 1) is None
-
-
-def test_the_parts_of_a_concatenation() -> None:
-    net = Network({"box": 4})
-    a, b = net.level("box", 0), net.level("box", 1)
-    flat = [net.reshape(value, 0, -1, 4) for value in (a, b)]
-    net.out(net.add("Concat", *flat, axis=1), "out", ["batch", BOXES, 4])
-    editor = editor_of(net)
-    assert [part.name for part in parts_of(editor.value("out"))] == [a, b]
-    assert editor.constant(editor.whole(3)) == np.array([3], INDEX)
