@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[Any]]
     Runner = Callable[[Arrays], Arrays]  # inputs by name → outputs by name
 
-_ONLY_ERRORS = 3
+_ONLY_FATAL = 4  # errors are raised: the caller says them in its own words
 
 
 def session(
@@ -46,7 +46,7 @@ def session(
 
     levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ONLY_ERRORS
+    options.log_severity_level = _ONLY_FATAL
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -75,6 +75,26 @@ def from_text(text: str, width: int, height: int, count: int = 0, folder: Path =
     return rows
 
 
+def usual_anchors(presets: Sequence[str], count: int, width: int, height: int) -> dict[str, NDArray[np.float32]]:
+    """The presets that give so many anchors for this input, with the anchors.
+
+    Args:
+        presets: names to look at, or beginnings of generators; empty = all presets.
+        count: N.
+        width: of the model's input.
+        height: of the model's input.
+    """
+    fitting: dict[str, NDArray[np.float32]] = {}
+    for text in presets or [*PRESETS]:
+        try:
+            rows = from_text(text, width, height, count)
+        except OptionError:
+            continue
+        if not any(np.array_equal(rows, other) for other in fitting.values()):
+            fitting[text] = rows
+    return fitting
+
+
 def _read(path: Path) -> ArrayLike:
     """The array in a file."""
     try:

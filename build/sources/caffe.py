@@ -1,7 +1,7 @@
 """A Caffe detector (deploy.prototxt and .caffemodel) → ONNX, for the layers that SSDs are made of.
 
 PriorBox and DetectionOutput become nodes of the same names with the layer's settings as attributes: ONNX has no such
-operators, and `recognise.caffe` reads anchors and thresholds from them. Everything else becomes standard operators.
+operators. `families_with_nms.caffe` reads anchors and thresholds from them. Everything else becomes standard operators.
 
 Why not a package: caffe2onnx (last release 2021) pins onnx 1.6, which has no wheel for Python 3.10 and later. Caffe
 itself does not change any more, so this file need not change with it.

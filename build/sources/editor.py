@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 OPSET = 17
 OLDEST_OPSET = 13
+_FOREIGN = "ssd.foreign"  # domain of operators that no ONNX version has
 # Operators that move numbers around and leave their values as they are.
 SHAPING = frozenset(
     (
@@ -48,13 +49,14 @@ class Editor:
 
     Attributes:
         path: likewise.
+        original: the model as it is in the file.
         model: the onnx-ir model that the methods change.
     """
 
     def __init__(self, path: Path, model: onnx.ModelProto) -> None:
         import onnx_ir as ir
 
-        self.path = path
+        self.path, self.original = path, model
         self.model: ir.Model = ir.from_proto(_raised(path, _widened(model)))
         self._count = 0
 
@@ -95,8 +97,8 @@ class Editor:
     # -- looking -------------------------------------------------------------------------------------------------------
 
     def nodes(self, *op_types: str) -> Iterator[ir.Node]:
-        """The nodes of these operators, those inside loops and branches included."""
-        return (node for node in self.graph.all_nodes() if node.op_type in op_types)
+        """The nodes of these operators (of all, if none is named), those inside loops and branches included."""
+        return (node for node in self.graph.all_nodes() if not op_types or node.op_type in op_types)
 
     def constant(self, value: ir.Value | None) -> NDArray[Any] | None:
         """A tensor's value where it is a constant, also one that is made from constants; None where it is not."""
@@ -182,6 +184,8 @@ class Editor:
         """
         import onnx_ir as ir
 
+        if not outputs:
+            return []
         model = self.part([self.value(name) for name in feeds], outputs)
         for info, array in zip(model.graph.input, feeds.values(), strict=True):
             info.type.tensor_type.elem_type = ir.DataType.from_numpy(array.dtype).value
@@ -283,7 +287,6 @@ class Editor:
         proto.graph.input.append(helper.make_tensor_value_info(str(pixels.name), real, ["batch", 3, *size]))
         for name, (_, rows, columns) in heads.items():
             proto.graph.output.append(helper.make_tensor_value_info(name, real, ["batch", rows, columns]))
-        open_batch(proto)
         return _swept(proto)
 
     def _take_name(self, value: ir.Value, name: str) -> None:
@@ -291,32 +294,6 @@ class Editor:
             if other.name == name and other is not value:
                 other.name = f"source/{name}"
         value.name = name
-
-
-def open_batch(model: onnx.ModelProto) -> list[str]:
-    """Opens a batch of one that is written into the shapes of Reshapes (in place).
-
-    Returns:
-        The names of the nodes that were changed.
-    """
-    from onnx import numpy_helper
-
-    constants = {constant.name: constant for constant in model.graph.initializer}
-    changed = []
-    for node in model.graph.node:
-        if node.op_type != "Reshape" or node.input[1] not in constants:
-            continue
-        shape = numpy_helper.to_array(constants[node.input[1]])
-        if shape.ndim == 1 and len(shape) > 1 and shape[0] == 1:
-            opened = shape.copy()
-            opened[0] = 0 if -1 in shape[1:] else -1
-            name = f"{node.input[1]}/open"
-            if name not in constants:
-                constants[name] = numpy_helper.from_array(opened, name)
-                model.graph.initializer.append(constants[name])
-            node.input[1] = name
-            changed.append(node.name)
-    return changed
 
 
 def _raised(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
@@ -330,6 +307,12 @@ def _raised(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
     current = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
     if current >= OLDEST_OPSET:
         return model
+    # Caffe's exporters give PriorBox and others as standard operators, which they are not: the converter would stop.
+    for node in model.graph.node:
+        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
+            node.domain = _FOREIGN
+    if all(item.domain != _FOREIGN for item in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(_FOREIGN, 1))
     try:
         return onnx.version_converter.convert_version(model, OPSET)
     except Exception as error:  # the converter raises whatever its C++ raises

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from build.errors import ImportModelError, OptionError
 from build.sources import anchors as anchor_forms
-from build.sources.adapt import BOX_ORDERS, Adapted, adapt
+from build.sources.adapt import Adapted, adapt
+from build.sources.decoding import BOX_ORDERS
 from build.sources.editor import Editor
 from build.sources.front import Front, find_front
-from build.sources.recognise import Reading, recognise
+from build.sources.reading import Reading
+from build.sources.recognise import recognise
 from build.sources.symptoms import check_values
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 BOXES_ARE = ("deltas", "decoded")
 SCORES_ARE = ("logits", "probabilities")
+_PIXELS = 4  # no anchor in 0..1 reaches so far
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,14 @@ class Foreign:
     """A file that was understood.
 
     Attributes:
+        path: the file.
         adapted: what the build takes.
         reading: what it was recognised as.
         front: where its pixels come in.
         original: the graph as it was.
     """
 
+    path: Path
     adapted: Adapted
     reading: Reading
     front: Front
@@ -100,43 +104,47 @@ def understand(path: Path, labels: Sequence[str], wishes: Wishes = Wishes()) -> 
     model = load(path)
     editor = Editor(path, model)
     front = find_front(editor, wishes.width, wishes.height)
+    _check_fixed_batch(editor, front)
+    if wishes.boxes and wishes.boxes == wishes.logits:
+        raise OptionError(
+            f"{path}: --boxes and --logits both name {wishes.boxes!r}",
+            fix="name two tensors; where one output holds both, leave them out: --family list says which are known",
+        )
     if wishes.boxes and wishes.logits and not wishes.family:
-        reading = Reading("named tensors", editor.value(wishes.boxes), editor.value(wishes.logits))
+        reading = Reading("named tensors", editor.value(wishes.boxes), editor.value(wishes.logits), boxes_are="")
         reading.fact("heads", f"{wishes.boxes}, {wishes.logits}", "--boxes, --logits")
     else:
         reading = recognise(editor, front, len(labels), wishes.family)
         if wishes.boxes:
-            reading.boxes, reading.pick = editor.value(wishes.boxes), None
+            reading.boxes = editor.value(wishes.boxes)
         if wishes.logits:
-            reading.scores, reading.pick = editor.value(wishes.logits), None
+            reading.scores = editor.value(wishes.logits)
     where = front.cut or f"input {front.pixels.name!r}"
-    layout = "[B,H,W,3]" if front.channels_last else "[B,3,H,W]"
+    layout = "[B,H,W,3], channels last" if front.channels_last else "[B,3,H,W]"
     reading.fact(
         "input", f"{front.width} x {front.height}, {layout}, {front.dtype}", f"behind {where}" if front.cut else where
     )
-    if wishes.boxes_are:
-        reading.boxes_are = wishes.boxes_are
-    if wishes.box_order:
-        reading.box_order = wishes.box_order
-    if wishes.scores_are:
-        reading.scores_are, reading.scores_stated = wishes.scores_are, True
+    for name in ("boxes_are", "box_order", "scores_are"):
+        if value := getattr(wishes, name):
+            setattr(reading, name, value)
+            reading.stated.add(name)
+            reading.fact(name.replace("_", " "), value, f"--{name.replace('_', '-')}")
     given = None
     if wishes.anchors:
-        given = _anchors(wishes.anchors, front, wishes.box_order)
+        (array,) = editor.measure(front.example(), [reading.boxes])
+        count = array.size // 4 if 4 in array.shape[-2:] else 0
+        given = _anchors(wishes.anchors, front, wishes.box_order, count)
         reading.fact("anchors", anchor_forms.describe(given), f"--anchors {wishes.anchors}")
-        if wishes.boxes and not wishes.boxes_are and reading.family == "named tensors":
-            reading.boxes_are = "deltas"
     adapted = adapt(editor, front, reading, len(labels), given)
-    if not (wishes.scores_are and wishes.boxes_are):
-        check_values(path, adapted, reading, wishes.scores_are, wishes.boxes_are)
+    check_values(path, adapted, reading, front)
     for key, value in reading.picture.items():
-        if key in adapted.picture and adapted.picture[key] == value:
+        if not (front.normalised and key in ("mean", "std")):
             reading.fact(
                 f"input.{key}", value, f"usual for {reading.family}: the file cannot say it (--set input.{key}=...)"
             )
     if front.normalised:
         reading.fact("normalisation", "in the graph: plain pixel values go in", where)
-    return Foreign(adapted, reading, front, model)
+    return Foreign(path, adapted, reading, front, model)
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -152,23 +160,37 @@ def load(path: Path) -> onnx.ModelProto:
         return onnx.load(path)
     except OSError as error:
         raise ImportModelError(f"{path}: cannot be read: {error.strerror or error}", fix="correct the path") from None
+    except onnx.checker.ValidationError as error:  # external data
+        raise ImportModelError(
+            f"{path}: cannot be read whole: {error}",
+            why="weights are in a file of their own beside it, which is missing or another one",
+            fix="keep the files of the export together",
+        ) from None
     except (DecodeError, ValueError) as error:
         raise ImportModelError(
             f"{path}: no ONNX model: {error}", why="the file is truncated or of another kind", fix="export it again"
         ) from None
 
 
-def _anchors(text: str, front: Front, order: str) -> NDArray[np.float32]:
+def _anchors(text: str, front: Front, order: str, count: int) -> NDArray[np.float32]:
     """The user's anchors as cx,cy,w,h in 0..1.
 
     Raises:
         OptionError: they cannot be had, or their order cannot be told.
     """
-    rows = anchor_forms.from_text(text, front.width, front.height)
+    import numpy as np
+
+    rows = anchor_forms.from_text(text, front.width, front.height, count)
     form, unit = documented = ("cxcywh", "fraction")
-    if Path(text).suffix in anchor_forms.SUFFIXES:
-        forms = anchor_forms.plausible_forms(rows, front.width, front.height)
-        if documented not in forms:
+    if Path(text).suffix not in anchor_forms.SUFFIXES:
+        return rows  # a generator's
+    forms = anchor_forms.plausible_forms(rows, front.width, front.height)
+    if order and (not forms or any(form[0] == order for form in forms)):
+        unit = "pixel" if np.abs(rows).max() > _PIXELS else "fraction"
+    else:
+        order = ""  # it is that of the boxes: the anchors tell another one
+        corners = [other for other in forms if other[0] in ("xyxy", "yxyx") and other[1] == "fraction"]
+        if documented not in forms or corners:
             form, unit = anchor_forms.guess_form(rows, front.width, front.height)
     size = (front.width, front.height) if unit == "pixel" else (1, 1)
     return anchor_forms.corners_to_centers(rows, order or form, *size)
@@ -185,14 +207,23 @@ def write(folder: Path, foreign: Foreign) -> dict[str, dict[str, Any]]:
     return {"model": {}, "input": dict(foreign.adapted.picture), "nms": dict(foreign.adapted.nms)}
 
 
-def copy_labels(file: Path, folder: Path) -> list[str]:
-    """Copies labels.txt; gives the labels.
+def _check_fixed_batch(editor: Editor, front: Front) -> None:
+    """Refuses a batch of several pictures that is written into the graph.
 
     Raises:
-        ImportModelError: it cannot be read.
+        ImportModelError: it is; names the first node that holds it.
     """
-    try:
-        shutil.copyfile(file, folder / "labels.txt")
-        return file.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise ImportModelError(f"{file}: cannot be read: {error.strerror}", fix="correct the path") from None
+    shape = list(front.picture.shape or ())
+    batch = shape[0] if shape and isinstance(shape[0], int) else 1
+    if batch == 1:
+        return
+    for node in editor.nodes("Reshape", "Expand", "Tile"):
+        value = editor.constant(node.inputs[1])
+        if value is not None and value.ndim == 1 and len(value) > 1 and value[0] == batch:
+            raise ImportModelError(
+                f"{editor.path}: is exported for batches of {batch}: its node {node.name or node.outputs[0].name!r} "
+                f"({node.op_type}) holds that number",
+                why=f"its input {front.picture.name!r} is {shape}",
+                fix="export it with an open batch (torch.onnx.export: dynamic_axes={'input': {0: 'batch'}, ...}), or "
+                "with a batch of 1",
+            )

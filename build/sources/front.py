@@ -32,6 +32,7 @@ class Front:
         normalised: whether the graph normalises behind it, so that it takes plain pixel values.
         cut: the operator that the graph was cut behind; empty where `pixels` is the graph's input.
         picture: the graph's own input, before the cut.
+        names: of `pixels` and `picture` in the file; an adaptation renames them.
     """
 
     pixels: ir.Value
@@ -42,24 +43,32 @@ class Front:
     normalised: bool
     cut: str
     picture: ir.Value
+    names: tuple[str, str]
 
     def feeds(self, pixels: NDArray[np.generic]) -> dict[str, NDArray[Any]]:
         """Pictures [B,H,W,3] as the network takes them, values as they are."""
         import numpy as np
 
         array = pixels if self.channels_last else pixels.transpose(0, 3, 1, 2)
-        return {str(self.pixels.name): np.ascontiguousarray(array.astype(self.dtype))}
+        return {self.names[0]: np.ascontiguousarray(array.astype(self.dtype))}
+
+    def noise(self, count: int, seed: int = 0) -> NDArray[np.float32]:
+        """Pictures of noise [count,H,W,3] as the network takes them: normalised, where it does not do that itself."""
+        import numpy as np
+
+        pixels = np.random.default_rng(seed).uniform(0, 255, (count, self.height, self.width, 3))
+        return (pixels.round() if self.normalised else (pixels - 127.5) / 64).astype(np.float32)
 
     def example(self) -> dict[str, NDArray[Any]]:
         """The feeds of one picture of noise, for measuring sizes."""
         import numpy as np
 
-        pixels = np.random.default_rng(0).uniform(0, 255, (1, self.height, self.width, 3))
+        pixels = self.noise(1)
         if not self.cut:
             return self.feeds(pixels)
         last = list(self.picture.shape or ())[-1] == 3  # the whole graph, with the preprocessing that is cut off later
         array = pixels if last else pixels.transpose(0, 3, 1, 2)
-        return {str(self.picture.name): np.ascontiguousarray(array.astype(self.picture.dtype.numpy()))}  # type: ignore[union-attr]
+        return {self.names[1]: np.ascontiguousarray(array.astype(self.picture.dtype.numpy()))}  # type: ignore[union-attr]
 
 
 def find_front(editor: Editor, width: int = 0, height: int = 0) -> Front:
@@ -101,7 +110,7 @@ def find_front(editor: Editor, width: int = 0, height: int = 0) -> Front:
     shape = list(picture.shape or ())
     sizes = [size if isinstance(size, int) else 0 for size in shape]
     turns = any(n.op_type == "Transpose" and list(n.attributes["perm"].as_ints()) == [0, 3, 1, 2] for n in passed)
-    channels_last = turns if producer else len(sizes) == 4 and sizes[3] == 3 and sizes[1] != 3
+    channels_last = turns or (not producer and len(sizes) == 4 and sizes[3] == 3 and sizes[1] != 3)
     rows, columns = (1, 2) if channels_last else (2, 3)
     inside = _resize(editor) if producer else (sizes[rows], sizes[columns]) if len(sizes) == 4 else (0, 0)
     tall, wide = height or inside[0], width or inside[1]
@@ -123,7 +132,8 @@ def find_front(editor: Editor, width: int = 0, height: int = 0) -> Front:
     dtype = "uint8" if kind == ir.DataType.UINT8 else "float32"
     normalised = dtype == "uint8" or bool(producer) or any(n.op_type in _NORMALISING for n in passed)
     cut = f"{producer.op_type} {producer.name!r}" if producer else ""
-    return Front(pixels, channels_last, tall, wide, dtype, normalised, cut, picture)
+    names = (str(pixels.name), str(picture.name))
+    return Front(pixels, channels_last, tall, wide, dtype, normalised, cut, picture, names)
 
 
 def new_input(editor: Editor, front: Front) -> ir.Value:

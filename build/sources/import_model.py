@@ -1,8 +1,8 @@
 """`invoke import-model`: somebody else's detector → models/<name>/ with model.onnx, spec.toml, labels.txt, anchors.npy.
 
-torchvision's two SSDs are exported up to their raw heads, with all that their post-processing needs in spec.toml; any
-other ONNX with raw heads comes with a spec or with options. A model that ends in its own post-processing is told from
-one with raw heads, and what to export instead is said.
+torchvision's two SSDs are exported up to their raw heads, with all that their post-processing needs in spec.toml. Any
+other detector comes as its ONNX file: `foreign` recognises and adapts it, `prove` compares it with the original. The
+folder is filled and checked beside the models, and renamed into place at the end.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build import files, spec
-from build.errors import ImportModelError, OptionError
+from build.errors import ImportModelError, OptionError, SSDError
 from build.files import ARTIFACTS, MODELS
 from build.gate.self_check import self_check
 from build.graph.attach import attach
@@ -35,18 +35,11 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 if TYPE_CHECKING:
-    import onnx
     from PIL import Image
     from rich.console import Console
 
 PROOF_FILE = "import.json"
 _MOST_PICTURES = 64
-
-# Operators that do (a part of) the post-processing: the standard one, TensorRT's plugins, and exporters' own.
-_POST_PROCESSING = re.compile(
-    r"NonMaxSuppression|(Efficient|Batched|EfficientIdx|Multiclass)\w*NMS\w*|NMS_TRT|TRTBatched\w*NMS\w*|"
-    r"\w*DetectionOutput\w*|DetectionPostProcess|\w*NMS"
-)
 
 
 def import_model(
@@ -94,9 +87,9 @@ def import_model(
     if source in TORCHVISION:
         if spec_file or wishes != Wishes():
             raise OptionError(f"{source} brings its own spec, anchors and heads", fix="leave those options out")
-        names = None if labels is None else _lines(labels)
+        own = None if labels is None else _lines(labels)
         return _write(
-            models, name or source, settings, force, lambda folder: write_torchvision(folder, source, weights, names)
+            models, name or source, settings, force, lambda folder: write_torchvision(folder, source, weights, own)
         )
     path = Path(source)
     if path.suffix != ".onnx":
@@ -120,7 +113,11 @@ def import_model(
     _apply(tables, settings)
     size = tables.get("input", {})
     wishes = dataclasses.replace(wishes, width=int(size.get("width", 0)), height=int(size.get("height", 0)))
-    foreign = understand(path, _lines(labels), wishes)
+    names = _lines(labels)
+    foreign = understand(path, names, wishes)
+    for table, values in tables.items():
+        for key, value in values.items():
+            foreign.reading.override(f"{table}.{key}", value, "--set" if spec_file is None else f"--set or {spec_file}")
     show.print(foreign.table())
     if dry_run:
         show.print("dry run: nothing was written", markup=False)
@@ -129,7 +126,7 @@ def import_model(
     drawing = artifacts / "import" / f"{name or path.stem}.png"
 
     def fill(folder: Path) -> dict[str, dict[str, Any]]:
-        shutil.copyfile(labels, folder / "labels.txt")
+        (folder / "labels.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
         written = write(folder, foreign)
         for table, values in tables.items():
             written.setdefault(table, {}).update(values)
@@ -148,7 +145,8 @@ def import_model(
         if drawing.is_file():
             show.print(f"both sides drawn: {files.relative(drawing)}", markup=False)
 
-    return _write(models, name or path.stem, (), force, fill, proof)
+    sources = {"model.onnx": str(path), "labels.txt": str(labels), "anchors.npy": wishes.anchors or str(path)}
+    return _write(models, name or path.stem, (), force, fill, proof, sources)
 
 
 def _given(spec_file: Path | None) -> dict[str, dict[str, Any]]:
@@ -192,8 +190,12 @@ def _write(
     force: bool,
     fill: Callable[[Path], dict[str, dict[str, Any]]],
     proof: Callable[[Path], None] | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> Path:
-    """Fills a folder beside `models`, checks what is in it as the build would, and only then renames it into place."""
+    """Fills a folder beside `models`, checks what is in it as the build would, and only then renames it into place.
+
+    Errors name the user's `sources` and not the files that were made of them.
+    """
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise OptionError(f"name is {name!r}, but must be of letters, digits, - and _", fix="give another one: --name")
     target = models / name
@@ -215,6 +217,12 @@ def _write(
         _put(content, target)
     except OSError as error:
         raise ImportModelError(f"{target} cannot be written: {error}", fix="check the disk and its rights") from error
+    except SSDError as error:
+        texts = [error.what, error.why, error.fix]
+        for file, source in (sources or {}).items():
+            texts = [text.replace(str(content / file), source) for text in texts]
+        texts = [text.replace(str(content), str(target)) for text in texts]
+        raise type(error)(texts[0], why=texts[1], fix=texts[2]) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
@@ -265,81 +273,8 @@ def _apply(tables: dict[str, dict[str, Any]], settings: Sequence[str]) -> None:
 
 
 def _lines(path: Path) -> list[str]:
+    """The labels; a byte order mark and blank lines at the end do not count."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ImportModelError(f"{path}: cannot be read: {error}", fix="one foreground label per line, UTF-8") from None
-
-
-# -- models with their own post-processing -----------------------------------------------------------------------------
-
-
-def _explain_post_processing(model: onnx.ModelProto, path: str) -> None:
-    """Refuses a model that selects boxes itself, and names the tensors that it should end with instead.
-
-    Raises:
-        ImportModelError: it has such a node.
-    """
-    selecting = next(_post_processing(model), None)
-    if selecting is None:
-        return
-    node, graph = selecting
-    makers = {name: item for item in graph.node for name in item.output if name}
-    inputs = [name for name in node.input if name]
-    why = f"its node {node.name or '(unnamed)'!r} ({node.op_type}) selects the boxes inside the model"
-    ends = []
-    for role, name in zip(("box deltas", "class logits"), inputs, strict=False):
-        raw = _before_post_processing(name, makers)
-        ends.append(f"{role}: what {raw!r} is made from" if raw == name else f"{role}: likely {raw!r}")
-    names = "; ".join(ends)
-    raise ImportModelError(
-        f"{path}: ends in its own post-processing ({node.op_type}), so it has no raw heads",
-        why=why,
-        fix="export the network up to its raw heads: box deltas [B,N,4] before decoding and class logits [B,N,C] "
-        f"before softmax or sigmoid{f' ({names})' if names else ''}. In PyTorch, export a module that returns what the "
-        "detection head returns; with other tools, switch NMS or post-processing off in the export",
-    )
-
-
-def _post_processing(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, onnx.GraphProto]]:
-    """Nodes that select boxes, those inside subgraphs included; a TopK counts when an output depends on its indices."""
-    graphs = [model.graph]
-    for graph in graphs:
-        for node in graph.node:
-            graphs += [inner for item in node.attribute for inner in (item.g, *item.graphs) if inner.node]
-            if _POST_PROCESSING.fullmatch(node.op_type):
-                yield node, graph
-    users: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    for node in model.graph.node:
-        if node.op_type == "TopK" and any(
-            user.op_type.startswith("Gather") for name in node.output for user in _after(name, users)
-        ):
-            yield node, model.graph
-
-
-def _after(name: str, users: Mapping[str, list[onnx.NodeProto]]) -> list[onnx.NodeProto]:
-    """The nodes that use a tensor, also behind changes of shape and type."""
-    behind = []
-    for node in users.get(name, []):
-        behind.append(node)
-        if node.op_type in _PASSING:
-            behind += _after(node.output[0], users)
-    return behind
-
-
-_PASSING = frozenset(("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity", "Slice", "Concat", "Flatten"))
-
-
-def _before_post_processing(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:
-    """The way back from an NMS input through shapes and the activation of the scores; the tensor it starts from."""
-    while name in makers:
-        node = makers[name]
-        if node.op_type in ("Softmax", "Sigmoid"):
-            return node.input[0]
-        if node.op_type not in _PASSING or not node.input or node.op_type == "Concat":
-            return name
-        name = node.input[0]
-    return name

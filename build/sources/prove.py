@@ -18,12 +18,13 @@ from build.gate.scoring import Detected
 from build.gate.verify import ious
 from build.graph.attach import attach
 from build.session import runner
-from build.sources.adapt import to_corners
+from build.sources.decoding import CORNERS, to_corners
 from build.sources.foreign import Foreign
 from build.spec import Spec
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
     from numpy.typing import NDArray
     from PIL import Image
 
@@ -80,12 +81,29 @@ def prove(foreign: Foreign, spec: Spec, pictures: Sequence[Image.Image], drawing
     Raises:
         ImportModelError: they differ; says how, and what that is a sign of.
     """
-    import numpy as np
-    from ssd_client.preprocess import preprocess
-
     original, how = _original(foreign, spec)
     if original is None:
         return Proof(False, how)
+    proof = _compare(foreign, spec, pictures, original, how, drawing)
+    if proof.detections or "selected" not in foreign.reading.selection:
+        return proof
+    # Nothing reached the graph's own threshold, as with weights that were not trained: both again without one.
+    bare = dataclasses.replace(spec, nms=dataclasses.replace(spec.nms, score_threshold=0.0))
+    original, _ = _original(foreign, bare)
+    assert original is not None
+    try:
+        return _compare(foreign, bare, pictures, original, f"{how}, with its score threshold at 0", drawing)
+    except ImportModelError as error:
+        return dataclasses.replace(proof, how=f"{proof.how}; with its score threshold at 0, {error.what}")
+
+
+def _compare(
+    foreign: Foreign, spec: Spec, pictures: Sequence[Image.Image], original: Original, how: str, drawing: Path | None
+) -> Proof:
+    """`prove` with an original that runs."""
+    import numpy as np
+    from ssd_client.preprocess import preprocess
+
     imported = _imported(spec)
     total, boxes, scores = 0, 0.0, 0.0
     sheets = []
@@ -97,7 +115,7 @@ def prove(foreign: Foreign, spec: Spec, pictures: Sequence[Image.Image], drawing
         pairs, lonely = _pairs(spec, theirs, ours)
         if lonely:
             raise ImportModelError(
-                f"{spec.onnx_path.name}: the imported model does not detect what the original does: {lonely}",
+                f"{foreign.path}: the imported model does not detect what the original does: {lonely}",
                 why=_symptom(spec, theirs, ours),
                 fix="say how the file is to be read: --box-order, --boxes-are, --scores-are, --anchors",
             )
@@ -151,12 +169,16 @@ def _original(foreign: Foreign, spec: Spec) -> tuple[Original | None, str]:
         return None, "the file has no post-processing of its own that ONNX Runtime can run"
     model = onnx.ModelProto()
     model.CopyFrom(foreign.original)
+    if "selected" in names and not spec.nms.score_threshold:
+        _without_threshold(model, names["selected"])
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names.values() if name not in present)
     try:
         run = runner(model)
     except GraphError as error:
         return None, error.what
+    if "rows" in names:
+        return lambda pixels: _finished(foreign, spec, run, pixels), "its own TopK in ONNX Runtime"
     if "detection_boxes" in names:
         return lambda pixels: _tensorflow(foreign, spec, run, pixels), "its own post-processing in ONNX Runtime"
     return lambda pixels: _selected(foreign, spec, run, pixels), "its own NonMaxSuppression in ONNX Runtime"
@@ -184,7 +206,7 @@ def _opencv(foreign: Foreign, spec: Spec) -> tuple[Original | None, str]:
             attributes.pop("img_sizes", None)
             if steps and steps[0]:
                 attributes["step"] = float(steps[0])
-            inputs = list(node.input) if len(node.input) > 1 else [node.input[0], str(foreign.front.picture.name)]
+            inputs = list(node.input) if len(node.input) > 1 else [node.input[0], foreign.front.names[1]]
             node.CopyFrom(helper.make_node("PriorBox", inputs, node.output, name=node.name, **attributes))
     try:
         network = cv2.dnn.readNetFromONNX(np.frombuffer(model.SerializeToString(), np.uint8))
@@ -192,7 +214,7 @@ def _opencv(foreign: Foreign, spec: Spec) -> tuple[Original | None, str]:
         return None, f"OpenCV {cv2.__version__} cannot read the file: {str(error).strip().splitlines()[-1]}"
 
     def detect(pixels: NDArray[np.uint8]) -> Detected:
-        network.setInput(foreign.front.feeds(_normalised(spec, pixels))[str(foreign.front.pixels.name)])
+        network.setInput(foreign.front.feeds(_normalised(spec, pixels))[foreign.front.names[0]])
         rows = network.forward().reshape(-1, 7)
         rows = rows[rows[:, 2] > spec.nms.score_threshold]
         labels = rows[:, 1].astype(np.int32) - (spec.nms.background_class == 0)
@@ -214,30 +236,66 @@ def _tensorflow(foreign: Foreign, spec: Spec, run: Callable[[Any], Any], pixels:
     import numpy as np
 
     names, front = foreign.reading.selection, foreign.front
-    answers = run({str(front.picture.name): pixels[None].astype(front.picture.dtype.numpy())})  # type: ignore[union-attr]
+    answers = run({front.names[1]: pixels[None].astype(front.picture.dtype.numpy())})  # type: ignore[union-attr]
     count = int(answers[names["num_detections"]][0])
     boxes = answers[names["detection_boxes"]][0, :count][:, [1, 0, 3, 2]]
     scores = answers[names["detection_scores"]][0, :count]
     classes = answers[names["detection_classes"]][0, :count] - 1 if "detection_classes" in names else np.zeros(count)
-    kept = scores > spec.nms.score_threshold
+    classes = classes - foreign.reading.sees_background
+    kept = (scores > spec.nms.score_threshold) & (classes >= 0)
     return Detected(boxes[kept], scores[kept], classes[kept].astype(np.int32))
 
 
 def _selected(foreign: Foreign, spec: Spec, run: Callable[[Any], Any], pixels: NDArray[np.uint8]) -> Detected:
     import numpy as np
 
-    names = foreign.reading.selection
+    names, background = foreign.reading.selection, spec.nms.background_class
     answers = run(foreign.front.feeds(_normalised(spec, pixels)))
     rows = answers[names["selected"]]
     boxes, scores = answers[names["boxes"]], answers[names["scores"]]
-    picked = to_corners(boxes[0, rows[:, 2]].astype(np.float64), foreign.reading.box_order)
-    if np.abs(boxes).max() > 4:
-        picked = picked / np.array([foreign.front.width, foreign.front.height] * 2)
+    whole = scores.shape[1] == spec.classes  # else the export cut the background off
+    if whole and background >= 0:
+        rows = rows[rows[:, 1] != background]
+    picked = _in_fractions(foreign, boxes[0], rows[:, 2])
     order = np.argsort(-scores[0, rows[:, 1], rows[:, 2]], kind="stable")[: spec.nms.max_detections]
-    labels = rows[order, 1] - (spec.nms.background_class >= 0)
+    labels = rows[order, 1] - (whole and background >= 0 and rows[order, 1] > background)
     return Detected(
         picked[order].astype(np.float32), scores[0, rows[order, 1], rows[order, 2]], labels.astype(np.int32)
     )
+
+
+def _finished(foreign: Foreign, spec: Spec, run: Callable[[Any], Any], pixels: NDArray[np.uint8]) -> Detected:
+    """Rows of x1,y1,x2,y2, score, class."""
+    import numpy as np
+
+    rows = run(foreign.front.feeds(_normalised(spec, pixels)))[foreign.reading.selection["rows"]]
+    rows = rows.reshape(-1, rows.shape[-1])[:, -6:]
+    rows = rows[rows[:, 4] > spec.nms.score_threshold]
+    boxes = _in_fractions(foreign, rows[:, :4], np.arange(len(rows)))
+    return Detected(boxes.astype(np.float32), rows[:, 4], rows[:, 5].astype(np.int32))
+
+
+def _in_fractions(foreign: Foreign, boxes: NDArray[Any], chosen: NDArray[Any]) -> NDArray[np.float64]:
+    """The chosen rows as x1,y1,x2,y2 in 0..1, any two opposite corners put in order; all rows tell the unit."""
+    import numpy as np
+
+    picked = to_corners(boxes[chosen].astype(np.float64), foreign.reading.corners)
+    if foreign.reading.corners in CORNERS:
+        first, second = picked[:, :2], picked[:, 2:]
+        picked = np.concatenate([np.minimum(first, second), np.maximum(first, second)], 1)
+    in_pixels = boxes.size and np.abs(boxes).max() > 4
+    return picked / np.array([foreign.front.width, foreign.front.height] * 2) if in_pixels else picked
+
+
+def _without_threshold(model: onnx.ModelProto, selected: str) -> None:
+    """Gives a NonMaxSuppression of the main graph the score threshold 0 (in place)."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    for node in model.graph.node:
+        if selected in node.output and len(node.input) > 4:
+            model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), "ssd/threshold"))
+            node.input[4] = "ssd/threshold"
 
 
 def _pairs(spec: Spec, theirs: Detected, ours: Detected) -> tuple[list[tuple[int, int]], str]:
@@ -294,6 +352,7 @@ def _symptom(spec: Spec, theirs: Detected, ours: Detected) -> str:
 
 def draw(path: Path, spec: Spec, sheets: Sequence[tuple[NDArray[np.uint8], Detected, Detected]]) -> None:
     """One picture for people: the original's detections on the left, the imported model's on the right."""
+    import numpy as np
     from PIL import Image, ImageDraw
 
     from build.files import replacing
@@ -310,7 +369,8 @@ def draw(path: Path, spec: Spec, sheets: Sequence[tuple[NDArray[np.uint8], Detec
             pencil = ImageDraw.Draw(picture)
             for box, score, label in zip(side.boxes, side.scores, side.classes, strict=True):
                 if score >= SHOWN:
-                    corners = (box * [width, height, width, height]).tolist()
+                    ends = np.sort((box * [width, height, width, height]).reshape(2, 2), axis=0)
+                    corners = ends.ravel().tolist()
                     pencil.rectangle(corners, outline="lime", width=2)
                     text = f"{spec.labels[label]} {score:.2f}"
                     pencil.text(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from build import contract
 from build.errors import ImportModelError
 from build.session import runner
-from build.sources.recognise import Reading
+from build.sources.front import Front
+from build.sources.reading import Reading
 
 if TYPE_CHECKING:
     from build.sources.adapt import Adapted
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
 _PICTURES = 3
 
 
-def check_values(path: Path, adapted: Adapted, reading: Reading, scores_are: str, boxes_are: str) -> None:
+def check_values(path: Path, adapted: Adapted, reading: Reading, front: Front) -> None:
     """Runs the adapted heads on noise and looks at their numbers.
 
     Args:
         path: the file, for messages.
         adapted: its heads.
-        reading: what it was taken for.
-        scores_are, boxes_are: what the user said; then it is not questioned.
+        reading: what it was taken for; what the user stated is not questioned.
+        front: its input.
 
     Raises:
         ImportModelError: the numbers contradict the reading; says which option mends it.
@@ -31,15 +32,14 @@ def check_values(path: Path, adapted: Adapted, reading: Reading, scores_are: str
     import numpy as np
 
     run = runner(adapted.model)
-    size = (1, 3, adapted.picture["height"], adapted.picture["width"])
-    random = np.random.default_rng(0)
-    heads = [run({"pixels": random.uniform(0, 255, size).astype(np.float32)}) for _ in range(_PICTURES)]
+    pictures = front.noise(_PICTURES).transpose(0, 3, 1, 2)
+    heads = [run({"pixels": picture[None]}) for picture in pictures]
     boxes, scores = (np.concatenate([head[name] for head in heads]) for name in contract.HEADS)
     if not (np.isfinite(scores).all() and (adapted.anchors is None or np.isfinite(boxes).all())):
         raise ImportModelError(f"{path}: gives values that are not finite on noise", fix="export it again, in FP32")
     activation = adapted.nms.get("score_activation", "softmax")
     fractions = bool((scores >= 0).all() and (scores <= 1).all())
-    if not scores_are and activation != "none" and fractions:
+    if "scores_are" not in reading.stated and activation != "none" and fractions:
         sums = np.abs(scores.sum(-1) - 1).max() < 1e-3
         raise ImportModelError(
             f"{path}: the class scores {reading.scores.name!r} lie in 0..1"
@@ -48,11 +48,22 @@ def check_values(path: Path, adapted: Adapted, reading: Reading, scores_are: str
             why="the export activates them in a way that is not one Softmax or Sigmoid node",
             fix="--scores-are probabilities, or --scores-are logits if they really are raw",
         )
-    corners = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
-    if not boxes_are and adapted.anchors is not None and corners.mean() > 0.99 and np.abs(boxes - 0.5).max() < 2:
+    if "boxes_are" in reading.stated or adapted.anchors is None or not boxes.size:
+        return
+    ordered = ((boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])).mean()
+    size = max(front.width, front.height)
+    unit = "0..1" if np.abs(boxes - 0.5).max() < 2 else "pixels" if boxes.min() > -size and boxes.max() > 4 else ""
+    raw = "--boxes-are deltas if they really are raw"
+    if ordered > 0.99 and unit:
         raise ImportModelError(
-            f"{path}: the boxes {reading.boxes.name!r} look like corners x1,y1,x2,y2 in 0..1 and not like deltas: "
-            f"{corners.mean():.0%} have x2 > x1 and y2 > y1",
+            f"{path}: the boxes {reading.boxes.name!r} look like corners x1,y1,x2,y2 in {unit} and not like deltas: "
+            f"{ordered:.0%} have x2 > x1 and y2 > y1",
             why="the export decodes them already, and the anchors would move them a second time",
-            fix="--boxes-are decoded, or --boxes-are deltas if they really are raw",
+            fix=f"--boxes-are decoded, or {raw}",
+        )
+    if boxes.min() >= 0:
+        raise ImportModelError(
+            f"{path}: the boxes {reading.boxes.name!r} are not like deltas: of {boxes.size:,} numbers none is below 0",
+            why="the export decodes them already, to a centre and a size, and the anchors would move them again",
+            fix=f"--boxes-are decoded --box-order cxcywh, or {raw}",
         )
