@@ -91,7 +91,7 @@ def adapt(editor: Editor, front: Front, reading: Reading, labels: int, anchors: 
         nms.pop("box_scales", None)
     for key, value in reading.usual.items():
         if nms.get(key) == value and key not in reading.nms:
-            reading.fact(key, value, f"usual for {reading.family}: the file cannot say it (--set nms.{key}=...)")
+            reading.fact(key, value, f"usual: --set nms.{key}=...")
     pixels = new_input(editor, front)
     tensors = ((boxes, count, 4), (heads, count, classes))
     model = editor.finish(pixels, dict(zip(contract.HEADS, tensors, strict=True)), (front.height, front.width))

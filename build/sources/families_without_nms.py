@@ -154,7 +154,7 @@ def mediapipe(editor: Editor, front: Front, labels: int) -> Reading | None:
     joined = editor.concat([value for value, _ in boxes], 1)
     reading = Reading("blazeface", editor.columns(joined, 0, 4), editor.concat([v for v, _ in scores], 1))
     reading.boxes_are = "linear"
-    reading.picture = HALF | SAMPLED | {"resize": "letterbox", "pad_value": 0}
+    reading.picture = HALF | {"resize": "pad", "resample": "bilinear", "pad_value": 0}
     reading.presets = ("blazeface-front", "blazeface-back", "blazeface-full-range")
     reading.nms = dict(_FACES)
     reading.usual = {"score_threshold": 0.5, "iou_threshold": 0.3, "clip_boxes": False}

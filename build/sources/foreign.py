@@ -81,7 +81,14 @@ class Foreign:
         """What was recognised, and from which nodes."""
         from rich.table import Table
 
-        table = Table(title=f"recognised: {self.reading.family}", title_justify="left", box=None)
+        caption = f"usual: the file does not say it, and for {self.reading.family} it is mostly so; --set changes it"
+        table = Table(
+            title=f"recognised: {self.reading.family}",
+            title_justify="left",
+            box=None,
+            caption=caption if any(source.startswith("usual:") for *_, source in self.reading.facts) else None,
+            caption_justify="left",
+        )
         for column in ("what", "value", "from"):
             table.add_column(column, overflow="fold")
         for fact in self.reading.facts:
@@ -139,9 +146,7 @@ def understand(path: Path, labels: Sequence[str], wishes: Wishes = Wishes()) -> 
     check_values(path, adapted, reading, front)
     for key, value in reading.picture.items():
         if not (front.normalised and key in ("mean", "std")):
-            reading.fact(
-                f"input.{key}", value, f"usual for {reading.family}: the file cannot say it (--set input.{key}=...)"
-            )
+            reading.fact(f"input.{key}", value, f"usual: --set input.{key}=...")
     if front.normalised:
         reading.fact("normalisation", "in the graph: plain pixel values go in", where)
     return Foreign(path, adapted, reading, front, model)

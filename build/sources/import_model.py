@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 from build import files, spec
 from build.errors import ImportModelError, OptionError, SSDError
 from build.files import ARTIFACTS, MODELS
+from build.gate import datasets
 from build.gate.self_check import self_check
 from build.graph.attach import attach
 from build.sources.foreign import Wishes, understand, write
-from build.sources.prove import photographs, prove
+from build.sources.prove import prove
 from build.sources.torchvision import TORCHVISION, write_torchvision
 
 if sys.version_info >= (3, 11):
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from rich.console import Console
 
-PROOF_FILE = "import.json"
 _MOST_PICTURES = 64
 
 
@@ -140,7 +140,7 @@ def import_model(
             "facts": foreign.reading.facts,
             "proof": result.as_dict(),
         }
-        files.write_json(folder / PROOF_FILE, about)
+        files.write_json(folder / files.IMPORT_FILE, about)
         show.print(str(result), markup=False)
         if drawing.is_file():
             show.print(f"both sides drawn: {files.relative(drawing)}", markup=False)
@@ -173,7 +173,7 @@ def _pictures(folder: Path | None) -> list[Image.Image]:
     from ssd_client.preprocess import SUFFIXES, load_image
 
     if folder is None:
-        return photographs()
+        return datasets.photographs()
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ImportModelError(f"{folder}: holds no pictures", fix=f"name a folder with some: {', '.join(SUFFIXES)}")

@@ -138,7 +138,6 @@ PACKAGES: Mapping[str, Package] = {
         size=(128, 128),
         licence="MIT",
         origin="MediaPipe's BlazeFace for front cameras, TFLite",
-        settings=('input.resize="pad"', 'input.resample="bilinear"'),  # as this package does it, with Pillow
         anchors="blazeface-front",
     ),
 }

@@ -132,19 +132,6 @@ def _compare(
     return Proof(True, how, len(pictures), total, boxes, scores)
 
 
-def photographs() -> list[Image.Image]:
-    """Real photographs that come with matplotlib: Grace Hopper, whole, mirrored and in parts."""
-    import matplotlib as mpl
-    from PIL import Image, ImageOps
-
-    with Image.open(Path(mpl.get_data_path()) / "sample_data" / "grace_hopper.jpg") as picture:
-        whole = picture.convert("RGB")
-    width, height = whole.size
-    upper = whole.crop((0, 0, width, height // 2))
-    middle = whole.crop((width // 6, height // 8, width * 5 // 6, height * 5 // 8))
-    return [whole, ImageOps.mirror(whole), upper, middle, whole.rotate(10)]
-
-
 def _imported(spec: Spec) -> Original:
     run = runner(attach(spec))
 
@@ -191,7 +178,8 @@ def _opencv(foreign: Foreign, spec: Spec) -> tuple[Original | None, str]:
     except ImportError:
         return (
             None,
-            "ONNX Runtime has no DetectionOutput; OpenCV has one: pip install opencv-python-headless, and again",
+            "ONNX Runtime has no DetectionOutput; OpenCV has one: "
+            ".venv/bin/python -m pip install opencv-python-headless, and again",
         )
     import numpy as np
     import onnx

@@ -205,12 +205,12 @@ def test_an_input_with_channels_last_is_called_that(tmp_path: Path) -> None:
 def test_what_the_file_cannot_say_is_called_usual(tmp_path: Path) -> None:
     facts = imported(two_heads(names=("boxes", "scores"), decode="xyxy", activation="Softmax"), tmp_path).reading.facts
     assert {what: where.split(":")[0] for what, _, where in facts if "usual" in where} == {
-        "input.mean": "usual for pytorch-ssd",
-        "input.std": "usual for pytorch-ssd",
-        "input.resample": "usual for pytorch-ssd",
-        "score_threshold": "usual for pytorch-ssd",
-        "iou_threshold": "usual for pytorch-ssd",
-        "clip_boxes": "usual for pytorch-ssd",
+        "input.mean": "usual",
+        "input.std": "usual",
+        "input.resample": "usual",
+        "score_threshold": "usual",
+        "iou_threshold": "usual",
+        "clip_boxes": "usual",
     }
 
 

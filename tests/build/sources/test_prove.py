@@ -16,7 +16,7 @@ from build.gate.scoring import Detected
 from build.sources import prove as prove_module
 from build.sources.foreign import Foreign, write
 from build.sources.import_model import _toml
-from build.sources.prove import photographs, prove
+from build.sources.prove import prove
 from tests.build.sources.checks import imported
 from tests.build.sources.layouts import Layout
 from tests.build.sources.layouts_tensorflow import tensorflow
@@ -110,9 +110,3 @@ def test_symptoms_of_order_and_unit(tmp_path: Path) -> None:
     assert "--box-order yxyx" in prove_module._symptom(checked, theirs, turned)
     assert "detects nothing at all" in prove_module._symptom(checked, theirs, nothing)
     assert "in pixels" in prove_module._symptom(checked, theirs, pixels)
-
-
-def test_the_photographs_are_real(tmp_path: Path) -> None:
-    pictures = photographs()
-    assert len(pictures) == 5
-    assert all(picture.mode == "RGB" and min(picture.size) > 200 for picture in pictures)

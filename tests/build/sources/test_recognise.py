@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from build.errors import ImportModelError, OptionError
+from build.files import ROOT
 from build.sources.foreign import Wishes
 from build.sources.recognise import FAMILIES
 from tests.build.sources.checks import check, imported
@@ -37,3 +39,9 @@ def test_an_operator_that_chooses_boxes_is_named(tmp_path: Path) -> None:
     net.out(net.add("MulticlassNms3", net.rows("box"), net.rows("cls")), "rows", ["batch", BOXES, 9])
     with pytest.raises(ImportModelError):
         imported(Layout(net.build(), 3, lambda x: (x, x), ""), tmp_path)
+
+
+def test_the_guide_lists_the_families() -> None:
+    text = (ROOT / "docs" / "import.md").read_text(encoding="utf-8")
+    section = text.split("## Families")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `([a-z-]+)` \|", section, re.M) == [family.name for family in FAMILIES]
