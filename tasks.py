@@ -162,6 +162,36 @@ def perf(
     run(settings, resume=Path(_given_or_name(resume)) if resume else None, artifacts=ARTIFACTS)
 
 
+@task(
+    help={
+        "scenario": "single-stream, multi-stream, server, offline or all",
+        "seconds": "of each run of LoadGen, at least (the rules ask for 600)",
+        "accuracy": "LoadGen's accuracy mode, too: mAP, and the same answers in both modes",
+        "find_peak": "search the highest rate of the server scenario",
+        "model": "folder of models/",
+        "precision": "one or several, with commas",
+        "transport": "how pictures reach the server: shm (shared memory), grpc or http",
+    }
+)
+@_explained
+def mlperf(
+    c: Context,
+    scenario: str = "all",
+    seconds: float = 20.0,
+    accuracy: bool = False,
+    find_peak: bool = False,
+    model: str = "shapes",
+    precision: str = "fp32",
+    transport: str = "shm",
+) -> None:
+    """Drive the served model with MLPerf's LoadGen and check every answer; unofficial; writes artifacts/mlperf/."""
+    from perf.mlperf.task import Settings
+    from perf.mlperf.task import mlperf as run
+
+    settings = Settings(model, tuple(precision.split(",")), scenario, seconds, accuracy, find_peak, transport)
+    run(settings, artifacts=ARTIFACTS)
+
+
 @task(help={"model": "one model (default: all of them)", "count": "how many pictures"})
 @_explained
 def verify(c: Context, model: str = "", count: int = 0) -> None:

@@ -69,13 +69,19 @@ class Expected:
     max_batch_size: int
 
 
-def expected_answers(folder: Path, config: ModelConfig, images: Sequence[NDArray[np.uint8]]) -> Expected:
-    """Runs the served file in this process, one picture at a time, with the thresholds that the server's model has.
+def expected_answers(
+    folder: Path,
+    config: ModelConfig,
+    images: Sequence[NDArray[np.uint8]],
+    values: Mapping[str, float] | None = None,
+) -> Expected:
+    """Runs the served file in this process, one picture at a time.
 
     Args:
         folder: the served version's, with model.onnx, or with model.plan and manifest.json (on its GPU).
         config: the model's, as its server tells it.
         images: UINT8 [H,W,3], at the model's input size.
+        values: its thresholds; None = those that the server's model has.
 
     Raises:
         ServeError: the folder holds neither.
@@ -83,7 +89,7 @@ def expected_answers(folder: Path, config: ModelConfig, images: Sequence[NDArray
         VerifyError: there is no tolerance for this runtime and precision.
     """
     within = tolerance(Target(config.runtime, config.precision))
-    requests = feeds(images, thresholds(config))
+    requests = feeds(images, thresholds(config) if values is None else values)
     path = served_file(folder)
     if path.suffix == ".onnx":
         import onnx

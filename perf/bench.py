@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from build.errors import ServeError
 from perf import answers
 from perf.analyzer import run, write_input
-from perf.direct import thresholds
+from perf.direct import served_version, thresholds
 from perf.journal import Journal
 from perf.load import Load, PerfError, Point
 from perf.resources import Sampler
@@ -158,8 +158,7 @@ def start_bench(
                 config = client.model_config()
         except SSDClientError as error:
             raise ServeError(f"{model} cannot be loaded with pictures: {error}") from None
-        version = server.repository / model / server.models[model]
-        expected = answers.expected_answers(version, config, images)
+        expected = answers.expected_answers(served_version(server, model), config, images)
         data = write_input(Path(folder) / "input.json", images, thresholds(config))
         yield Bench(server, model, config, images, expected, data, journal, late_ms)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from build.errors import DataError, OptionError, ServeError, SSDError
 from build.files import ARTIFACTS, MODELS, write_json
-from perf import direct, report, scenarios
+from perf import direct, report, slo
 from perf.bench import PICTURES, Bench, start_bench
 from perf.journal import Journal
 from perf.load import Load, PerfError

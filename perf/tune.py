@@ -35,7 +35,7 @@ from build.spec import Spec, edit
 from perf.bench import Bench, start_bench
 from perf.journal import Journal
 from perf.load import Load, PerfError
-from perf.scenarios import default_bound, single_stream
+from perf.slo import default_bound, single_stream
 from perf.statistics import verdict
 
 if TYPE_CHECKING:
@@ -339,7 +339,7 @@ def tune(
         single = on_server(
             present, lambda bench: single_stream(bench, seconds=seconds, load=traffic), alone=True, seconds=seconds
         )
-        bound_ms = default_bound(single["p50_ms"])
+        bound_ms = default_bound(single["p50"])
     count = measurements(len(others))
     show.print(f"{name}: {len(others)} settings against {present}, p99 <= {bound_ms:g} ms at {traffic}", markup=False)
     columns = (TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeRemainingColumn())
