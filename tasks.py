@@ -185,11 +185,13 @@ def mlperf(
     transport: str = "shm",
 ) -> None:
     """Drive the served model with MLPerf's LoadGen and check every answer; unofficial; writes artifacts/mlperf/."""
-    from perf.mlperf.task import Settings
-    from perf.mlperf.task import mlperf as run
+    from perf.mlperf.runs import SCENARIOS
+    from perf.run import perf as run
+    from perf.settings import Settings
 
-    settings = Settings(model, tuple(precision.split(",")), scenario, seconds, accuracy, find_peak, transport)
-    run(settings, artifacts=ARTIFACTS)
+    scenarios = tuple(SCENARIOS) if scenario == "all" else (scenario,)
+    how = {"seconds": seconds, "accuracy": accuracy, "find_peak": find_peak, "transport": transport}
+    run(Settings(model, tuple(precision.split(",")), scenarios=scenarios, **how), artifacts=ARTIFACTS)  # type: ignore[arg-type]
 
 
 @task(help={"model": "one model (default: all of them)", "count": "how many pictures"})

@@ -18,7 +18,7 @@ from perf import answers
 from perf.analyzer import run, write_input
 from perf.direct import served_version, thresholds
 from perf.journal import Journal
-from perf.load import Load, PerfError, Point
+from perf.load import Load, PerfError
 from perf.resources import Sampler
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from build.serve import TritonServer
 
 PICTURES = 16  # the load's variety; perf_analyzer sends them in turn
-BINS = 60
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ class Bench:
             key: what else tells this measurement from others.
 
         Returns:
-            `load`; `point`: `Point.as_dict()` with a `histogram` {edges_ms, counts} in place of every single latency;
-            `answers`: as `AnswerCheck.result`, None where they were not checked; `faults`; `resources`.
+            `load`; `point`: `Point.as_dict()` without every single latency; `answers`: as `AnswerCheck.result`, None
+            where they were not checked; `resources`.
 
         Raises:
             PerfError: it could not be measured.
@@ -116,12 +115,12 @@ class Bench:
                     f"the server did not answer in time: {error}", fix="see what else runs there"
                 ) from error
             raise
-        checked = checking.result if check else None
+        figures = point.as_dict()
+        del figures["latencies_ms"], figures["sent_s"]
         return {
             "load": load.as_dict(),
-            "point": _without_single_latencies(point),
-            "answers": checked,
-            "faults": answers.faults(point),
+            "point": figures,
+            "answers": checking.result if check else None,
             "resources": sampler.result(served),
         }
 
@@ -161,17 +160,3 @@ def start_bench(
         expected = answers.expected_answers(served_version(server, model), config, images)
         data = write_input(Path(folder) / "input.json", images, thresholds(config))
         yield Bench(server, model, config, images, expected, data, journal, late_ms)
-
-
-def _without_single_latencies(point: Point) -> dict[str, Any]:
-    import numpy as np
-
-    values = point.as_dict()
-    latencies = values.pop("latencies_ms")
-    del values["sent_s"]
-    values["histogram"] = None
-    if latencies:
-        edges = np.geomspace(max(min(latencies), 1e-3), max(max(latencies), 2e-3) * (1 + 1e-9), BINS + 1)
-        counts, _ = np.histogram(np.clip(latencies, edges[0], None), edges)
-        values["histogram"] = {"edges_ms": edges.tolist(), "counts": counts.tolist()}
-    return values

@@ -121,11 +121,6 @@ def _measured(summary: Mapping[str, Any]) -> Iterator[tuple[str, _Measured]]:
             yield name, (row["throughput"]["values"], "images/s", True)
         for percentile, values in (row.get("latency_values") or {}).items():
             yield f"{name}, {percentile}", (values, "ms", False)
-    for peer in summary.get("peers") or ():
-        yield (
-            f"peer {peer['name']}, batch {peer['batch_size']}",
-            (peer.get("images_per_second") or [], "images/s", True),
-        )
 
 
 def _row(what: str, a: Sequence[float], unit: str, higher: bool, b: Sequence[float]) -> dict[str, Any]:

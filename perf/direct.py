@@ -114,7 +114,6 @@ def beside(
     *,
     batch_size: int = 1,
     clients: int = CLIENTS,
-    score_threshold: float | None = None,
 ) -> Iterator[Direct]:
     """What a server serves, in this process, with the server's number of threads or of plans at once.
 
@@ -125,13 +124,12 @@ def beside(
         config: the model's, for its thresholds.
         batch_size: images of a request.
         clients: as for `Direct`.
-        score_threshold: in place of the model's own.
 
     Raises:
         ServeError: the served version has no model.onnx or model.plan here.
         EngineError: the plan cannot run here.
     """
-    requests = feeds(images, thresholds(config, score_threshold), batch_size)
+    requests = feeds(images, thresholds(config), batch_size)
     triton = server.model_config(model)
     instances, threads = split(triton)
     with contextlib.ExitStack() as closing:

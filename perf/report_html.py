@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from build.reports import html
 from build.reports.html import Html, Table, scroll, tag
-from perf.statistics import amount, curves, saturation
+from perf.statistics import curves, saturation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -388,80 +388,6 @@ def _plain(axis: Any) -> None:
     axis.set_minor_locator(LogLocator(subs=()))
 
 
-def distributions(rows: Sequence[Row]) -> Figure:
-    """Histograms of latency, and how many requests take longer than a time.
-
-    Args:
-        rows: each with a histogram.
-    """
-    import numpy as np
-
-    figure, (shape, tail) = _figure(3.3, 2)
-    for row, color in zip(rows, _COLORS, strict=False):
-        edges, counts = np.asarray(row["histogram"]["edges_ms"]), np.asarray(row["histogram"]["counts"])
-        name, total = f"{row['precision']}, {row['label']}", counts.sum()
-        longer = 1 - np.cumsum(counts) / total
-        seen = longer > 0.5 / total
-        tail.plot(edges[1:][seen], longer[seen], color=color, label=name)
-        # No more bins than so few requests can fill.
-        starts = np.arange(0, len(counts), max(1, round(len(counts) / np.sqrt(total))))
-        edges, counts = np.append(edges[starts], edges[-1]), np.add.reduceat(counts, starts)
-        # Of the logarithm, so that equal areas are equal shares in this picture.
-        widths = np.diff(np.log(edges)) if edges[0] > 0 else np.diff(edges)
-        shape.stairs(counts / total / widths, edges, color=color, fill=True, alpha=0.25)
-        shape.stairs(counts / total / widths, edges, color=color, linewidth=1.4)
-    shape.set(title="distribution", xlabel="latency, ms", xscale="log", yticks=[])
-    tail.set(title="share of requests that take longer", xlabel="latency, ms", xscale="log", yscale="log")
-    tail.set_yticks([0.5, 0.1, 0.01, 0.001], ["50 %", "10 %", "1 %", "0.1 %"])
-    tail.minorticks_off()
-    for axes in (shape, tail):
-        _plain(axes.xaxis)
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
-def peers(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """A bar for each peer, a dot for each repeat."""
-    figure, (axes,) = _figure(0.7 + 0.27 * len(rows))
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    for place, row in enumerate(rows):
-        middle = median(row["images_per_second"])
-        color = _COLORS[names.index(row["name"]) % len(_COLORS)]
-        axes.barh(place, middle, 0.72, color=color, gid=_hint(f"{row['name']}: {middle:.4g} images/s"))
-        axes.plot(row["images_per_second"], [place] * len(row["images_per_second"]), "o", color=_INK, markersize=3,
-                  markeredgecolor=_CARD, markeredgewidth=0.5)  # fmt: skip
-    axes.set_yticks(range(len(rows)), [f"{row['name']}, batch {row['batch_size']}" for row in rows])
-    axes.tick_params(axis="y", length=0, labelcolor=_INK)
-    axes.invert_yaxis()
-    axes.set_xlabel("images per second")
-    axes.grid(axis="y", visible=False)
-    return figure
-
-
-def pareto(points: Sequence[Mapping[str, Any]], bound_ms: float | None) -> Figure:
-    """Throughput over p99 of the settings that were tried.
-
-    Args:
-        points: each {name, throughput, p99_ms, front, winner}.
-        bound_ms: of the latency.
-    """
-    figure, (axes,) = _figure(3.6)
-    front = sorted((point["p99_ms"], point["throughput"]) for point in points if point["front"])
-    axes.plot(
-        *zip(*front, strict=True), color=_COLORS[0], drawstyle="steps-post", label="Pareto front"
-    ) if front else None
-    for point in points:
-        marker, size = ("*", 15) if point["winner"] else ("o", 6)
-        color = _GOOD if point["winner"] else _COLORS[0] if point["front"] else _COLORS[-1]
-        axes.plot(point["p99_ms"], point["throughput"], marker, markersize=size, color=color,
-                  label="winner" if point["winner"] else None, gid=_hint(point["name"]))  # fmt: skip
-    if bound_ms:
-        axes.axvline(bound_ms, color=_BAD, linewidth=1.3, label=f"bound: {bound_ms:g} ms")
-    axes.set(xlabel="p99 latency, ms", ylabel="images per second")
-    axes.legend()
-    return figure
-
-
 def intervals(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """How many times as fast one run is as another in each thing compared, with its interval.
 
@@ -482,15 +408,3 @@ def intervals(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlabel("times as fast")
     axes.grid(axis="y", visible=False)
     return figure
-
-
-def chosen(rows: Sequence[Row]) -> list[Row]:
-    """Rows to look closely at: of each curve's histograms the smallest load, the saturated one and the largest."""
-    held = [row for row in rows if row.get("histogram") and sum(row["histogram"]["counts"])]
-    if not held:
-        return []
-    curve = [row for row in held if row["precision"] == held[0]["precision"]]
-    ordered = sorted(curve, key=lambda row: amount(row["load"]))
-    saturated = saturation(ordered)
-    middle = [row for row in ordered if saturated and row["load"] == saturated["load"]]
-    return list({row["label"]: row for row in [ordered[0], *middle, ordered[-1]]}.values())

@@ -97,9 +97,7 @@ def find_rate(
     return {**result, "rate": rate, "note": note}
 
 
-def highest(
-    held: Callable[[float], bool], lower: float, upper: float, tolerance: float
-) -> tuple[float | None, bool]:
+def highest(held: Callable[[float], bool], lower: float, upper: float, tolerance: float) -> tuple[float | None, bool]:
     """The highest rate that is held, by bracketing and binary search, and whether no limit was met.
 
     Args:

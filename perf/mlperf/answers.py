@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,8 +140,3 @@ def same_in_both(performance: Path, accuracy: Path) -> dict[str, Any]:
 def sentence(wrong: Sequence[str], checked: int) -> str:
     """Wrong answers as one problem."""
     return f"{len(wrong)} of {checked} answers were wrong: {'; '.join(wrong[:EXAMPLES])}"
-
-
-def counts(result: Mapping[str, Any]) -> str:
-    """How many answers of a run were checked."""
-    return f"{result['answered']} answers checked, {result.get('wrong', 0)} wrong, {result['failed']} missing"

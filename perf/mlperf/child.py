@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
     from ssd_client.preprocess import Placement
 
 REQUEST, OUTCOME = "request.json", "outcome.json"
@@ -119,7 +118,7 @@ class System:
         self._request, self._client = request, client
         self._loaded: dict[int, tuple[NDArray[np.uint8], Placement]] = {}
         self._todo: queue.SimpleQueue[list[tuple[int, int]]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self.lock, self._stopped, self._asking = threading.Lock(), threading.Event(), 0
         self.answers: Counter[tuple[int, bytes]] = Counter()
         self.errors: Counter[str] = Counter()
         for number in range(request.workers):
@@ -167,6 +166,12 @@ class System:
         """Sends one request and completes its samples, with their detections or with nothing."""
         import numpy as np
 
+        with self.lock:
+            self._asking += 1
+        if self._stopped.is_set():  # the process is about to end: this thread does not go on
+            with self.lock:
+                self._asking -= 1
+            threading.Event().wait()
         answered: list[NDArray[np.float32] | None] = [None] * len(asked)
         try:
             loaded = [self._loaded[index] for _, index in asked]
@@ -179,13 +184,21 @@ class System:
         except Exception as error:
             self._failed(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", len(asked))
         complete([(response, array) for (response, _), array in zip(asked, answered, strict=True)])
-        with self._lock:
+        with self.lock:
+            self._asking -= 1
             for (_, index), array in zip(asked, answered, strict=True):
                 if array is not None:
                     self.answers[index, array.tobytes()] += 1
 
+    def stop(self, seconds: float) -> None:
+        """Sends nothing more, and waits for the requests on the way: they hold shared memory."""
+        self._stopped.set()
+        deadline = time.monotonic() + seconds
+        while self._asking and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def _failed(self, reason: str, count: int) -> None:
-        with self._lock:
+        with self.lock:
             self.errors[reason] += count
 
 
@@ -280,11 +293,13 @@ def main(folder: Path, client: Any = None) -> int:
         loadgen.join(_WATCH_S)
     stopped = loadgen.is_alive()
     outcome["errors"] = dict(system.errors)
-    outcome["answers"] = [[index, data.hex(), count] for (index, data), count in list(system.answers.items())]
+    with system.lock:
+        outcome["answers"] = [[index, data.hex(), count] for (index, data), count in system.answers.items()]
     (folder / OUTCOME).write_text(json.dumps({**outcome, "stopped": stopped}))
-    closing = threading.Thread(target=client.close, daemon=True)  # it waits for requests that will not be answered
+    system.stop(2.0)
+    closing = threading.Thread(target=client.close, daemon=True)  # it may wait for a request that is never answered
     closing.start()
-    closing.join(2.0 if stopped else 10.0)
+    closing.join(2.0)
     return STOPPED if stopped else 0
 
 

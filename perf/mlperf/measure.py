@@ -5,8 +5,7 @@ cost, checked answers, and on request the accuracy run and the highest rate.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,31 +59,33 @@ class Stage:
         return default_bound(self.pace.latency_ms)
 
 
-@contextmanager
-def stage(bench: Bench, pictures: Pictures, transport: str = "shm", *, seconds: float = 2.0) -> Iterator[Stage]:
-    """Measures pace and floor.
+def stage(bench: Bench, pictures: Pictures, transport: str = "shm", floor: Mapping[str, float] | None = None) -> Stage:
+    """What LoadGen needs to drive a running server.
 
     Args:
-        bench: of the running server.
-        pictures: labelled ones, in the order of their ground truth.
+        bench: of the server.
+        pictures: in the order of their ground truth, where they have one.
         transport: one of `perf.ratio.TRANSPORTS`.
-        seconds: of each measurement of the floor.
+        floor: as for `Stage`; None = measured.
     """
     load = TRANSPORTS[transport]
     url = bench.server.http_url if load.protocol == "http" else bench.server.grpc_url
     served = Served(url, bench.config, pictures.paths, load.protocol, load.shared_memory)
-    threshold = served.score_threshold
-    data = write_input(bench.data.with_name("mlperf.json"), bench.images, direct.thresholds(bench.config, threshold))
-    how = {"score_threshold": threshold}
-    with direct.beside(bench.server, bench.model, bench.images, bench.config, **how) as raw:
-        alone = raw.latency(seconds)
+    values = direct.thresholds(bench.config, served.score_threshold)
+    data = write_input(bench.data.with_name("mlperf.json"), bench.images, values)
+    reference = answers.Reference(served, direct.served_version(bench.server, bench.model))
+    speed = runs.pace(served)
+    return Stage(replace(bench, data=data), served, pictures, reference, speed, floor or measured_floor(bench))
+
+
+def measured_floor(bench: Bench, seconds: float = 2.0) -> dict[str, float]:
+    """What `Stage.floor` says."""
     batch = min(SCENARIOS["offline"].batch, bench.config.max_batch_size)
-    with direct.beside(bench.server, bench.model, bench.images, bench.config, batch_size=batch, **how) as raw:
+    with direct.beside(bench.server, bench.model, bench.images, bench.config) as raw:
+        alone = raw.latency(seconds)
+    with direct.beside(bench.server, bench.model, bench.images, bench.config, batch_size=batch) as raw:
         images_per_second = raw.throughput(seconds)
-    floor = {**{f"{name}_ms": value for name, value in alone.items()}, "images_per_second": images_per_second}
-    folder = direct.served_version(bench.server, bench.model)
-    reference = answers.Reference(served, folder)
-    yield Stage(replace(bench, data=data), served, pictures, reference, runs.pace(served), floor)
+    return {**{f"{name}_ms": value for name, value in alone.items()}, "images_per_second": images_per_second}
 
 
 def measure(
@@ -188,11 +189,26 @@ def _analyzer(stage: Stage, scenario: str, seconds: float, repeat: int) -> float
     else:
         load = replace(base, concurrency=4 if scenario == "offline" else 1, batch_size=batch)
     try:
-        key = {"series": f"beside LoadGen, {scenario}", "load": load, "seconds": seconds, "repeat": repeat}
-        point = stage.bench.point(**key, check=False, retries=0)["point"]
+        how_long: dict[str, Any] = {"seconds": seconds, "repeat": repeat, "check": False, "retries": 0}
+        point = stage.bench.point(f"beside LoadGen, {scenario}", load, **how_long)["point"]
     except PerfError:
         return None
     return float(point["throughput"] if scenario == "offline" else point["latency_ms"][FIGURES[scenario][:3]])
+
+
+def told(result: Mapping[str, Any]) -> str:
+    """A scenario's result in a few lines, for a terminal."""
+    name, value = result["scenario"], result["value"]
+    figure = "no figure" if value is None else f"{value:.4g} {'samples/s' if name == 'offline' else 'ms'}"
+    if name == "server":
+        figure = f"{result['figures']['rate']:g} queries/s, p99 {figure}"
+    checked = f"{result['answered']} answers checked, {result['wrong']} wrong, {result['failed']} missing"
+    lines = [f"{name}: {'VALID' if result['valid'] else 'NOT VALID'}, {figure} ({result['metric']}); {checked}"]
+    lines += [f"  {problem}" for problem in result["problems"]]
+    if judged := result.get("accuracy"):
+        said = f"mAP@[.5:.95] {judged['map']:.4f} on {judged['images']} pictures"
+        lines.append(f"  accuracy mode: {said}; {judged['compared']} answers compared with those of performance mode")
+    return "\n".join(lines)
 
 
 # -- the highest rate --------------------------------------------------------------------------------------------------

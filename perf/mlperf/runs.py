@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 from build.errors import OptionError
 from build.files import ROOT
 from build.gate.scoring import CURVE_THRESHOLD
-from perf.load import PerfError
 from perf.mlperf.child import OUTCOME, REQUEST, STOPPED, Request
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def pace(served: Served, seconds: float = 1.0) -> Pace:
     images = images[: served.config.max_batch_size]
     protocol, memory = served.protocol, served.shared_memory
     with SSDClient(served.url, model=served.config.name, protocol=protocol, shared_memory=memory) as client:  # type: ignore[arg-type]
-        times = []
+        times: list[float] = []
         deadline = time.perf_counter() + seconds / 2
         while len(times) < 5 or time.perf_counter() < deadline:
             begun = time.perf_counter()
@@ -210,8 +209,8 @@ def settings_of(
             "server_max_async_queries": waiting,
         }
     else:
-        values |= {"offline_expected_qps": pace.images_per_second}
-        return values, seconds * 1.1
+        values |= {"offline_expected_qps": 1.2 * pace.images_per_second}  # so many samples that the run is long enough
+        return values, seconds * 1.3
     return values, max(seconds, how.queries * each)
 
 
@@ -256,7 +255,7 @@ def run(
     changed: dict[str, Any] = {}
     if null:  # so many queries are answered in a moment; a trace of them would be large
         changed = {"url": "", "trace": False}
-        values["max_query_count"] = NULL_QUERIES
+        values |= {"max_query_count": NULL_QUERIES, "min_query_count": 1}
     request = served.request(scenario, {**values, "mode": mode}, **changed)
     code, output = execute(request, folder, 3 * expected + served.timeout + _GRACE_S, served.program)
     outcome, entries = _outcome(folder), read_detail(folder / DETAIL)
@@ -276,7 +275,9 @@ def run(
     return {**result, "problems": problems, "valid": not problems}
 
 
-def execute(request: Request, folder: Path, deadline_s: float, program: Sequence[str] = PROGRAM) -> tuple[int | None, str]:
+def execute(
+    request: Request, folder: Path, deadline_s: float, program: Sequence[str] = PROGRAM
+) -> tuple[int | None, str]:
     """Runs the child; its exit code, None where it had to be killed at its deadline, and the end of what it printed.
 
     Raises:
@@ -382,4 +383,3 @@ def _problems(
         said = "; ".join(text for key, text in unmet.items() if latest.get(key) is False)
         problems.append(f"LoadGen calls it {latest.get('result_validity', 'nothing')}: {said or 'no reason given'}")
     return problems
-

@@ -1,4 +1,4 @@
-"""`invoke perf` from end to end on a real server: whole, resumed, lied to, stalled, killed."""
+"""`invoke perf` from end to end on a real server: whole, resumed, lied to, killed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,9 @@ from perf.load import Load, PerfError, Point
 from perf.settings import Settings, Size, keep, open_run, same_model
 from tests.perf import faulty
 
-TINY = Size(1, 0.3, 1, 0.3, 1, (1, 4), (4,), (0.5,), protocols=False, searches=False)
+TINY = Size(1, 0.3, 1, 0.3, 1, (1, 4), (4,), (0.5,), False, False, (), 0.5)
 QUICK = Settings(quick=True)
 machine = functools.cache(environment.capture)
-
-# More and longer ones than in test_answers.py: a busy machine must not hide them.
-STALL = faulty.stall(20, 0.15)
 
 
 def serve_copy(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -163,17 +160,6 @@ def test_wrong_answers_fail_the_run(published_python: Path, tmp_path: Path, monk
     assert summary["answers"]["wrong"] > 0
     assert summary["served_ratio"]
     assert "rows were swapped" in (only_run(tmp_path) / "report.md").read_text()
-
-
-@pytest.mark.triton
-@pytest.mark.slow
-@pytest.mark.usefixtures("cheap")
-def test_stalls_are_named(published_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(published_python, STALL)
-    sweep_alone(monkeypatch, 1.5, concurrency=(1,), batch=(), rates=())
-    summary = run.perf(QUICK, artifacts=tmp_path, console=quiet())
-    faults = summary["series"]["concurrency"][0]["faults"]
-    assert any("stall of about" in fault for fault in faults), faults
 
 
 @pytest.mark.triton
