@@ -135,6 +135,7 @@ def build_engines(
         "tune": "search instances, threads and batching, and write the best into spec.toml",
         "resume": "folder of a run that did not come to its end",
         "compare": "two runs, with a comma: is the second faster?",
+        "publish_figures": "write the newest runs' figures into README.md and docs/perf.md",
     }
 )
 @_explained
@@ -148,12 +149,18 @@ def perf(
     tune: bool = False,
     resume: str = "",
     compare: str = "",
+    publish_figures: bool = False,
 ) -> None:
     """Load the served model, check its answers, set it against the same model in process; writes artifacts/perf/."""
     from perf.run import compare_runs
     from perf.run import perf as run
     from perf.settings import Settings
 
+    if publish_figures:
+        from perf.figures import publish
+
+        print("\n".join(publish(ARTIFACTS)))
+        return
     if compare:
         compare_runs([_given_or_name(run) for run in compare.split(",")], ARTIFACTS)
         return

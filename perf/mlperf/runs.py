@@ -67,7 +67,7 @@ SCENARIOS = {
     "single-stream": Scenario("SingleStream", "p90 latency", 64, 0, 1, "600 s"),
     "multi-stream": Scenario("MultiStream", "p99 latency of 8", 662, 2, 8, "600 s"),
     "server": Scenario("Server", "queries/s, p99 within a bound", 1000, 16, 1, "600 s, p99 within 100 ms"),
-    "offline": Scenario("Offline", "samples/s", 1, 4, 8, "600 s and 24,576 samples"),
+    "offline": Scenario("Offline", "throughput", 1, 4, 8, "600 s and 24,576 samples"),
 }
 
 

@@ -266,6 +266,5 @@ def partial() -> dict[str, Any]:
         "answers": {"checked": 48, "wrong": 3, "dropped": 0, "late": 1},
         "series": {"concurrency": [row("fp32", rng, concurrency=1), aggregate(bad, "fp32")]},
         "slo": None,
-        "peers": [],
         "tune": None,
     }
