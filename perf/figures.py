@@ -82,7 +82,7 @@ def table(name: str, kept: Mapping[str, Any]) -> str:
     facts += [f"{name} {version}" for name, version in kept["versions"].items()]
     facts += [f"commit {kept['commit']}" if kept["commit"] else "", kept["date"]]
     facts += [f"load average {load[0]:g} when it began" if load else ""]
-    lines = [*KINDS[name][2](kept).markdown(), "", f"({', '.join(filter(None, facts))}.)"]
+    lines = [*KINDS[name][2](kept), "", f"({', '.join(filter(None, facts))}.)"]
     return "\n".join(lines) + "\n"
 
 
@@ -115,14 +115,23 @@ def _keep_loadgen(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"mlperf": scenarios, "peak": peak}
 
 
-def _loadgen(kept: Mapping[str, Any]) -> Table:
+def _keep_logs(summary: Mapping[str, Any]) -> dict[str, Any]:
+    whole = summary["mlperf"].items()
+    return {"logs": [[precision, *result["log"]] for precision, results in whole for result in results.values()]}
+
+
+def _logs(kept: Mapping[str, Any]) -> list[str]:
+    return ["```text", *("\n".join([f"# {precision}", *lines, ""]) for precision, *lines in kept["logs"]), "```"]
+
+
+def _loadgen(kept: Mapping[str, Any]) -> list[str]:
     rows = []
     for precision, results in kept["mlperf"].items():
         for name, result in results.items():
             unit = "samples/s" if name == "offline" else "ms"
             what = result["metric"]
             if name == "server":
-                what = f"p99 at {figure(result['figures']['rate'])} queries/s"
+                what = f"p99 at {result['figures']['rate']:g} queries/s"
             beside = result["beside"]
             values = (f"**{figure(result['value'])}**", figure(beside["perf_analyzer"]), figure(beside["in_process"]))
             own = result["null"].get("p50_ms")
@@ -131,7 +140,7 @@ def _loadgen(kept: Mapping[str, Any]) -> Table:
             says = "VALID" if result["valid"] else "not valid"
             rows.append((precision, name, says, f"{what}, {unit}", *values, cost, judged))
     heads = ("precision", "scenario", "LoadGen", "figure", "by LoadGen", "by perf_analyzer", "in process")
-    return Table([*heads, "LoadGen's own cost", "mAP in accuracy mode"], rows, words=4)
+    return Table([*heads, "LoadGen's own cost", "mAP in accuracy mode"], rows, words=4).markdown()
 
 
 def _keep_served(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +158,7 @@ def _keep_served(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _served(kept: Mapping[str, Any]) -> Table:
+def _served(kept: Mapping[str, Any]) -> list[str]:
     rows = []
     for precision, results in kept["precisions"].items():
         added = f"{figure(results['overhead_ms'], 2)} ms"
@@ -158,7 +167,7 @@ def _served(kept: Mapping[str, Any]) -> Table:
         if results["batches"]:
             cells = (figure(results["batches"].get(name)) for name in TRANSPORTS)
             rows.append((f"{precision}, 8 pictures a request", *cells, ""))
-    return Table(("served / in process", *TRANSPORTS.values(), "one client, p50, added by serving"), rows)
+    return Table(("served / in process", *TRANSPORTS.values(), "one client, p50, added by serving"), rows).markdown()
 
 
 def _keep_demo(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +175,7 @@ def _keep_demo(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {name: summary[name] for name in names}
 
 
-def _demo(kept: Mapping[str, Any]) -> Table:
+def _demo(kept: Mapping[str, Any]) -> list[str]:
     latency, ratio = kept["latency_ms"], kept["served_ratio"]
     clients = kept["throughput_ips"]
     rates = ", ".join(figure(rate) for rate in clients.values())
@@ -183,11 +192,14 @@ def _demo(kept: Mapping[str, Any]) -> Table:
             ", ".join(f"**{ratio[name]:.2f}** {title}" for name, title in TRANSPORTS.items()),
         ),
     ]
-    return Table(("", ""), rows, words=2)
+    return Table(("", ""), rows, words=2).markdown()
 
 
-# Block → the runs' summaries in artifacts, what is kept of one, and its table.
-KINDS: dict[str, tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]], Callable[[Mapping[str, Any]], Table]]] = {
+# Block → the runs' summaries in artifacts, what is kept of one, and its lines.
+KINDS: dict[
+    str, tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]], Callable[[Mapping[str, Any]], list[str]]]
+] = {
+    "logs": ("mlperf/*/summary.json", _keep_logs, _logs),
     "loadgen": ("mlperf/*/summary.json", _keep_loadgen, _loadgen),
     "served": ("perf/*/summary.json", _keep_served, _served),
     "demo": ("demo/summary.json", _keep_demo, _demo),

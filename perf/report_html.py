@@ -342,43 +342,6 @@ def _latencies(axes: Axes, points: Sequence[Row], axis: str, color: str) -> None
     axes.legend(loc="upper left")
 
 
-def rates(rows: Sequence[Row], slo: Mapping[str, Any] | None) -> Figure:
-    """Latency over the rate of requests, and where the bound that was asked for is met.
-
-    Args:
-        rows: of the series; may be empty.
-        slo: as in a summary.
-    """
-    lines = curves(list(rows), "rate")
-    figure, panels = _figure(3.4, max(1, len(lines)), sharey=True)
-    for axes, (name, points), color in zip(panels, lines.items(), _COLORS, strict=False):
-        _latencies(axes, points, "rate", color)
-        axes.set_title(name)
-    last = panels[-1]  # Poisson's, where there are both
-    percentile = (slo or {}).get("percentile", "p99")
-    if slo:
-        for axes in panels:
-            axes.axhline(slo["bound_ms"], color=_BAD, linewidth=1.3, label=f"bound: {slo['bound_ms']:g} ms")
-        for held, marker, color in ((True, "^", _GOOD), (False, "x", _BAD)):
-            probes = [probe for probe in slo["probes"] if probe["held"] == held]
-            x, y = [probe["rate"] for probe in probes], [probe[f"{percentile}_ms"] for probe in probes]
-            last.plot(x, y, marker, color=color, markersize=7,
-                      label=f"probe: {percentile} {'held' if held else 'not held'}")  # fmt: skip
-        if slo["rate"]:
-            last.axvline(slo["rate"], color=_GOOD, linewidth=1.3, linestyle="--", label=f"found: {slo['rate']:.4g}/s")
-    values = [row["latency_ms"][name] for row in rows for name in ("p50", "p99") if name in row["latency_ms"]]
-    values += [slo["bound_ms"], *(probe[f"{percentile}_ms"] for probe in slo["probes"])] if slo else []
-    for axes in panels:
-        axes.set_xlabel("requests per second asked for")
-        axes.legend(loc="upper left")
-        if values and max(values) > 10 * min(values) > 0:
-            axes.set_yscale("log")
-            axes.autoscale(axis="y")
-            _plain(axes.yaxis)
-    panels[0].set_ylabel("latency, ms")
-    return figure
-
-
 def _plain(axis: Any) -> None:
     """A logarithmic axis with figures as people write them."""
     from matplotlib.ticker import FuncFormatter, LogLocator
@@ -386,25 +349,3 @@ def _plain(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(LogLocator(subs=()))
-
-
-def intervals(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """How many times as fast one run is as another in each thing compared, with its interval.
-
-    Args:
-        rows: each {what, ratio, low, high, verdict}.
-    """
-    figure, (axes,) = _figure(0.7 + 0.24 * len(rows))
-    colors = {"faster": _GOOD, "slower": _BAD}
-    for place, row in enumerate(rows):
-        color = colors.get(row["verdict"], _COLORS[-1])
-        if row["low"] is not None:
-            axes.plot([row["low"], row["high"]], [place] * 2, color=color, linewidth=2.4)
-        axes.plot(row["ratio"], place, "o", color=color, gid=_hint(f"{row['what']}: {row['ratio']:.3f}"))
-    axes.axvline(1, color=_DIM, linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
-    axes.tick_params(axis="y", length=0, labelcolor=_INK)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("times as fast")
-    axes.grid(axis="y", visible=False)
-    return figure

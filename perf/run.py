@@ -156,7 +156,10 @@ def compare_runs(runs: Sequence[str], artifacts: Path = ARTIFACTS, console: Cons
         raise OptionError(f"{len(runs)} runs to compare", fix="name two: invoke perf --compare RUN_A,RUN_B")
     folders = [run_folder(Path(run), artifacts) for run in runs]
     result = compare.compare(*folders)
-    console.print(compare.table(result))
+    console.print("\n".join(line.text for line in compare.lines(result)), markup=False)
+    for row in result["rows"]:
+        if row["verdict"] in ("slower", "faster"):
+            console.print(f"{row['verdict']}: {row['what']}: {row['ratio']:.3f}", markup=False)
     for path in compare.write(folders[1], result):
         console.print(short(path), markup=False)
 

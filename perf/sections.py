@@ -66,9 +66,9 @@ def sections(summary: Summary) -> list[Section]:
         _tune(summary),
         _resources(summary),
         _wrong(summary),
+        _unsteady(summary),
         _facts("Environment", summary.get("environment")),
         _facts("Settings", summary.get("settings")),
-        _raw(summary),
     ]
     return [part for part in parts if part is not None]
 
@@ -85,7 +85,7 @@ def _loadgen(summary: Summary) -> Section | None:
         beside, figures = result["beside"], result["figures"]
         what = f"{result['metric']}, {'samples/s' if result['scenario'] == 'offline' else 'ms'}"
         if result["scenario"] == "server":
-            what = f"p99 at {figure(figures['rate'])} queries/s (bound {figures['bound_ms']:g} ms), ms"
+            what = f"p99 at {figures['rate']:g} queries/s, ms"
         longest = figures["max_ms"] / figures["p50_ms"] if "max_ms" in figures and figures.get("p50_ms") else None
         own = result["null"].get("p50_ms")
         cells = (result["value"], beside["perf_analyzer"], beside["in_process"], beside["ratio"], longest)
@@ -106,21 +106,14 @@ def _loadgen(summary: Summary) -> Section | None:
     text = (
         "Unofficial: MLPerf's load generator, in runs shorter than its rules ask for; not submitted to MLCommons. In "
         "process is what the same file does here without a server: for the server scenario its p99 without any "
-        "waiting. LoadGen's own cost is the median latency of a system that answers at once."
+        "waiting. The ratio is LoadGen's figure over it. The own cost is the median latency of a system that answers "
+        "at once."
     )
     heads = [*("precision", "scenario", "LoadGen says", "figure", "LoadGen", "perf_analyzer", "in process")]
-    heads += ["LoadGen / in process", "max / median", "own cost, µs", "queries"]
+    heads += ["ratio", "max / median", "own cost, µs", "queries"]
     tables = [Table(heads, rows, words=4)]
     if accuracy:
-        more = (
-            "precision",
-            "scenario",
-            "mAP@[.5:.95]",
-            "mAP@0.5",
-            "pictures",
-            "compared with performance",
-            "different",
-        )
+        more = ("precision", "scenario", "mAP@[.5:.95]", "mAP@0.5", "pictures", "answers in both", "different")
         tables.append(Table(more, accuracy, words=2))
     if peaks:
         tables.append(Table(("precision", "p99 within", "highest rate, queries/s", "probes"), peaks))
@@ -262,8 +255,9 @@ def _rate(summary: Summary) -> Section | None:
         tables.append(Table(("probe", f"{slo['bound_ms']:g} ms", f"{percentile}, ms", "images/s"), probes, words=2))
     if rows:
         tables.insert(0, _brief(rows))
-    alt = "Latency percentiles over the rate of requests, with the bound and the highest rate that holds it"
-    return Section("Requests at a given rate", text, [Plot("rate", alt, partial(plots.rates, rows, slo))], tables)
+    alt = "Throughput and latency percentiles over the rate of requests that was asked for"
+    drawn = [Plot("rate", alt, partial(plots.sweep, rows, "rate", "requests/s asked for", {}))] if rows else []
+    return Section("Requests at a given rate", text, drawn, tables)
 
 
 def _protocols(summary: Summary) -> Section | None:
@@ -358,32 +352,10 @@ def _facts(title: str, facts: Mapping[str, Any] | None) -> Section | None:
     return Section(title, (), (), [Table(("what", "value"), rows, words=2)]) if rows else None
 
 
-def _raw(summary: Summary) -> Section | None:
-    tables = []
-    for series, rows in (summary.get("series") or {}).items():
-        if rows:
-            latency = list(dict.fromkeys(name for row in rows for name in row["latency_ms"]))
-            heads = [series, "images/s", "lowest", "highest", "each repeat", *(f"{name}, ms" for name in latency)]
-            heads += [f"{name}, ms" for name in PARTS.values()] + list(ANSWERS)
-            cells = [
-                (
-                    _name(row),
-                    *(figure(row["throughput"].get(name), 4) for name in ("median", "low", "high")),
-                    " ".join(figure(value, 4) for value in row["throughput"]["values"]),
-                    *(figure(row["latency_ms"].get(name), 4) for name in latency),
-                    *(figure((row.get("parts_ms") or {}).get(name)) for name in PARTS),
-                    *(str((row.get("answers") or {}).get(name, "–")) for name in ANSWERS),
-                )
-                for row in rows
-            ]
-            tables.append(Table(heads, cells))
-    if not tables:
-        return None
-    text = ["Medians over the repeats. The same and more is in summary.json."]
-    unsteady = [_name(row) for row in all_rows(summary) if not row.get("stable", True)]
-    if unsteady:
-        text.append(f"Not steady, windows that differ by more than 10 %: {'; '.join(unsteady)}.")
-    return Section("Every figure", text, (), tables)
+def _unsteady(summary: Summary) -> Section | None:
+    names = [_name(row) for row in all_rows(summary) if not row.get("stable", True)]
+    text = "Throughput within these measurements differed by more than 10 %: " + "; ".join(names) + "."
+    return Section("Not steady", [text]) if names else None
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def run(
         `scenario`, `mode`; `loadgen` (VALID, INVALID or empty); `valid`: it is VALID and nothing else is wrong;
         `problems`, a sentence each; `figures` {p50_ms, p90_ms, p99_ms, max_ms, samples_per_second, rate, bound_ms, as
         far as the scenario has them}; `queries`; `answered` and `failed` (samples); `exit_code` (None where it had to
-        be killed); `seconds`.
+        be killed); `seconds`; `log`, the first lines of LoadGen's summary.
 
     Raises:
         OptionError: there is no such scenario.
@@ -270,6 +270,7 @@ def run(
         "failed": sum(outcome.get("errors", {}).values()),
         "exit_code": code,
         "seconds": outcome.get("seconds"),
+        "log": _log_lines(folder / SUMMARY),
     }
     problems = _problems(code, output, outcome, entries, latest, mode)
     return {**result, "problems": problems, "valid": not problems}
@@ -324,6 +325,16 @@ def read_detail(path: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):  # the last line of a run that was killed
                 entries.append(json.loads(line.partition(" ")[2]))
     return entries
+
+
+def _log_lines(path: Path) -> list[str]:
+    """What LoadGen's summary says first: scenario, mode, figure, VALID or INVALID and why."""
+    try:
+        text = path.read_text(errors="replace")
+    except FileNotFoundError:
+        return []
+    head = text.partition("Additional Stats")[0]
+    return [line.rstrip() for line in head.splitlines() if " : " in line or "satisfied" in line]
 
 
 def _outcome(folder: Path) -> dict[str, Any]:

@@ -34,7 +34,6 @@ SECTIONS = (
     "Cores and memory",
     "Environment",
     "Settings",
-    "Every figure",
 )
 BARS = (((47, 111, 222), (138, 75, 208)), ((108, 160, 255), (185, 139, 240)))  # --vertical and --horizontal
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
