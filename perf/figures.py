@@ -19,13 +19,14 @@ from typing import Any
 from build import files
 from build.errors import DataError
 from build.reports.html import Table
-from perf.sections import TRANSPORTS, figure
+from perf.sections import TRANSPORTS, figure, loadgen_results
 
 DOCUMENTS = (files.ROOT / "README.md", files.ROOT / "docs" / "perf.md")
 RESULTS = files.ROOT / "perf" / "results" / "cpu.json"
 _BLOCK = re.compile(
     r"(?<=<!-- figures: )(?P<name>[\w-]+)(?P<middle> -->\n)(?P<text>.*?)(?=<!-- end of figures -->)", re.S
 )
+Keep = Callable[[Mapping[str, Any]], dict[str, Any]]
 _FACTS = ("cpu", "cores_allowed", "memory_gib", "gpus", "load_average", "other_load")
 _VERSIONS = ("python", "tritonserver", "onnxruntime", "perf_analyzer", "mlcommons-loadgen")
 
@@ -39,14 +40,15 @@ def publish(
         What was taken from which run, a sentence each.
 
     Raises:
-        DataError: there is no complete run of anything.
+        DataError: there is no complete and valid run of anything.
     """
     kept: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {}
     taken = []
     for name, (pattern, keep, _) in KINDS.items():
         for path in sorted(artifacts.glob(pattern), reverse=True):
             summary = json.loads(path.read_text())
-            if summary.get("complete", True) and not summary.get("quick"):
+            valid = all(result["valid"] for _, result in loadgen_results(summary)) or "mlperf" not in pattern
+            if summary.get("complete", True) and valid and not summary.get("quick"):
                 kept[name] = {**_facts(summary, path), **keep(summary)}
                 taken.append(f"{name}: {files.relative(path.parent)}")
                 break

@@ -23,6 +23,7 @@ from perf.load import Load, PerfError
 from perf.mlperf import measure, runs
 from perf.progress import Bar
 from perf.ratio import TRANSPORTS, served_ratio, single_stream
+from perf.sections import loadgen_results
 from perf.settings import Settings, Size, check, keep, open_run, run_folder, same_model
 from perf.statistics import aggregate, saturation, summed_answers
 
@@ -344,10 +345,6 @@ def _loadgen(context: _Context, bench: Bench) -> Iterator[_Step]:
         key = {"series": f"LoadGen, {name}", "precision": bench.precision, **how, "transport": settings.transport}
         result = context.journal.measure(key, lambda: measure.measure(stage(), name, folder / name, **how))
         results.summary.setdefault("mlperf", {}).setdefault(bench.precision, {})[name] = result
-        wrong = result["wrong"] or result["failed"]
-        if settings.scenarios or wrong:
-            for problem in result["problems"]:
-                results.problems.append(f"{bench.precision}, {name}: {problem}")
         context.console.print(f"{bench.precision}, {measure.told(result)}", markup=False)
 
     def peak() -> None:
@@ -480,6 +477,18 @@ def _require(summary: dict[str, Any], folder: Path) -> None:
             "were missing: " + "; ".join(answers["examples"][:2]),
             why="the server mixes up rows, or its model is not the published one",
             fix=f"see {where}/report.html; invoke verify checks what is published",
+        )
+    # A busy machine makes LoadGen call a run INVALID: that fails a run of LoadGen alone.
+    invalid = [
+        f"{precision}, {result['scenario']}: {problem}"
+        for precision, result in loadgen_results(summary)
+        if summary["settings"]["scenarios"] or result["wrong"] or result["failed"]
+        for problem in result["problems"]
+    ]
+    if invalid:
+        raise PerfError(
+            "not every run of LoadGen is valid: " + "; ".join(invalid),
+            fix=f"LoadGen's logs are in {where}/loadgen/; on a busy machine, try again when it is idle",
         )
     if not summary["complete"]:
         raise PerfError(

@@ -36,13 +36,20 @@ def test_publishing(tmp_path: Path) -> None:
     document.write_text(f"a\n<!-- figures: loadgen -->\nold\n{end}b\n<!-- figures: demo -->\nkept\n{end}")
     with pytest.raises(DataError, match="no complete run"):
         figures.publish(tmp_path, results, [document])
-    for name, change in (("2026-01-01", {}), ("2026-01-02", {"mlperf": {}}), ("2026-01-03", {"complete": False})):
+    for name, change in (
+        ("2026-01-01", {}),
+        ("2026-01-02", {"mlperf": {}}),
+        ("2026-01-03", {"complete": False}),
+        ("2026-01-04", {}),
+    ):
         folder = tmp_path / "mlperf" / name
         folder.mkdir(parents=True)
         summary = {**example_run.summary(), "run": name}
         if name == "2026-01-02":
             summary["mlperf"] = {"fp32": {"offline": summary["mlperf"]["fp32"]["offline"]}}
             change = {}
+        if name == "2026-01-04":  # LoadGen calls one of its runs INVALID
+            summary["mlperf"]["int8"]["server"]["valid"] = False
         (folder / "summary.json").write_text(json.dumps({**summary, **change}))
     taken = figures.publish(tmp_path, results, [document])
     assert ["2026-01-02" in sentence for sentence in taken] == [True, True]
