@@ -409,7 +409,7 @@ def _ssd_nms(context: _Context) -> None:
 
 
 def _images(spec: Spec, settings: Settings, artifacts: Path) -> tuple[Sequence[NDArray[np.uint8]], Pictures]:
-    """Some real pictures at the model's input size for perf_analyzer, and all of them as files for LoadGen.
+    """Some real pictures at the model's input size for perf_analyzer, and as files as many as LoadGen needs.
 
     Raises:
         DataError: there are none.
@@ -433,7 +433,10 @@ def _images(spec: Spec, settings: Settings, artifacts: Path) -> tuple[Sequence[N
             f"{spec.path}: [data] names no held-out pictures, so there is nothing real to send",
             fix="name a folder with some: invoke perf --images FOLDER",
         )
-    pictures = datasets.held_out(spec, artifacts / "datasets")
+    loadgen = bool(settings.scenarios or settings.size.scenarios)
+    count = spec.data.held_out_count if settings.accuracy else runs.IN_MEMORY if loadgen else PICTURES
+    data = replace(spec.data, held_out_count=min(count, spec.data.held_out_count))
+    pictures = datasets.held_out(replace(spec, data=data), artifacts / "datasets")
     return [datasets.load(path, spec.input)[0] for path in pictures.paths[:PICTURES]], pictures
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from build.errors import DataError, OptionError
 from build.serve import TritonServer
 from perf import bench, direct, environment, run, settings, ssd_nms
 from perf.load import Load, PerfError, Point
+from perf.mlperf import runs
 from perf.settings import Settings, Size, keep, open_run, same_model
 from tests.perf import faulty
 
@@ -218,6 +220,43 @@ def test_a_load_that_fails_costs_no_other(published: Path, tmp_path: Path, monke
     assert len(summary["problems"]) == 1
 
 
+@pytest.mark.triton
+@pytest.mark.usefixtures("cheap", "running")
+def test_a_run_of_loadgen_alone(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perf.mlperf.runs.IN_MEMORY", 16)
+    console = Console(file=io.StringIO(), width=200)
+    asked = Settings(scenarios=("single-stream",), seconds=1.2)
+    summary = run.perf(asked, artifacts=tmp_path, console=console)
+    (folder,) = (tmp_path / "mlperf").iterdir()
+    result = summary["mlperf"]["fp32"]["single-stream"]
+    assert result["valid"]
+    assert (result["wrong"], result["failed"]) == (0, 0)
+    assert result["answered"] >= 64
+    assert result["beside"]["perf_analyzer"] == 10.0  # of the stand-in
+    assert 0 < result["null"]["p50_ms"] < result["figures"]["p50_ms"]
+    assert "Result is : VALID" in result["log"]
+    logs = folder / "loadgen" / "fp32" / "single-stream" / "performance"
+    assert len(list(logs.glob("mlperf_log_*"))) == 4
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "fp32, single-stream: VALID, " in printed
+    text = (folder / "report.md").read_text()
+    assert text.index("LoadGen (unofficial): fp32 single-stream") < text.index("## LoadGen")
+    assert set(summary["series"]) == set()
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("cheap", "running")
+def test_an_invalid_run_of_loadgen_fails(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perf.mlperf.runs.IN_MEMORY", 16)
+    monkeypatch.setitem(runs.SCENARIOS, "server", dataclasses.replace(runs.SCENARIOS["server"], queries=20))
+    drive = runs.run
+    monkeypatch.setattr(
+        runs, "run", lambda *what, **how: drive(*what, **{**how, "bound_ms": 0.001})
+    )  # nobody holds that
+    with pytest.raises(PerfError, match=r"(?s)not every run of LoadGen is valid: fp32, server: .*INVALID: .*beyond"):
+        run.perf(Settings(scenarios=("server",), seconds=0.5), artifacts=tmp_path, console=quiet())
+
+
 @pytest.mark.parametrize(
     ("asked", "complaint"),
     [
@@ -225,6 +264,9 @@ def test_a_load_that_fails_costs_no_other(published: Path, tmp_path: Path, monke
         (Settings(precisions=("fp32", "int3")), r"int3\n.*choose from"),
         (Settings(precisions=()), "empty"),
         (Settings(slo_ms=-1), "-1 ms"),
+        (Settings(scenarios=("bridge",)), r"no scenario 'bridge'\n.*single-stream"),
+        (Settings(transport="pigeon"), r"transport is 'pigeon'\n.*shm, grpc, http"),
+        (Settings(seconds=0), "seconds is 0"),
         (Settings(tune=True, precisions=("fp32", "int8")), r"for fp32 and int8\n.*name one"),
     ],
 )
