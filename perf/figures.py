@@ -19,7 +19,7 @@ from typing import Any
 from build import files
 from build.errors import DataError
 from build.reports.html import Table
-from perf.sections import TRANSPORTS, figure, loadgen_results
+from perf.sections import OVERHEAD_MS, TARGETS, TRANSPORTS, figure, loadgen_results
 
 DOCUMENTS = (files.ROOT / "README.md", files.ROOT / "docs" / "perf.md")
 RESULTS = files.ROOT / "perf" / "results" / "cpu.json"
@@ -146,7 +146,7 @@ def _loadgen(kept: Mapping[str, Any]) -> list[str]:
 
 
 def _keep_served(summary: Mapping[str, Any]) -> dict[str, Any]:
-    keep = ("served_ratio", "direct_ips", "served_ips")
+    keep = ("served_ratio", "direct_ips")
     return {
         "precisions": {
             precision: {
@@ -164,10 +164,14 @@ def _served(kept: Mapping[str, Any]) -> list[str]:
     rows = []
     for precision, results in kept["precisions"].items():
         added = f"{figure(results['overhead_ms'], 2)} ms"
-        ratios = results["served_ratio"]
-        rows.append((precision, *(figure(ratios.get(name)) for name in TRANSPORTS), added))
+        goals = TARGETS.get(precision, {})
+        cells = [
+            f"**{figure(results['served_ratio'].get(name))}**" + (f" (goal {goals[name]:.2f})" if name in goals else "")
+            for name in TRANSPORTS
+        ]
+        rows.append((precision, *cells, f"{added} (goal {OVERHEAD_MS:g})"))
         if results["batches"]:
-            cells = (figure(results["batches"].get(name)) for name in TRANSPORTS)
+            cells = [figure(results["batches"].get(name)) for name in TRANSPORTS]
             rows.append((f"{precision}, 8 pictures a request", *cells, ""))
     return Table(("served / in process", *TRANSPORTS.values(), "one client, p50, added by serving"), rows).markdown()
 
