@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build.errors import ServeError
+from build.errors import DataError, ServeError
 from perf import answers
 from perf.analyzer import run, write_input
 from perf.direct import served_version, thresholds
 from perf.journal import Journal
 from perf.load import Load, PerfError
+from perf.mlperf.runs import IN_MEMORY
 from perf.resources import Sampler
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from ssd_client.config import ModelConfig
 
+    from build.gate.datasets import Pictures
     from build.serve import TritonServer
+    from build.spec import Spec
+    from perf.settings import Settings
 
 PICTURES = 16  # the load's variety; perf_analyzer sends them in turn
 
@@ -160,3 +164,35 @@ def start_bench(
         expected = answers.expected_answers(served_version(server, model), config, images)
         data = write_input(Path(folder) / "input.json", images, thresholds(config))
         yield Bench(server, model, config, images, expected, data, journal, late_ms)
+
+
+def load_pictures(spec: Spec, settings: Settings, artifacts: Path) -> tuple[Sequence[NDArray[np.uint8]], Pictures]:
+    """Some real pictures at the model's input size for perf_analyzer, and as files as many as LoadGen needs.
+
+    Raises:
+        DataError: there are none.
+    """
+    from ssd_client.preprocess import SUFFIXES
+
+    from build.gate import datasets
+
+    if settings.images:
+        paths = sorted(path for path in Path(settings.images).glob("*") if path.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise DataError(
+                f"{settings.images} holds no pictures",
+                why="there is no such folder, or nothing in it ends in " + ", ".join(SUFFIXES),
+                fix="name a folder with some: invoke perf --images FOLDER",
+            )
+        images = [datasets.load(path, spec.input)[0] for path in paths[:PICTURES]]
+        return images, datasets.Pictures(settings.images, tuple(paths))
+    if not spec.data.held_out:
+        raise DataError(
+            f"{spec.path}: [data] names no held-out pictures, so there is nothing real to send",
+            fix="name a folder with some: invoke perf --images FOLDER",
+        )
+    loadgen = bool(settings.scenarios or settings.size.scenarios)
+    count = spec.data.held_out_count if settings.accuracy else IN_MEMORY if loadgen else PICTURES
+    data = replace(spec.data, held_out_count=min(count, spec.data.held_out_count))
+    pictures = datasets.held_out(replace(spec, data=data), artifacts / "datasets")
+    return [datasets.load(path, spec.input)[0] for path in pictures.paths[:PICTURES]], pictures

@@ -61,11 +61,11 @@ def publish(
 
 
 def written(text: str, kept: Mapping[str, Any]) -> str:
-    """A document with the tables that `kept` has figures for; other blocks stay as they are."""
+    """A document with the tables that `kept` has figures for; other blocks are empty."""
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
-        return match[0] if name not in kept else f"{name}{match['middle']}{table(name, kept[name])}"
+        return f"{name}{match['middle']}{table(name, kept[name]) if name in kept else ''}"
 
     return _BLOCK.sub(block, text)
 

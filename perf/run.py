@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build.errors import DataError, OptionError, ServeError, SSDError
+from build.errors import OptionError, ServeError, SSDError
 from build.files import ARTIFACTS, MODELS, write_json
 from perf import direct, report, slo
-from perf.bench import PICTURES, Bench, start_bench
+from perf.bench import Bench, load_pictures, start_bench
 from perf.journal import Journal
 from perf.load import Load, PerfError
 from perf.mlperf import measure, runs
@@ -103,7 +103,7 @@ def perf(
         resume = run_folder(resume, artifacts)
     folder, settings, facts = open_run(settings, resume, artifacts)
     spec = load(sources / settings.model / "spec.toml")
-    images, pictures = _images(spec, settings, artifacts)
+    images, pictures = load_pictures(spec, settings, artifacts)
     busy = facts["environment"]["other_load"]
     if busy > report.BUSY:
         console.print(f"other programs take {busy:.0%} of this machine's cores: the figures will say little")
@@ -406,38 +406,6 @@ def _ssd_nms(context: _Context) -> None:
     from perf import ssd_nms
 
     context.results.summary["ssd_nms"] = context.journal.measure({"series": "SSDNMS alone"}, ssd_nms.measure)
-
-
-def _images(spec: Spec, settings: Settings, artifacts: Path) -> tuple[Sequence[NDArray[np.uint8]], Pictures]:
-    """Some real pictures at the model's input size for perf_analyzer, and as files as many as LoadGen needs.
-
-    Raises:
-        DataError: there are none.
-    """
-    from ssd_client.preprocess import SUFFIXES
-
-    from build.gate import datasets
-
-    if settings.images:
-        paths = sorted(path for path in Path(settings.images).glob("*") if path.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise DataError(
-                f"{settings.images} holds no pictures",
-                why="there is no such folder, or nothing in it ends in " + ", ".join(SUFFIXES),
-                fix="name a folder with some: invoke perf --images FOLDER",
-            )
-        images = [datasets.load(path, spec.input)[0] for path in paths[:PICTURES]]
-        return images, datasets.Pictures(settings.images, tuple(paths))
-    if not spec.data.held_out:
-        raise DataError(
-            f"{spec.path}: [data] names no held-out pictures, so there is nothing real to send",
-            fix="name a folder with some: invoke perf --images FOLDER",
-        )
-    loadgen = bool(settings.scenarios or settings.size.scenarios)
-    count = spec.data.held_out_count if settings.accuracy else runs.IN_MEMORY if loadgen else PICTURES
-    data = replace(spec.data, held_out_count=min(count, spec.data.held_out_count))
-    pictures = datasets.held_out(replace(spec, data=data), artifacts / "datasets")
-    return [datasets.load(path, spec.input)[0] for path in pictures.paths[:PICTURES]], pictures
 
 
 # -- the result --------------------------------------------------------------------------------------------------------

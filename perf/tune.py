@@ -293,7 +293,6 @@ def tune(
         SSDError: the present setting cannot be measured, or spec.toml cannot be changed; it is then as it was.
     """
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from ssd_client import SSDClientError
 
     show = console or Console(highlight=False, soft_wrap=True)
@@ -328,31 +327,26 @@ def tune(
         bound_ms = default_bound(single["p50"])
     count = measurements(len(others))
     show.print(f"{name}: {len(others)} settings against {present}, p99 <= {bound_ms:g} ms at {traffic}", markup=False)
-    columns = (TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=show, transient=True, disable=not show.is_terminal) as progress:
-        task = progress.add_task("", total=count)
+    show.print(f"{name}: {count} measurements, each on a server of its own", markup=False)
 
-        def measure(candidate: Candidate, rung: int, repeat: int, length: float) -> tuple[float, float]:
-            progress.update(task, description=f"rung {rung}: {candidate}")
-            check = rung == 0 and repeat == 0  # that each answers right is seen once; then figures are undisturbed
+    def measure(candidate: Candidate, rung: int, repeat: int, length: float) -> tuple[float, float]:
+        check = rung == 0 and repeat == 0  # that each answers right is seen once; then figures are undisturbed
 
-            def point(bench: Bench) -> dict[str, Any]:
-                # All for the same time, steady or not: the next rung is what doubt costs.
-                ask = functools.partial(bench.point, "tune", traffic, seconds=length, check=check, retries=0)
-                try:
-                    return ask()
-                except PerfError:  # perf_analyzer fails now and then for reasons of its own
-                    return ask()
-
+        def point(bench: Bench) -> dict[str, Any]:
+            # All for the same time, steady or not: the next rung is what doubt costs.
+            ask = functools.partial(bench.point, "tune", traffic, seconds=length, check=check, retries=0)
             try:
-                return _figures(on_server(candidate, point, rung=rung, repeat=repeat, seconds=length), traffic)
-            except SSDError as error:
-                show.print(f"{candidate}: {error}", markup=False)
-                raise
-            finally:
-                progress.advance(task)
+                return ask()
+            except PerfError:  # perf_analyzer fails now and then for reasons of its own
+                return ask()
 
-        tried = search(present, others, measure, bound_ms, seconds)
+        try:
+            return _figures(on_server(candidate, point, rung=rung, repeat=repeat, seconds=length), traffic)
+        except SSDError as error:
+            show.print(f"{candidate}: {error}", markup=False)
+            raise
+
+    tried = search(present, others, measure, bound_ms, seconds)
     winner, better, why = decide(tried, bound_ms)
     rows = [entry.as_dict(bound_ms) for entry in tried]
     best = rows[tried.index(winner)]

@@ -209,8 +209,8 @@ def settings_of(
             "server_max_async_queries": waiting,
         }
     else:
-        values |= {"offline_expected_qps": 1.2 * pace.images_per_second}  # so many samples that the run is long enough
-        return values, seconds * 1.3
+        values |= {"offline_expected_qps": 1.4 * pace.images_per_second}  # so many samples that the run is long enough
+        return values, seconds * 1.6
     return values, max(seconds, how.queries * each)
 
 

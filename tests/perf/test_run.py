@@ -90,7 +90,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plots, one look at the machine, sleep in place of the model in process: test_a_run has the real ones."""
     monkeypatch.setattr("perf.environment.capture", lambda: copy.deepcopy(machine()))
     monkeypatch.setattr("perf.report_html.svg", lambda plot: "<svg/>")
-    monkeypatch.setattr(run, "PICTURES", 8)
+    monkeypatch.setattr(bench, "PICTURES", 8)
     monkeypatch.setattr(ssd_nms, "measure", functools.partial(ssd_nms.measure, 4))
 
     def sleeping(path: Path, requests: Sequence[Any], *_: object, **__: object) -> direct.Direct:
@@ -223,7 +223,7 @@ def test_a_load_that_fails_costs_no_other(published: Path, tmp_path: Path, monke
 @pytest.mark.triton
 @pytest.mark.usefixtures("cheap", "running")
 def test_a_run_of_loadgen_alone(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perf.mlperf.runs.IN_MEMORY", 16)
+    monkeypatch.setattr(bench, "IN_MEMORY", 16)
     console = Console(file=io.StringIO(), width=200)
     asked = Settings(scenarios=("single-stream",), seconds=1.2)
     summary = run.perf(asked, artifacts=tmp_path, console=console)
@@ -247,7 +247,7 @@ def test_a_run_of_loadgen_alone(published: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.triton
 @pytest.mark.usefixtures("cheap", "running")
 def test_an_invalid_run_of_loadgen_fails(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perf.mlperf.runs.IN_MEMORY", 16)
+    monkeypatch.setattr(bench, "IN_MEMORY", 16)
     monkeypatch.setitem(runs.SCENARIOS, "server", dataclasses.replace(runs.SCENARIOS["server"], queries=20))
     drive = runs.run
     monkeypatch.setattr(
