@@ -237,7 +237,8 @@ def run(
 
     Returns:
         `scenario`, `mode`; `loadgen` (VALID, INVALID or empty); `valid`: it is VALID and nothing else is wrong;
-        `problems`, a sentence each; `figures` {p50_ms, p90_ms, p99_ms, max_ms, samples_per_second, rate, bound_ms, as
+        `problems`, a sentence each; `figures` {p50_ms, p90_ms, p99_ms, max_ms, samples_per_second, rate, bound_ms,
+        early_stopping_ms (what MLPerf reports of a latency: an upper bound of the percentile with 99 % confidence), as
         far as the scenario has them}; `queries`; `answered` and `failed` (samples); `exit_code` (None where it had to
         be killed); `seconds`; `log`, the first lines of LoadGen's summary.
 
@@ -334,7 +335,7 @@ def _log_lines(path: Path) -> list[str]:
     except FileNotFoundError:
         return []
     head = text.partition("Additional Stats")[0]
-    return [line.rstrip() for line in head.splitlines() if " : " in line or "satisfied" in line]
+    return [line.rstrip() for line in head.splitlines() if ": " in line and "Recommend" not in line]
 
 
 def _outcome(folder: Path) -> dict[str, Any]:
@@ -348,8 +349,13 @@ def _figures(scenario: str, latest: Mapping[str, Any], bound_ms: float, values: 
     figures = {}
     percentiles = {"p50_ms": "50.00_percentile", "p90_ms": "90.00_percentile", "p99_ms": "99.00_percentile"}
     for name, key in {**percentiles, "max_ms": "max"}.items():
-        if scenario != "offline" and f"result_{key}_latency_ns" in latest:
-            figures[name] = latest[f"result_{key}_latency_ns"] / 1e6
+        # Of a query of 8 (multi-stream), else of a sample, which is a query then.
+        latency = latest.get(f"result_{key}_per_query_latency_ns", latest.get(f"result_{key}_latency_ns"))
+        if scenario != "offline" and latency is not None:
+            figures[name] = latency / 1e6
+    estimate = latest.get("early_stopping_latency_ss" if scenario == "single-stream" else "early_stopping_latency_ms")
+    if estimate is not None and scenario in ("single-stream", "multi-stream"):
+        figures["early_stopping_ms"] = estimate / 1e6
     if "result_samples_per_second" in latest:
         figures["samples_per_second"] = float(latest["result_samples_per_second"])
     if scenario == "server":

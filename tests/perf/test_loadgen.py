@@ -77,6 +77,7 @@ def test_a_valid_run(served: Served, reference: answers.Reference, tmp_path: Pat
     if scenario == "single-stream":
         figures = result["figures"]
         assert f"90th percentile latency (ns) : {round(figures['p90_ms'] * 1e6)}" in summary or "Early" in summary
+        assert figures["early_stopping_ms"] >= figures["p90_ms"]
         assert 0 < figures["p50_ms"] <= figures["p90_ms"] <= figures["p99_ms"] <= figures["max_ms"]
     else:
         assert f"Samples per second: {result['figures']['samples_per_second']:.6g}"[:23] in summary
