@@ -135,6 +135,7 @@ def build_engines(
         "tune": "search instances, threads and batching, and write the best into spec.toml",
         "resume": "folder of a run that did not come to its end",
         "compare": "two runs, with a comma: is the second faster?",
+        "publish_figures": "write the newest runs' figures into README.md and docs/perf.md",
     }
 )
 @_explained
@@ -148,18 +149,56 @@ def perf(
     tune: bool = False,
     resume: str = "",
     compare: str = "",
+    publish_figures: bool = False,
 ) -> None:
     """Load the served model, check its answers, set it against the same model in process; writes artifacts/perf/."""
     from perf.run import compare_runs
     from perf.run import perf as run
     from perf.settings import Settings
 
+    if publish_figures:
+        from perf.figures import publish
+
+        print("\n".join(publish(ARTIFACTS)))
+        return
     if compare:
         compare_runs([_given_or_name(run) for run in compare.split(",")], ARTIFACTS)
         return
     precisions = tuple(precision.split(",")) if precision else (("fp32",) if quick or tune else ("fp32", "int8"))
     settings = Settings(model, precisions, quick, slo, tune, _given(images))
     run(settings, resume=Path(_given_or_name(resume)) if resume else None, artifacts=ARTIFACTS)
+
+
+@task(
+    help={
+        "scenario": "single-stream, multi-stream, server, offline or all",
+        "seconds": "of each run of LoadGen, at least (the rules ask for 600)",
+        "accuracy": "LoadGen's accuracy mode, too: mAP, and the same answers in both modes",
+        "find_peak": "search the highest rate of the server scenario",
+        "model": "folder of models/",
+        "precision": "one or several, with commas",
+        "transport": "how pictures reach the server: shm (shared memory), grpc or http",
+    }
+)
+@_explained
+def mlperf(
+    c: Context,
+    scenario: str = "all",
+    seconds: float = 20.0,
+    accuracy: bool = False,
+    find_peak: bool = False,
+    model: str = "shapes",
+    precision: str = "fp32",
+    transport: str = "shm",
+) -> None:
+    """Drive the served model with MLPerf's LoadGen and check every answer; unofficial; writes artifacts/mlperf/."""
+    from perf.mlperf.runs import SCENARIOS
+    from perf.run import perf as run
+    from perf.settings import Settings
+
+    scenarios = tuple(SCENARIOS) if scenario == "all" else (scenario,)
+    how = {"seconds": seconds, "accuracy": accuracy, "find_peak": find_peak, "transport": transport}
+    run(Settings(model, tuple(precision.split(",")), scenarios=scenarios, **how), artifacts=ARTIFACTS)  # type: ignore[arg-type]
 
 
 @task(help={"model": "one model (default: all of them)", "count": "how many pictures"})

@@ -1,9 +1,9 @@
-"""Whether a server under load still answers correctly, and which faults its latencies show.
+"""Whether a server under load still answers correctly.
 
     expected = expected_answers(server.repository / "shapes" / server.models["shapes"], config, images)
     with AnswerCheck(server.grpc_url, "shapes", images, expected) as check:
         point = run(...)
-    check.result, faults(point)
+    check.result
 
 While perf_analyzer makes the load, a small share of the requests comes from here: known pictures, alone and in batches
 of different ones. The answers must equal those of the served file, run in this process. perf_analyzer measures the time
@@ -37,21 +37,11 @@ if TYPE_CHECKING:
     from ssd_client import AsyncSSDClient
     from ssd_client.config import ModelConfig
 
-    from perf.load import Point
-
     Arrays = Mapping[str, NDArray[Any]]
 
 SHARE = 0.05  # of the load's requests, at most
 EXAMPLES = 5
 GRACE = 5.0  # seconds beyond its own time that a request may take to end
-
-# What is a stall, and what is a rhythm of them: see `faults`.
-LATE_MS = 20.0
-SAME_SIZE_MS = 5.0
-# How much sizes may differ, and how much of the usual slack their rhythm then has.
-ALIKE = ((0.2, 1.0), (0.4, 0.4))
-FEWEST, FEWEST_OF_OTHERS, MOST = 3, 5, 0.6
-OUTAGE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,13 +59,19 @@ class Expected:
     max_batch_size: int
 
 
-def expected_answers(folder: Path, config: ModelConfig, images: Sequence[NDArray[np.uint8]]) -> Expected:
-    """Runs the served file in this process, one picture at a time, with the thresholds that the server's model has.
+def expected_answers(
+    folder: Path,
+    config: ModelConfig,
+    images: Sequence[NDArray[np.uint8]],
+    values: Mapping[str, float] | None = None,
+) -> Expected:
+    """Runs the served file in this process, one picture at a time.
 
     Args:
         folder: the served version's, with model.onnx, or with model.plan and manifest.json (on its GPU).
         config: the model's, as its server tells it.
         images: UINT8 [H,W,3], at the model's input size.
+        values: its thresholds; None = those that the server's model has.
 
     Raises:
         ServeError: the folder holds neither.
@@ -83,7 +79,7 @@ def expected_answers(folder: Path, config: ModelConfig, images: Sequence[NDArray
         VerifyError: there is no tolerance for this runtime and precision.
     """
     within = tolerance(Target(config.runtime, config.precision))
-    requests = feeds(images, thresholds(config))
+    requests = feeds(images, thresholds(config) if values is None else values)
     path = served_file(folder)
     if path.suffix == ".onnx":
         import onnx
@@ -283,96 +279,3 @@ class AnswerCheck:
     def _drop(self, count: int, reason: str) -> None:
         self._counts["dropped"] += count
         self._dropped[reason] = self._dropped.get(reason, 0) + count
-
-
-def faults(point: Point) -> list[str]:
-    """The faults that the times of a point's requests show, a sentence each; usually none.
-
-    - Failed requests.
-    - An outage: no answer for more than 1 s, 20 of the usual intervals between answers and 5 of the usual latencies.
-    - A periodic stall. A request is late if it took longer than the median by more than 20 ms and by more than
-      3 × (p90 - p50); late requests that were on the way at the same time are one stall, as large as its latest. It is
-      a fault if stalls of a size (within 20 %, or 5 ms) come in a rhythm (see `_rhythm`): at least 3 of them where
-      they are most of the stalls, else at least 5 that are most of those of their size or larger. Their sizes may
-      differ by 40 % where the rhythm is exact. A busy machine makes requests late, too, but in all sizes and at all
-      times: of series with a heavy tail about 1 in 50 is taken for a stall.
-
-    Without `latencies_ms` only failed requests show.
-    """
-    import numpy as np
-
-    noticed = [f"{point.errors} requests failed"] if point.errors else []
-    if len(point.latencies_ms) <= FEWEST:
-        return noticed
-    order = np.argsort(point.sent_s, kind="stable")
-    latencies, sent = np.asarray(point.latencies_ms)[order], np.asarray(point.sent_s)[order]
-    answered = np.sort(sent + latencies / 1000)
-    intervals = np.diff(answered, prepend=sent[0])
-    median, p90 = np.percentile(latencies, (50, 90))
-    longest = intervals.max()
-    if longest > max(OUTAGE_S, 20 * np.median(intervals), 5 * median / 1000):
-        noticed.append(f"no answer for {longest:.1f} s")
-    positions, sizes = _stalls(latencies - median, sent, latencies, max(LATE_MS, 3 * (p90 - median)))
-    for size, (spread, strictness) in itertools.product(np.sort(sizes)[::-1], ALIKE):
-        slack = max(spread * size, SAME_SIZE_MS)
-        alike = np.abs(sizes - size) <= slack
-        fewest = FEWEST if alike.mean() >= MOST else FEWEST_OF_OTHERS
-        spacing = _rhythm(positions[alike], len(latencies), strictness) if alike.sum() >= fewest else 0.0
-        if spacing and alike.sum() >= MOST * (sizes >= size - slack).sum():
-            usual = np.median(sizes[alike])
-            noticed.append(f"a stall of about {_about(usual)} ms, once in about {_about(spacing)} requests")
-            break
-    return noticed
-
-
-def _stalls(
-    excess: NDArray[Any], sent: NDArray[Any], latencies: NDArray[Any], limit: float
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Position of the first request and largest excess in milliseconds of every group of late requests."""
-    import numpy as np
-
-    positions: list[int] = []
-    sizes: list[float] = []
-    until = -1.0
-    for i in np.flatnonzero(excess > limit):
-        if sent[i] > until:
-            positions.append(int(i))
-            sizes.append(0.0)
-        until = max(until, sent[i] + latencies[i] / 1000)
-        sizes[-1] = max(sizes[-1], float(excess[i]))
-    return np.asarray(positions), np.asarray(sizes)
-
-
-def _rhythm(positions: NDArray[Any], total: int, strictness: float) -> float:
-    """How many requests lie between stalls on average if they come in a rhythm, else 0.
-
-    One instance that stalls makes equal distances; n instances of a model that stall by their own counts make every
-    n-th distance equal, n up to 4, or come close together and count as one. Four in five distances (of many, seven in
-    ten) must be within 15 % of their median (10 % for n > 1, 6 % where there are but two), and the stalls must go
-    through all of the `total` requests, from the first to the last. Of 3 stalls at random moments 1 in 40 sets pass, of
-    more about 1 in 100. `strictness` multiplies the percentages.
-    """
-    import numpy as np
-
-    gaps = np.diff(positions)
-    starts = np.flatnonzero(np.append(True, gaps > 0.1 * gaps.max()))
-    groups, members = positions[starts], np.diff(np.append(starts, len(positions)))
-    if (members == np.median(members)).mean() < 0.7:  # chance brought some together
-        groups = positions
-    for instances in (1, 2, 3, 4):
-        distances = groups[instances:] - groups[:-instances]
-        if len(distances) < 2 * instances:
-            break
-        middle = float(np.median(distances))
-        many = len(distances) >= 5 * instances
-        slack = strictness * (0.06 if len(distances) == 2 else 0.15 if instances == 1 else 0.1)
-        regular = (np.abs(distances - middle) <= slack * middle).mean() >= (0.7 if many else 0.8)
-        ends = max(positions[0], total - positions[-1])
-        if regular and ends <= (2.25 if many else 1.25) * middle:
-            return middle / instances * len(groups) / len(positions)
-    return 0.0
-
-
-def _about(value: float) -> int:
-    """Two significant digits."""
-    return int(float(f"{value:.2g}"))

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build.errors import ServeError
+from build.errors import DataError, ServeError
 from perf import answers
 from perf.analyzer import run, write_input
-from perf.direct import thresholds
+from perf.direct import served_version, thresholds
 from perf.journal import Journal
-from perf.load import Load, PerfError, Point
+from perf.load import Load, PerfError
+from perf.mlperf.runs import IN_MEMORY
 from perf.resources import Sampler
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from ssd_client.config import ModelConfig
 
+    from build.gate.datasets import Pictures
     from build.serve import TritonServer
+    from build.spec import Spec
+    from perf.settings import Settings
 
 PICTURES = 16  # the load's variety; perf_analyzer sends them in turn
-BINS = 60
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ class Bench:
             key: what else tells this measurement from others.
 
         Returns:
-            `load`; `point`: `Point.as_dict()` with a `histogram` {edges_ms, counts} in place of every single latency;
-            `answers`: as `AnswerCheck.result`, None where they were not checked; `faults`; `resources`.
+            `load`; `point`: `Point.as_dict()` without every single latency; `answers`: as `AnswerCheck.result`, None
+            where they were not checked; `resources`.
 
         Raises:
             PerfError: it could not be measured.
@@ -116,12 +119,12 @@ class Bench:
                     f"the server did not answer in time: {error}", fix="see what else runs there"
                 ) from error
             raise
-        checked = checking.result if check else None
+        figures = point.as_dict()
+        del figures["latencies_ms"], figures["sent_s"]
         return {
             "load": load.as_dict(),
-            "point": _without_single_latencies(point),
-            "answers": checked,
-            "faults": answers.faults(point),
+            "point": figures,
+            "answers": checking.result if check else None,
             "resources": sampler.result(served),
         }
 
@@ -158,21 +161,38 @@ def start_bench(
                 config = client.model_config()
         except SSDClientError as error:
             raise ServeError(f"{model} cannot be loaded with pictures: {error}") from None
-        version = server.repository / model / server.models[model]
-        expected = answers.expected_answers(version, config, images)
+        expected = answers.expected_answers(served_version(server, model), config, images)
         data = write_input(Path(folder) / "input.json", images, thresholds(config))
         yield Bench(server, model, config, images, expected, data, journal, late_ms)
 
 
-def _without_single_latencies(point: Point) -> dict[str, Any]:
-    import numpy as np
+def load_pictures(spec: Spec, settings: Settings, artifacts: Path) -> tuple[Sequence[NDArray[np.uint8]], Pictures]:
+    """Some real pictures at the model's input size for perf_analyzer, and as files as many as LoadGen needs.
 
-    values = point.as_dict()
-    latencies = values.pop("latencies_ms")
-    del values["sent_s"]
-    values["histogram"] = None
-    if latencies:
-        edges = np.geomspace(max(min(latencies), 1e-3), max(max(latencies), 2e-3) * (1 + 1e-9), BINS + 1)
-        counts, _ = np.histogram(np.clip(latencies, edges[0], None), edges)
-        values["histogram"] = {"edges_ms": edges.tolist(), "counts": counts.tolist()}
-    return values
+    Raises:
+        DataError: there are none.
+    """
+    from ssd_client.preprocess import SUFFIXES
+
+    from build.gate import datasets
+
+    if settings.images:
+        paths = sorted(path for path in Path(settings.images).glob("*") if path.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise DataError(
+                f"{settings.images} holds no pictures",
+                why="there is no such folder, or nothing in it ends in " + ", ".join(SUFFIXES),
+                fix="name a folder with some: invoke perf --images FOLDER",
+            )
+        images = [datasets.load(path, spec.input)[0] for path in paths[:PICTURES]]
+        return images, datasets.Pictures(settings.images, tuple(paths))
+    if not spec.data.held_out:
+        raise DataError(
+            f"{spec.path}: [data] names no held-out pictures, so there is nothing real to send",
+            fix="name a folder with some: invoke perf --images FOLDER",
+        )
+    loadgen = bool(settings.scenarios or settings.size.scenarios)
+    count = spec.data.held_out_count if settings.accuracy else IN_MEMORY if loadgen else PICTURES
+    data = replace(spec.data, held_out_count=min(count, spec.data.held_out_count))
+    pictures = datasets.held_out(replace(spec, data=data), artifacts / "datasets")
+    return [datasets.load(path, spec.input)[0] for path in pictures.paths[:PICTURES]], pictures

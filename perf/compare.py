@@ -10,24 +10,19 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from build.errors import SSDError
 from build.reports.html import Table
 from perf import report, report_html
-from perf.report_html import Line, Plot, Section
+from perf.report_html import Line, Section
 from perf.sections import TRANSPORTS, all_rows, figure, flat, words
-from perf.statistics import LEAST_REPEATS, verdict
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+from perf.statistics import verdict
 
 # Facts that are never the same twice.
 _PASSING = ("load_average", "other_load")
 _ORDER = ("slower", "faster", "no difference shown", "too few repeats")  # what matters most comes first
-_MOST_DRAWN = 40
 _NEEDED = ("run", "model", "precisions", "series")
 
 
@@ -121,11 +116,6 @@ def _measured(summary: Mapping[str, Any]) -> Iterator[tuple[str, _Measured]]:
             yield name, (row["throughput"]["values"], "images/s", True)
         for percentile, values in (row.get("latency_values") or {}).items():
             yield f"{name}, {percentile}", (values, "ms", False)
-    for peer in summary.get("peers") or ():
-        yield (
-            f"peer {peer['name']}, batch {peer['batch_size']}",
-            (peer.get("images_per_second") or [], "images/s", True),
-        )
 
 
 def _row(what: str, a: Sequence[float], unit: str, higher: bool, b: Sequence[float]) -> dict[str, Any]:
@@ -164,30 +154,12 @@ def write(folder: Path, result: Mapping[str, Any]) -> list[Path]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The comparison for a terminal or a pull request."""
-    return report.as_markdown(_TITLE, _subtitle(result), _lines(result), _sections(result))
+    return report.as_markdown(_TITLE, _subtitle(result), lines(result), _sections(result))
 
 
 def html(result: Mapping[str, Any]) -> str:
     """The comparison as one file that loads nothing."""
-    return report_html.page(_TITLE, _subtitle(result), _lines(result), _sections(result))
-
-
-def table(result: Mapping[str, Any]) -> RichTable:
-    """What was compared, for a terminal."""
-    from rich.table import Table as RichTable
-
-    title = f"B = {result['b']} against A = {result['a']}"
-    grid = RichTable("measured", "verdict of B", title=title, title_justify="left")
-    for head in ("B / A", "95 % interval"):
-        grid.add_column(head, justify="right", no_wrap=True)
-    colors = {"faster": "green", "slower": "red"}
-    judged = [row for row in result["rows"] if row["verdict"] != "too few repeats"]
-    for row in judged:
-        what, verdict_of_b, _, _, ratio, interval, _ = _cells(row)
-        grid.add_row(what, verdict_of_b, ratio, interval, style=colors.get(row["verdict"]))
-    few = len(result["rows"]) - len(judged)
-    grid.caption = f"{few} more with fewer than {LEAST_REPEATS} repeats a side: no verdict" if few else None
-    return grid
+    return report_html.page(_TITLE, _subtitle(result), lines(result), _sections(result))
 
 
 _TITLE = "Run B against run A"
@@ -198,22 +170,23 @@ def _subtitle(result: Mapping[str, Any]) -> str:
     return f"A: {result['a']} · B: {result['b']}"
 
 
-def _lines(result: Mapping[str, Any]) -> list[Line]:
+def lines(result: Mapping[str, Any]) -> list[Line]:
+    """How many were slower and faster, and what limits that."""
     counts = result["counts"]
     slower, faster = counts.get("slower", 0), counts.get("faster", 0)
     few = counts.get("too few repeats", 0)
     judged = len(result["rows"]) - few
-    lines = [
+    told = [
         Line(
             not slower if judged else None, f"B is slower in {slower} and faster in {faster} of {judged} comparisons."
         ),
     ]
     if result["differences"]:
         names = ", ".join(difference["what"] for difference in result["differences"])
-        lines.append(Line(None, f"The runs differ in {names}: what is slower or faster may come from that."))
+        told.append(Line(None, f"The runs differ in {names}: what is slower or faster may come from that."))
     if few:
-        lines.append(Line(None, f"{few} more cannot be judged: too few repeats, three a side are the least."))
-    return lines
+        told.append(Line(None, f"{few} more cannot be judged: too few repeats, three a side are the least."))
+    return told
 
 
 def _sections(result: Mapping[str, Any]) -> list[Section]:
@@ -221,32 +194,18 @@ def _sections(result: Mapping[str, Any]) -> list[Section]:
     if result["differences"]:
         rows = [(row["what"], words(row["a"]), words(row["b"])) for row in result["differences"]]
         sections.append(Section("Where they differ", (), (), [Table(("what", "A", "B"), rows, words=3)]))
-    shown = [_speed(row) for row in result["rows"] if row["ratio"] is not None]
-    alt = "How many times as fast B is as A, with its 95 % interval, for everything that both measured"
     text = (
         "Ratio of the medians with a 95 % bootstrap interval, widened for few repeats. A verdict asks for an interval "
         "without 1 and a difference of 1 % or more. Of a hundred equal things about three may still look "
         "different, and repeats within a run do not show how much the machine changes between runs: two runs of one "
         "commit do."
     )
-    text += " In the picture right is faster, for times too."
-    text += f" It has the first {_MOST_DRAWN}." if len(shown) > _MOST_DRAWN else ""
-    drawn = [Plot("compare", alt, partial(report_html.intervals, shown[:_MOST_DRAWN]))] if shown else []
-    sections.append(
-        Section("Measured by both", [text], drawn, [Table(_HEADS, [_cells(row) for row in result["rows"]], words=2)])
-    )
+    both = [_cells(row) for row in result["rows"]]
+    sections.append(Section("Measured by both", [text], (), [Table(_HEADS, both, words=2)]))
     alone = [(run.upper(), what) for run in "ab" for what in result[f"only_{run}"]]
     if alone:
         sections.append(Section("Measured by one alone", (), (), [Table(("run", "what"), alone, words=2)]))
     return sections
-
-
-def _speed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A ratio as how many times as fast B is: that of a time is turned round."""
-    if row["better"] == "higher":
-        return dict(row)
-    low, high = (None if row[end] is None else 1 / row[end] for end in ("high", "low"))
-    return {**row, "ratio": 1 / row["ratio"], "low": low, "high": high}
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     from build.gate import verify
     from models.shapes.scenes import write_split
     from perf.bench import PICTURES, start_bench
-    from perf.environment import machine, versions
+    from perf.environment import commit, machine, perf_analyzer, versions
     from perf.journal import Journal
     from perf.run import short
     from perf.served_accuracy import evaluate_served
@@ -92,8 +92,9 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
             "images": accuracy.images,
             "evaluation_seconds": evaluation_seconds,
             **load,
-            "versions": versions(),
-            "machine": machine(),
+            "date": time.strftime("%Y-%m-%d"),
+            "versions": versions(perf_analyzer=perf_analyzer()),
+            "machine": {**machine(), "commit": commit()},
         }
     write_json(out / "summary.json", summary)
     console.print(_table(summary))

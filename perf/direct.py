@@ -129,12 +129,11 @@ def beside(
         ServeError: the served version has no model.onnx or model.plan here.
         EngineError: the plan cannot run here.
     """
-    folder = server.repository / model / server.models[model]
     requests = feeds(images, thresholds(config), batch_size)
     triton = server.model_config(model)
     instances, threads = split(triton)
     with contextlib.ExitStack() as closing:
-        path = served_file(folder)
+        path = served_file(served_version(server, model))
         if path.suffix == ".onnx":
             yield fastest(path, requests, instances, threads, clients=clients)
         else:
@@ -149,6 +148,11 @@ def beside(
                 for _ in range(instances)
             ]
             yield Direct(plans, requests, clients=clients)
+
+
+def served_version(server: TritonServer, model: str) -> Path:
+    """The folder of the version that a server serves."""
+    return server.repository / model / server.models[model]
 
 
 def served_file(folder: Path) -> Path:
@@ -220,11 +224,12 @@ def split(triton: Mapping[str, Any]) -> tuple[int, int]:
     return instances, int(triton["parameters"].get("threads", {}).get("string_value", "1"))
 
 
-def thresholds(config: ModelConfig) -> dict[str, float]:
-    """The thresholds that a request must bring; {} where the model takes none."""
+def thresholds(config: ModelConfig, score_threshold: float | None = None) -> dict[str, float]:
+    """The thresholds that a request must bring, the model's own unless given; {} where the model takes none."""
     if not config.runtime_thresholds:
         return {}
-    return {name: getattr(config, name) for name in contract.THRESHOLDS}
+    values = {name: getattr(config, name) for name in contract.THRESHOLDS}
+    return values if score_threshold is None else {**values, "score_threshold": score_threshold}
 
 
 def feeds(

@@ -16,7 +16,7 @@ from build.files import ROOT
 from perf.direct import other_load
 from perf.load import PerfError
 
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient", "pycocotools")
+_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "numpy", "pillow", "tritonclient", "pycocotools", "mlcommons-loadgen")
 _OPTIONAL = ("onnxruntime-gpu", "torch", "tensorrt")
 
 

@@ -20,8 +20,10 @@ from perf.sections import (
     Summary,
     all_rows,
     figure,
+    loadgen_results,
     precisions,
     sections,
+    tail,
 )
 
 BUSY = 0.15  # of the cores taken by other programs: above it figures say little
@@ -89,19 +91,36 @@ def _subtitle(summary: Summary) -> str:
 
 
 def verdict(summary: Summary) -> list[Line]:
-    """Five lines: served against in-process, overhead, answers, faults, whether the run is whole; a sixth on a busy
-    machine. What a search found, and whether it is whole, where that is what the run was for."""
+    """LoadGen's figures, served against in-process, overhead, answers, the slowest request, whether the run is whole;
+    one more on a busy machine. Where the run was for LoadGen or a search alone: what that found, and the last line.
+    """
     tune = summary.get("tune")
     if tune and not summary.get("precisions"):
         return [Line(None, f"{tune['why'][:1].upper()}{tune['why'][1:]}."), _complete_line(summary)]
+    loadgen = _loadgen_lines(summary)
+    if loadgen and not summary.get("series"):
+        return [*loadgen, _complete_line(summary)]
     lines = [
+        *loadgen,
         _ratio_line(summary),
         _overhead_line(summary),
         _answers_line(summary),
-        _faults_line(summary),
+        _tail_line(summary),
         _complete_line(summary),
     ]
     return lines + _busy_line(summary)
+
+
+def _loadgen_lines(summary: Summary) -> list[Line]:
+    results = loadgen_results(summary)
+    said = []
+    for precision, result in results:
+        name, unit = result["scenario"], "samples/s" if result["scenario"] == "offline" else "ms"
+        rate = f"{figure(result['figures']['rate'])} queries/s with p99 " if name == "server" else ""
+        valid = "" if result["valid"] else ", NOT VALID"
+        said.append(f"{precision} {name} {rate}{figure(result['value'])} {unit}{valid}")
+    good = all(result["valid"] for _, result in results)
+    return [Line(good, f"LoadGen (unofficial): {'; '.join(said)}.")] if said else []
 
 
 def _ratio_line(summary: Summary) -> Line:
@@ -144,16 +163,12 @@ def _answers_line(summary: Summary) -> Line:
     return Line(bad == 0, f"Answers under load: {answers['checked']:,} checked: {counts}.")
 
 
-def _faults_line(summary: Summary) -> Line:
-    rows = all_rows(summary)
-    if not rows:
-        return Line(None, "Faults: nothing was watched.")
-    faults = list(dict.fromkeys(fault for row in rows for fault in row.get("faults") or ()))
-    more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-    # Without shared memory perf_analyzer does not report each request's time, and no stall can be seen.
-    seen = sum(row.get("histogram") is not None for row in rows)
-    looked = f" (every request's time was known at {seen} of {len(rows)} loads)" if seen < len(rows) else ""
-    return Line(not faults, f"Faults: {'; '.join(faults[:3]) or 'none seen'}{more}{looked}.")
+def _tail_line(summary: Summary) -> Line:
+    tails = [(value, row) for row in all_rows(summary) if (value := tail(row)) is not None]
+    if not tails:
+        return Line(None, "Slowest requests: not measured.")
+    value, row = max(tails, key=lambda pair: pair[0])
+    return Line(None, f"Slowest request: {figure(value)} times the median, at {row['precision']}, {row['label']}.")
 
 
 def _busy_line(summary: Summary) -> list[Line]:

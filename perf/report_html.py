@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from build.reports import html
 from build.reports.html import Html, Table, scroll, tag
-from perf.statistics import amount, curves, saturation
+from perf.statistics import curves, saturation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -342,43 +342,6 @@ def _latencies(axes: Axes, points: Sequence[Row], axis: str, color: str) -> None
     axes.legend(loc="upper left")
 
 
-def rates(rows: Sequence[Row], slo: Mapping[str, Any] | None) -> Figure:
-    """Latency over the rate of requests, and where the bound that was asked for is met.
-
-    Args:
-        rows: of the series; may be empty.
-        slo: as in a summary.
-    """
-    lines = curves(list(rows), "rate")
-    figure, panels = _figure(3.4, max(1, len(lines)), sharey=True)
-    for axes, (name, points), color in zip(panels, lines.items(), _COLORS, strict=False):
-        _latencies(axes, points, "rate", color)
-        axes.set_title(name)
-    last = panels[-1]  # Poisson's, where there are both
-    percentile = (slo or {}).get("percentile", "p99")
-    if slo:
-        for axes in panels:
-            axes.axhline(slo["bound_ms"], color=_BAD, linewidth=1.3, label=f"bound: {slo['bound_ms']:g} ms")
-        for held, marker, color in ((True, "^", _GOOD), (False, "x", _BAD)):
-            probes = [probe for probe in slo["probes"] if probe["held"] == held]
-            x, y = [probe["rate"] for probe in probes], [probe[f"{percentile}_ms"] for probe in probes]
-            last.plot(x, y, marker, color=color, markersize=7,
-                      label=f"probe: {percentile} {'held' if held else 'not held'}")  # fmt: skip
-        if slo["rate"]:
-            last.axvline(slo["rate"], color=_GOOD, linewidth=1.3, linestyle="--", label=f"found: {slo['rate']:.4g}/s")
-    values = [row["latency_ms"][name] for row in rows for name in ("p50", "p99") if name in row["latency_ms"]]
-    values += [slo["bound_ms"], *(probe[f"{percentile}_ms"] for probe in slo["probes"])] if slo else []
-    for axes in panels:
-        axes.set_xlabel("requests per second asked for")
-        axes.legend(loc="upper left")
-        if values and max(values) > 10 * min(values) > 0:
-            axes.set_yscale("log")
-            axes.autoscale(axis="y")
-            _plain(axes.yaxis)
-    panels[0].set_ylabel("latency, ms")
-    return figure
-
-
 def _plain(axis: Any) -> None:
     """A logarithmic axis with figures as people write them."""
     from matplotlib.ticker import FuncFormatter, LogLocator
@@ -386,111 +349,3 @@ def _plain(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(LogLocator(subs=()))
-
-
-def distributions(rows: Sequence[Row]) -> Figure:
-    """Histograms of latency, and how many requests take longer than a time.
-
-    Args:
-        rows: each with a histogram.
-    """
-    import numpy as np
-
-    figure, (shape, tail) = _figure(3.3, 2)
-    for row, color in zip(rows, _COLORS, strict=False):
-        edges, counts = np.asarray(row["histogram"]["edges_ms"]), np.asarray(row["histogram"]["counts"])
-        name, total = f"{row['precision']}, {row['label']}", counts.sum()
-        longer = 1 - np.cumsum(counts) / total
-        seen = longer > 0.5 / total
-        tail.plot(edges[1:][seen], longer[seen], color=color, label=name)
-        # No more bins than so few requests can fill.
-        starts = np.arange(0, len(counts), max(1, round(len(counts) / np.sqrt(total))))
-        edges, counts = np.append(edges[starts], edges[-1]), np.add.reduceat(counts, starts)
-        # Of the logarithm, so that equal areas are equal shares in this picture.
-        widths = np.diff(np.log(edges)) if edges[0] > 0 else np.diff(edges)
-        shape.stairs(counts / total / widths, edges, color=color, fill=True, alpha=0.25)
-        shape.stairs(counts / total / widths, edges, color=color, linewidth=1.4)
-    shape.set(title="distribution", xlabel="latency, ms", xscale="log", yticks=[])
-    tail.set(title="share of requests that take longer", xlabel="latency, ms", xscale="log", yscale="log")
-    tail.set_yticks([0.5, 0.1, 0.01, 0.001], ["50 %", "10 %", "1 %", "0.1 %"])
-    tail.minorticks_off()
-    for axes in (shape, tail):
-        _plain(axes.xaxis)
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
-def peers(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """A bar for each peer, a dot for each repeat."""
-    figure, (axes,) = _figure(0.7 + 0.27 * len(rows))
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    for place, row in enumerate(rows):
-        middle = median(row["images_per_second"])
-        color = _COLORS[names.index(row["name"]) % len(_COLORS)]
-        axes.barh(place, middle, 0.72, color=color, gid=_hint(f"{row['name']}: {middle:.4g} images/s"))
-        axes.plot(row["images_per_second"], [place] * len(row["images_per_second"]), "o", color=_INK, markersize=3,
-                  markeredgecolor=_CARD, markeredgewidth=0.5)  # fmt: skip
-    axes.set_yticks(range(len(rows)), [f"{row['name']}, batch {row['batch_size']}" for row in rows])
-    axes.tick_params(axis="y", length=0, labelcolor=_INK)
-    axes.invert_yaxis()
-    axes.set_xlabel("images per second")
-    axes.grid(axis="y", visible=False)
-    return figure
-
-
-def pareto(points: Sequence[Mapping[str, Any]], bound_ms: float | None) -> Figure:
-    """Throughput over p99 of the settings that were tried.
-
-    Args:
-        points: each {name, throughput, p99_ms, front, winner}.
-        bound_ms: of the latency.
-    """
-    figure, (axes,) = _figure(3.6)
-    front = sorted((point["p99_ms"], point["throughput"]) for point in points if point["front"])
-    axes.plot(
-        *zip(*front, strict=True), color=_COLORS[0], drawstyle="steps-post", label="Pareto front"
-    ) if front else None
-    for point in points:
-        marker, size = ("*", 15) if point["winner"] else ("o", 6)
-        color = _GOOD if point["winner"] else _COLORS[0] if point["front"] else _COLORS[-1]
-        axes.plot(point["p99_ms"], point["throughput"], marker, markersize=size, color=color,
-                  label="winner" if point["winner"] else None, gid=_hint(point["name"]))  # fmt: skip
-    if bound_ms:
-        axes.axvline(bound_ms, color=_BAD, linewidth=1.3, label=f"bound: {bound_ms:g} ms")
-    axes.set(xlabel="p99 latency, ms", ylabel="images per second")
-    axes.legend()
-    return figure
-
-
-def intervals(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """How many times as fast one run is as another in each thing compared, with its interval.
-
-    Args:
-        rows: each {what, ratio, low, high, verdict}.
-    """
-    figure, (axes,) = _figure(0.7 + 0.24 * len(rows))
-    colors = {"faster": _GOOD, "slower": _BAD}
-    for place, row in enumerate(rows):
-        color = colors.get(row["verdict"], _COLORS[-1])
-        if row["low"] is not None:
-            axes.plot([row["low"], row["high"]], [place] * 2, color=color, linewidth=2.4)
-        axes.plot(row["ratio"], place, "o", color=color, gid=_hint(f"{row['what']}: {row['ratio']:.3f}"))
-    axes.axvline(1, color=_DIM, linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
-    axes.tick_params(axis="y", length=0, labelcolor=_INK)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("times as fast")
-    axes.grid(axis="y", visible=False)
-    return figure
-
-
-def chosen(rows: Sequence[Row]) -> list[Row]:
-    """Rows to look closely at: of each curve's histograms the smallest load, the saturated one and the largest."""
-    held = [row for row in rows if row.get("histogram") and sum(row["histogram"]["counts"])]
-    if not held:
-        return []
-    curve = [row for row in held if row["precision"] == held[0]["precision"]]
-    ordered = sorted(curve, key=lambda row: amount(row["load"]))
-    saturated = saturation(ordered)
-    middle = [row for row in ordered if saturated and row["load"] == saturated["load"]]
-    return list({row["label"]: row for row in [ordered[0], *middle, ordered[-1]]}.values())

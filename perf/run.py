@@ -6,20 +6,24 @@ report.html. It is written even if the run fails or is interrupted; `--resume` m
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build.errors import DataError, OptionError, ServeError, SSDError
+from build.errors import OptionError, ServeError, SSDError
 from build.files import ARTIFACTS, MODELS, write_json
-from perf import direct, report, scenarios
-from perf.bench import PICTURES, Bench, start_bench
+from perf import direct, report, slo
+from perf.bench import Bench, load_pictures, start_bench
 from perf.journal import Journal
 from perf.load import Load, PerfError
+from perf.mlperf import measure, runs
 from perf.progress import Bar
 from perf.ratio import TRANSPORTS, served_ratio, single_stream
+from perf.sections import loadgen_results
 from perf.settings import Settings, Size, check, keep, open_run, run_folder, same_model
 from perf.statistics import aggregate, saturation, summed_answers
 
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.console import Console
 
+    from build.gate.datasets import Pictures
     from build.spec import Spec
 
 _MARKS = {True: "ok  ", False: "MISS", None: " -- "}
@@ -98,7 +103,7 @@ def perf(
         resume = run_folder(resume, artifacts)
     folder, settings, facts = open_run(settings, resume, artifacts)
     spec = load(sources / settings.model / "spec.toml")
-    images = _images(spec, settings, artifacts)
+    images, pictures = load_pictures(spec, settings, artifacts)
     busy = facts["environment"]["other_load"]
     if busy > report.BUSY:
         console.print(f"other programs take {busy:.0%} of this machine's cores: the figures will say little")
@@ -106,14 +111,14 @@ def perf(
     results, interrupted = _Results(), False
     with Bar(console) as bar:
         journal = Journal(folder / "points.jsonl", bar.measuring)
-        context = _Context(folder, spec, settings, images, journal, results, facts, artifacts, sources, bar, console)
+        context = _Context(
+            folder, spec, settings, images, pictures, journal, results, facts, artifacts, sources, bar, console
+        )
         try:
             for precision in settings.precisions:
                 _measure(context, precision)
-            if not settings.tune:
-                bar.begin("in process", 45.0 if settings.size.searches else 5.0)
-                if settings.size.searches:
-                    _step(context, _Step("peers", 40.0, lambda: _peers(context)))
+            if not (settings.tune or settings.scenarios):
+                bar.begin("in process", 5.0)
                 _step(context, _Step("SSDNMS alone", 4.0, lambda: _ssd_nms(context)))
         except KeyboardInterrupt:
             interrupted = True
@@ -152,7 +157,10 @@ def compare_runs(runs: Sequence[str], artifacts: Path = ARTIFACTS, console: Cons
         raise OptionError(f"{len(runs)} runs to compare", fix="name two: invoke perf --compare RUN_A,RUN_B")
     folders = [run_folder(Path(run), artifacts) for run in runs]
     result = compare.compare(*folders)
-    console.print(compare.table(result))
+    console.print("\n".join(line.text for line in compare.lines(result)), markup=False)
+    for row in result["rows"]:
+        if row["verdict"] in ("slower", "faster"):
+            console.print(f"{row['verdict']}: {row['what']}: {row['ratio']:.3f}", markup=False)
     for path in compare.write(folders[1], result):
         console.print(short(path), markup=False)
 
@@ -166,6 +174,7 @@ class _Context:
     spec: Spec
     settings: Settings
     images: Sequence[NDArray[np.uint8]]
+    pictures: Pictures
     journal: Journal
     results: _Results
     facts: dict[str, Any]
@@ -189,8 +198,12 @@ def _measure(context: _Context, precision: str) -> None:
         with start_bench(repository, model, context.images, context.journal, late_ms=settings.slo_ms or None) as bench:
             same_model(context.facts, bench)
             keep(context.folder, settings, context.facts)
-            with direct.beside(bench.server, model, bench.images, bench.config) as raw:
-                steps = list(_steps(context, bench, raw))
+            with contextlib.ExitStack() as closing:
+                if settings.scenarios:
+                    steps = list(_loadgen(context, bench))
+                else:
+                    raw = closing.enter_context(direct.beside(bench.server, model, bench.images, bench.config))
+                    steps = list(_steps(context, bench, raw))
                 bar.begin(precision, sum(step.seconds for step in steps))
                 for step in steps:
                     if not _step(context, step):
@@ -275,9 +288,9 @@ def _steps(context: _Context, bench: Bench, raw: direct.Direct) -> Iterator[_Ste
         yield _Step(
             "served against in process, batches", size.rounds * 7, lambda: _ratio_of_batches(bench, size, results)
         )
-        yield _Step("MLPerf's scenarios", 90, lambda: _scenarios(bench, settings, results))
-    elif settings.slo_ms:
-        yield _Step("highest rate under the bound", 40, lambda: _slo(bench, settings, results))
+    if size.searches or settings.slo_ms:
+        yield _Step("highest rate under the bound", 60, lambda: _slo(bench, settings, results))
+    yield from _loadgen(context, bench)
 
 
 def _ratio(bench: Bench, raw: direct.Direct, size: Size, results: _Results) -> None:
@@ -298,22 +311,55 @@ def _single(bench: Bench, raw: direct.Direct, size: Size, results: _Results) -> 
     results.of(bench.precision)["single_stream"] = single
 
 
-def _scenarios(bench: Bench, settings: Settings, results: _Results) -> None:
-    load = replace(TRANSPORTS["shm"], concurrency=None)
-    into = results.summary.setdefault("scenarios", {}).setdefault(bench.precision, {})
-    seconds = settings.size.seconds
-    into["single_stream"] = scenarios.single_stream(bench, seconds=seconds, load=load)
-    into["offline"] = scenarios.offline(bench, seconds=seconds, load=load)
-    into["server"] = scenarios.server(bench, settings.slo_ms or None, seconds=seconds, load=load)
-    same = {"bound_ms": into["server"]["bound_ms"], "rate": into["server"]["queries_per_second"]}
-    results.summary.setdefault("slo", {**same, "probes": into["server"]["probes"]})
-
-
 def _slo(bench: Bench, settings: Settings, results: _Results) -> None:
     load = replace(TRANSPORTS["shm"], concurrency=None)
-    results.summary.setdefault(
-        "slo", scenarios.find_rate(bench, settings.slo_ms, seconds=1.5, tolerance=0.1, load=load)
-    )
+    seconds = settings.size.seconds if settings.size.searches else 1.5
+    bound = settings.slo_ms or slo.default_bound(slo.single_stream(bench, seconds=seconds, load=load)["p50"])
+    tolerance = 0.05 if settings.size.searches else 0.1
+    search = slo.find_rate(bench, bound, seconds=seconds, tolerance=tolerance, load=load)
+    results.summary.setdefault("slo", search)
+
+
+def _loadgen(context: _Context, bench: Bench) -> Iterator[_Step]:
+    """LoadGen's scenarios, and the highest rate where it was asked for."""
+    settings, results = context.settings, context.results
+    names, seconds = settings.size.scenarios, settings.size.scenario_seconds
+    floor: dict[str, float] = {}
+    if settings.scenarios:
+        names, seconds = settings.scenarios, settings.seconds
+    ready: list[measure.Stage] = []
+    folder = context.folder / "loadgen" / bench.precision
+
+    def stage() -> measure.Stage:
+        if not ready:
+            known = results.of(bench.precision)
+            if "single_stream" in known and "direct_ips" in known:
+                ips = known.get("batches", known)["direct_ips"]
+                floor.update({f"{p}_ms": v for p, v in known["single_stream"]["direct_ms"].items()})
+                floor["images_per_second"] = ips
+            ready.append(measure.stage(bench, context.pictures, settings.transport, floor))
+        return ready[0]
+
+    def run(name: str) -> None:
+        how: dict[str, Any] = {"seconds": seconds, "accuracy": settings.accuracy, "analyzer_s": min(3.0, seconds / 4)}
+        key = {"series": f"LoadGen, {name}", "precision": bench.precision, **how, "transport": settings.transport}
+        result = context.journal.measure(key, lambda: measure.measure(stage(), name, folder / name, **how))
+        results.summary.setdefault("mlperf", {}).setdefault(bench.precision, {})[name] = result
+        context.console.print(f"{bench.precision}, {measure.told(result)}", markup=False)
+
+    def peak() -> None:
+        for bound in (runs.BOUND_MS, stage().own_bound_ms):
+            key = {"series": "highest rate by LoadGen", "precision": bench.precision, "bound_ms": bound}
+            work = functools.partial(measure.find_peak, stage(), folder / "peak", bound, seconds=seconds)
+            found = context.journal.measure({**key, "seconds": seconds}, work)
+            results.summary.setdefault("peak", {}).setdefault(bench.precision, []).append(found)
+            rate = f"{found['rate']:g} queries/s" if found["rate"] else found["note"]
+            context.console.print(f"{bench.precision}, p99 within {bound:g} ms: {rate}", markup=False)
+
+    for name in names:
+        yield _Step(f"LoadGen, {name}", 1.6 * seconds, functools.partial(run, name))
+    if settings.find_peak:
+        yield _Step("highest rate by LoadGen", 16 * seconds, peak)
 
 
 # -- without a server of its own ---------------------------------------------------------------------------------------
@@ -356,44 +402,10 @@ def _tune(context: _Context, repository: Path) -> None:
     )
 
 
-def _peers(context: _Context) -> None:
-    from perf import peers
-
-    context.results.summary["peers"] = peers.measure(context.spec, context.artifacts, context.journal)
-
-
 def _ssd_nms(context: _Context) -> None:
     from perf import ssd_nms
 
     context.results.summary["ssd_nms"] = context.journal.measure({"series": "SSDNMS alone"}, ssd_nms.measure)
-
-
-def _images(spec: Spec, settings: Settings, artifacts: Path) -> Sequence[NDArray[np.uint8]]:
-    """Real pictures at the model's input size.
-
-    Raises:
-        DataError: there are none.
-    """
-    from ssd_client.preprocess import SUFFIXES
-
-    from build.gate import datasets, verify
-
-    if settings.images:
-        paths = sorted(path for path in Path(settings.images).glob("*") if path.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise DataError(
-                f"{settings.images} holds no pictures",
-                why="there is no such folder, or nothing in it ends in " + ", ".join(SUFFIXES),
-                fix="name a folder with some: invoke perf --images FOLDER",
-            )
-        return [datasets.load(path, spec.input)[0] for path in paths[:PICTURES]]
-    images, pictures = verify.images_for(spec, artifacts / "datasets", PICTURES)
-    if pictures is None:
-        raise DataError(
-            f"{spec.path}: [data] names no held-out pictures, so there is nothing real to send",
-            fix="name a folder with some: invoke perf --images FOLDER",
-        )
-    return list(images)
 
 
 # -- the result --------------------------------------------------------------------------------------------------------
@@ -417,7 +429,7 @@ def _summary(run: str, settings: Settings, facts: dict[str, Any], results: _Resu
         "answers": summed_answers([row["answers"] for row in rows if row["answers"]]),
         "series": series,
         "saturation": {name: saturation(series[name]) for name in ("concurrency", "batch") if series.get(name)},
-        **{name: results.summary.get(name) for name in ("ssd_nms", "scenarios", "slo", "peers", "tune")},
+        **{name: results.summary.get(name) for name in ("mlperf", "peak", "ssd_nms", "slo", "tune")},
     }
 
 
@@ -436,6 +448,18 @@ def _require(summary: dict[str, Any], folder: Path) -> None:
             "were missing: " + "; ".join(answers["examples"][:2]),
             why="the server mixes up rows, or its model is not the published one",
             fix=f"see {where}/report.html; invoke verify checks what is published",
+        )
+    # A busy machine makes LoadGen call a run INVALID: that fails a run of LoadGen alone.
+    invalid = [
+        f"{precision}, {result['scenario']}: {problem}"
+        for precision, result in loadgen_results(summary)
+        if summary["settings"]["scenarios"] or result["wrong"] or result["failed"]
+        for problem in result["problems"]
+    ]
+    if invalid:
+        raise PerfError(
+            "not every run of LoadGen is valid: " + "; ".join(invalid),
+            fix=f"LoadGen's logs are in {where}/loadgen/; on a busy machine, try again when it is idle",
         )
     if not summary["complete"]:
         raise PerfError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -57,23 +56,68 @@ def all_rows(summary: Summary) -> list[Row]:
 def sections(summary: Summary) -> list[Section]:
     """All that the summary has something for, in the order to read it."""
     parts = [
+        _loadgen(summary),
         _served(summary),
         _single_stream(summary),
         _split(summary),
         *(_sweep(summary, series) for series in _AXES),
         _rate(summary),
         _protocols(summary),
-        _distribution(summary),
-        _scenarios(summary),
-        _peers(summary),
         _tune(summary),
         _resources(summary),
         _wrong(summary),
+        _unsteady(summary),
         _facts("Environment", summary.get("environment")),
         _facts("Settings", summary.get("settings")),
-        _raw(summary),
     ]
     return [part for part in parts if part is not None]
+
+
+def loadgen_results(summary: Summary) -> list[tuple[str, dict[str, Any]]]:
+    """LoadGen's results with their precisions."""
+    whole = summary.get("mlperf") or {}
+    return [(precision, result) for precision, results in whole.items() for result in results.values()]
+
+
+def _loadgen(summary: Summary) -> Section | None:
+    rows, accuracy, problems, peaks = [], [], [], []
+    for precision, result in loadgen_results(summary):
+        beside, figures = result["beside"], result["figures"]
+        what = f"{result['metric']}, {'samples/s' if result['scenario'] == 'offline' else 'ms'}"
+        if result["scenario"] == "server":
+            what = f"p99 at {figures['rate']:g} queries/s, ms"
+        longest = figures["max_ms"] / figures["p50_ms"] if "max_ms" in figures and figures.get("p50_ms") else None
+        own = result["null"].get("p50_ms")
+        cells = (result["value"], beside["perf_analyzer"], beside["in_process"], beside["ratio"], longest)
+        cost = figure(own and own * 1000)
+        verdict = "VALID" if result["valid"] else "NOT VALID"
+        rows.append((precision, result["scenario"], verdict, what, *map(figure, cells), cost, str(result["queries"])))
+        problems += [f"{precision}, {result['scenario']}: {problem}." for problem in result["problems"]]
+        if judged := result.get("accuracy"):
+            values = (f"{judged['map']:.4f}", f"{judged['map50']:.4f}", str(judged["images"]))
+            same = (str(judged["compared"]), str(len(judged["different"])))
+            accuracy.append((precision, result["scenario"], *values, *same))
+    for precision, searches in (summary.get("peak") or {}).items():
+        for search in searches:
+            rate = figure(search["rate"]) + (f" ({search['note']})" if search["note"] else "")
+            peaks.append((precision, f"{search['bound_ms']:g} ms", rate, str(len(search["probes"]))))
+    if not rows:
+        return None
+    text = (
+        "Unofficial: MLPerf's load generator, in runs shorter than its rules ask for; not submitted to MLCommons. In "
+        "process is what the same file does here without a server: for the server scenario its p99 without any "
+        "waiting. The ratio is LoadGen's figure over it. The own cost is the median latency of a system that answers "
+        "at once."
+    )
+    heads = [*("precision", "scenario", "LoadGen says", "figure", "LoadGen", "perf_analyzer", "in process")]
+    heads += ["ratio", "max / median", "own cost, µs", "queries"]
+    tables = [Table(heads, rows, words=4)]
+    if accuracy:
+        more = ("precision", "scenario", "mAP@[.5:.95]", "mAP@0.5", "pictures", "answers in both", "different")
+        tables.append(Table(more, accuracy, words=2))
+    if peaks:
+        tables.append(Table(("precision", "p99 within", "highest rate, queries/s", "probes"), peaks))
+    return Section("LoadGen", [text, *problems], (), tables)
 
 
 def _served(summary: Summary) -> Section | None:
@@ -211,8 +255,9 @@ def _rate(summary: Summary) -> Section | None:
         tables.append(Table(("probe", f"{slo['bound_ms']:g} ms", f"{percentile}, ms", "images/s"), probes, words=2))
     if rows:
         tables.insert(0, _brief(rows))
-    alt = "Latency percentiles over the rate of requests, with the bound and the highest rate that holds it"
-    return Section("Requests at a given rate", text, [Plot("rate", alt, partial(plots.rates, rows, slo))], tables)
+    alt = "Throughput and latency percentiles over the rate of requests that was asked for"
+    drawn = [Plot("rate", alt, partial(plots.sweep, rows, "rate", "requests/s asked for", {}))] if rows else []
+    return Section("Requests at a given rate", text, drawn, tables)
 
 
 def _protocols(summary: Summary) -> Section | None:
@@ -221,119 +266,40 @@ def _protocols(summary: Summary) -> Section | None:
 
 
 def _brief(rows: Iterable[Row]) -> Table:
-    heads = ("load", "images/s", *(f"{p}, ms" for p in _PERCENTILES))
-    return Table(
-        heads,
-        [
-            (_name(row), figure(row["throughput"]["median"]), *(figure(row["latency_ms"].get(p)) for p in _PERCENTILES))
-            for row in rows
-        ],
-    )
+    heads = ("load", "images/s", *(f"{p}, ms" for p in _PERCENTILES), "max / median")
+    cells = []
+    for row in rows:
+        shown = (row["throughput"]["median"], *(row["latency_ms"].get(p) for p in _PERCENTILES), tail(row))
+        cells.append((_name(row), *map(figure, shown)))
+    return Table(heads, cells)
 
 
-def _distribution(summary: Summary) -> Section | None:
-    series = summary.get("series") or {}
-    rows = plots.chosen(series.get("concurrency") or []) + plots.chosen(
-        [row for row in series.get("rate") or [] if row["load"].get("arrivals") == "poisson"]
-    )
-    if not rows:
-        return None
-    alt = "Distribution of the latency of chosen loads, and the share of requests that take longer"
-    return Section("How latency is spread", (), [Plot("spread", alt, partial(plots.distributions, rows))])
-
-
-def _scenarios(summary: Summary) -> Section | None:
-    rows, notes = [], []
-    for precision, results in (summary.get("scenarios") or {}).items():
-        single, offline, server = (results.get(name) or {} for name in ("single_stream", "offline", "server"))
-        if single:
-            rows.append(
-                (precision, "single stream", "90th percentile of the latency", f"{figure(single['p90_ms'])} ms")
-            )
-        if offline:
-            clients = f" from {offline['concurrency']} clients" if offline.get("concurrency") else ""
-            how = f"throughput in batches of {offline['batch_size']}{clients}"
-            rows.append((precision, "offline", how, f"{figure(offline['images_per_second'])} images/s"))
-        if server:
-            how = f"Poisson arrivals, p99 {figure(server.get('p99_ms'))} ms within {server['bound_ms']:g} ms"
-            rows.append((precision, "server", how, f"{figure(server['queries_per_second'])} queries/s"))
-        notes += [f"{name}: {result['note']}." for name, result in results.items() if (result or {}).get("note")]
-    if not rows:
-        return None
-    plain = [note.replace("_", " ") for note in dict.fromkeys(notes)]
-    return Section(
-        "MLPerf's scenarios", plain, (), [Table(("precision", "scenario", "metric", "result"), rows, words=3)]
-    )
-
-
-def _peers(summary: Summary) -> Section | None:
-    peers = summary.get("peers") or []
-    ran = [peer for peer in peers if peer.get("images_per_second")]
-    if not peers:
-        return None
-    noted = any(peer.get("note") for peer in ran)
-    rows = [
-        (
-            peer["name"],
-            *([peer.get("note", "")] if noted else []),
-            str(peer["batch_size"]),
-            str(peer["threads"]),
-            figure(statistics.median(peer["images_per_second"])),
-            figure(peer.get("median_ms")),
-            figure(peer.get("ratio")),
-        )
-        for peer in ran
-    ]
-    skipped = dict.fromkeys(f"{peer['name']}: left out, {peer['skipped']}" for peer in peers if peer.get("skipped"))
-    heads = (
-        "peer, in process",
-        *(["note"] if noted else []),
-        "batch",
-        "threads",
-        "images/s",
-        "batch, ms",
-        "times ONNX Runtime fp32",
-    )
-    alt = "Images per second of every peer, with each repeat"
-    return Section(
-        "Peers",
-        ["The same network in one process, in turn within each round.", *skipped],
-        [Plot("peers", alt, partial(plots.peers, ran))] if ran else [],
-        [Table(heads, rows, words=1 + noted)] if ran else [],
-    )
+def tail(row: Row) -> float | None:
+    """The slowest request over the median one; None where not every request's time is known."""
+    latency = row["latency_ms"]
+    return latency["max"] / latency["p50"] if latency.get("max") and latency.get("p50") else None
 
 
 def _tune(summary: Summary) -> Section | None:
     tune = summary.get("tune")
     if not tune or not tune.get("candidates"):
         return None
-    points, rows = [], []
+    rows = []
     for place, setting in enumerate(tune["candidates"]):
         name = f"{setting['instances']} x {setting['threads']}"
         name += f", batching, delay {setting['queue_delay_us']} us" if setting["dynamic_batching"] else ""
-        front, best = place in tune["pareto"], setting == tune["winner"]
         marks = [
             ("before", place == 0),
-            ("winner", best),
-            ("Pareto front", front),
+            ("winner", setting == tune["winner"]),
             ("beyond the bound", not setting["held"]),
         ]
         said = "failed: " + setting["failed"].splitlines()[0] if setting["failed"] else ""
         notes = said or ", ".join(mark for mark, is_so in marks if is_so)
         rows.append((name, notes, figure(setting["throughput"]), figure(setting["p99_ms"]), str(setting["rung"])))
-        if setting["throughput"] is not None:
-            points.append(
-                {"name": name, "front": front, "winner": best, **{k: setting[k] for k in ("throughput", "p99_ms")}}
-            )
     written = "It is written to spec.toml." if tune.get("written") else "spec.toml stays as it was."
     heads = ("instances x threads", "", "images/s", "p99, ms", "rung")
-    alt = "Throughput over p99 latency of the settings that were tried, with the Pareto front and the winner"
-    return Section(
-        "Tuning",
-        [f"{tune['why'][:1].upper()}{tune['why'][1:]}. {written}"],
-        [Plot("tune", alt, partial(plots.pareto, points, tune.get("bound_ms")))] if points else [],
-        [Table(heads, rows, words=2)],
-    )
+    text = [f"{tune['why'][:1].upper()}{tune['why'][1:]}. {written}"]
+    return Section("Tuning", text, (), [Table(heads, rows, words=2)])
 
 
 def _resources(summary: Summary) -> Section | None:
@@ -374,14 +340,11 @@ def _wrong(summary: Summary) -> Section | None:
     rows = []
     for row in all_rows(summary):
         answers = row.get("answers") or {}
-        if row.get("faults") or any(answers.get(name) for name in ANSWERS[1:]):
-            said = "; ".join([*(row.get("faults") or ()), *(answers.get("examples") or ())])
+        if any(answers.get(name) for name in ANSWERS[1:]):
+            said = "; ".join(answers.get("examples") or ())
             rows.append((_name(row), said, *(str(answers.get(name, "")) for name in ANSWERS)))
-    return (
-        Section("Wrong answers and faults", (), (), [Table(("load", "what", *ANSWERS), rows, words=2)])
-        if rows
-        else None
-    )
+    heads = ("load", "what", *ANSWERS)
+    return Section("Wrong answers", (), (), [Table(heads, rows, words=2)]) if rows else None
 
 
 def _facts(title: str, facts: Mapping[str, Any] | None) -> Section | None:
@@ -389,32 +352,10 @@ def _facts(title: str, facts: Mapping[str, Any] | None) -> Section | None:
     return Section(title, (), (), [Table(("what", "value"), rows, words=2)]) if rows else None
 
 
-def _raw(summary: Summary) -> Section | None:
-    tables = []
-    for series, rows in (summary.get("series") or {}).items():
-        if rows:
-            latency = list(dict.fromkeys(name for row in rows for name in row["latency_ms"]))
-            heads = [series, "images/s", "lowest", "highest", "each repeat", *(f"{name}, ms" for name in latency)]
-            heads += [f"{name}, ms" for name in PARTS.values()] + list(ANSWERS)
-            cells = [
-                (
-                    _name(row),
-                    *(figure(row["throughput"].get(name), 4) for name in ("median", "low", "high")),
-                    " ".join(figure(value, 4) for value in row["throughput"]["values"]),
-                    *(figure(row["latency_ms"].get(name), 4) for name in latency),
-                    *(figure((row.get("parts_ms") or {}).get(name)) for name in PARTS),
-                    *(str((row.get("answers") or {}).get(name, "–")) for name in ANSWERS),
-                )
-                for row in rows
-            ]
-            tables.append(Table(heads, cells))
-    if not tables:
-        return None
-    text = ["Medians over the repeats. The same and more is in summary.json."]
-    unsteady = [_name(row) for row in all_rows(summary) if not row.get("stable", True)]
-    if unsteady:
-        text.append(f"Not steady, windows that differ by more than 10 %: {'; '.join(unsteady)}.")
-    return Section("Every figure", text, (), tables)
+def _unsteady(summary: Summary) -> Section | None:
+    names = [_name(row) for row in all_rows(summary) if not row.get("stable", True)]
+    text = "Throughput within these measurements differed by more than 10 %: " + "; ".join(names) + "."
+    return Section("Not steady", [text]) if names else None
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from build.errors import OptionError
 from build.files import write_json
 from perf import environment
 from perf.load import PerfError
+from perf.mlperf.runs import SCENARIOS
+from perf.ratio import TRANSPORTS
 
 if TYPE_CHECKING:
     from perf.bench import Bench
@@ -31,10 +33,12 @@ class Size:
     batch: tuple[int, ...]
     rates: tuple[float, ...]  # of the throughput that 4 clients got
     protocols: bool
-    searches: bool  # MLPerf's scenarios and the peers
+    searches: bool  # the highest rate, batches in process, the peers
+    scenarios: tuple[str, ...]  # of LoadGen
+    scenario_seconds: float
 
 
-QUICK = Size(3, 0.6, 3, 0.6, 1, (1, 2, 4, 8), (1, 4, 16), (0.5, 0.8), protocols=False, searches=False)
+QUICK = Size(3, 0.6, 3, 0.6, 1, (1, 2, 4, 8), (1, 4, 16), (0.5, 0.8), False, False, ("single-stream",), 2.0)
 FULL = Size(
     7,
     1.0,
@@ -44,8 +48,10 @@ FULL = Size(
     (1, 2, 3, 4, 6, 8, 16),
     (1, 2, 4, 8, 16, 32, 64),
     (0.3, 0.5, 0.7, 0.8, 0.9, 0.95),
-    protocols=True,
-    searches=True,
+    True,
+    True,
+    tuple(SCENARIOS),
+    10.0,
 )
 
 
@@ -61,6 +67,9 @@ class Settings:
             no search in a quick one.
         tune: search the best [serving] section instead of measuring the present one.
         images: folder of pictures to send; empty = the model's own held-out ones.
+        scenarios: of LoadGen; where there are some, nothing else is measured (`invoke mlperf`).
+        seconds, accuracy, transport: as for `perf.mlperf.measure`.
+        find_peak: search the server scenario's highest rate under the rules' bound and under the model's own.
     """
 
     model: str = "shapes"
@@ -69,6 +78,16 @@ class Settings:
     slo_ms: float = 0.0
     tune: bool = False
     images: str = ""
+    scenarios: tuple[str, ...] = ()
+    seconds: float = 20.0
+    accuracy: bool = False
+    find_peak: bool = False
+    transport: str = "shm"
+
+    @property
+    def task(self) -> str:
+        """The task that they are of, which is the folder of its runs."""
+        return "mlperf" if self.scenarios else "perf"
 
     @property
     def size(self) -> Size:
@@ -86,6 +105,13 @@ def check(settings: Settings, sources: Path) -> None:
         raise OptionError(
             f"one [serving] section cannot be tuned for {' and '.join(settings.precisions)}", fix="name one precision"
         )
+    if settings.transport not in TRANSPORTS:
+        raise OptionError(f"transport is {settings.transport!r}", fix=f"choose from {', '.join(TRANSPORTS)}")
+    unknown = [name for name in settings.scenarios if name not in SCENARIOS]
+    if unknown:
+        raise OptionError(f"there is no scenario {unknown[0]!r}", fix=f"choose from {', '.join(SCENARIOS)}, all")
+    if not 0 < settings.seconds < 86400:
+        raise OptionError(f"seconds is {settings.seconds!r}, but must be a number greater than 0")
     if settings.slo_ms < 0:
         raise OptionError(f"the bound on the p99 is {settings.slo_ms:g} ms, but must be greater than 0")
     if not (sources / settings.model / "spec.toml").is_file():
@@ -106,11 +132,13 @@ def open_run(settings: Settings, resume: Path | None, artifacts: Path) -> tuple[
     """
     facts = {"environment": environment.capture()}
     if resume is None:
-        return artifacts / "perf" / time.strftime("%Y-%m-%dT%H-%M-%S"), settings, {**facts, "published": {}}
+        return artifacts / settings.task / time.strftime("%Y-%m-%dT%H-%M-%S"), settings, {**facts, "published": {}}
     try:
         kept = json.loads((resume / "settings.json").read_text())
-        kept["settings"]["precisions"] = tuple(kept["settings"]["precisions"])
-        settings = Settings(**kept["settings"])
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in kept["settings"].items()
+        }
+        settings = Settings(**values)
         before, now = kept["environment"], facts["environment"]
         if "tritonserver" in before["versions"]:  # known once it runs: `same_model`
             now["versions"]["tritonserver"] = before["versions"]["tritonserver"]

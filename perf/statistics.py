@@ -37,8 +37,8 @@ def aggregate(records: Sequence[Mapping[str, Any]], precision: str = "") -> dict
 
     Returns:
         `precision`, `load`, `label`; `throughput` {median, low, high, values} in images/s; the medians `latency_ms`,
-        `parts_ms` and `resources`; `latency_values` {p50, p99}: each repeat's, in ms; the sums `answers` and
-        `histogram`; `faults`, each once.
+        `parts_ms` and `resources`; `latency_values` {p50, p99}: each repeat's, in ms; the sum
+        `answers`.
     """
     first, points = records[0], [record["point"] for record in records]
     values = [point["throughput"] for point in points]
@@ -56,9 +56,7 @@ def aggregate(records: Sequence[Mapping[str, Any]], precision: str = "") -> dict
         "errors": sum(point.get("errors", 0) for point in points),
         "stable": all(point.get("stable", True) for point in points),
         "answers": summed_answers(answers),
-        "faults": list(dict.fromkeys(fault for record in records for fault in record.get("faults") or ())),
         "resources": _medians([record["resources"] for record in records if record.get("resources")]) or None,
-        "histogram": merged_histogram([point["histogram"] for point in points if point.get("histogram")]),
     }
 
 
@@ -85,22 +83,6 @@ def _medians(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         else:
             medians[name] = values[0] if values else None
     return medians
-
-
-def merged_histogram(histograms: Sequence[Mapping[str, Any]]) -> dict[str, list[float]] | None:
-    """Several histograms as one over the bins of the finest; a bin that is cut gives each side its share."""
-    import numpy as np
-
-    usable = [part for part in histograms if len(part["edges_ms"]) == len(part["counts"]) + 1 > 1]
-    if not usable:
-        return None
-    edges = max((part["edges_ms"] for part in usable), key=len)
-    if any(list(part["edges_ms"]) != list(edges) for part in usable):
-        low, high = min(part["edges_ms"][0] for part in usable), max(part["edges_ms"][-1] for part in usable)
-        edges = np.geomspace(low, high, len(edges)) if low > 0 else np.linspace(low, high, len(edges))
-        edges[0], edges[-1] = low, high  # exactly: nothing may fall outside
-    below = sum(np.interp(edges, part["edges_ms"], np.cumsum([0, *part["counts"]])) for part in usable)
-    return {"edges_ms": [float(edge) for edge in edges], "counts": [float(count) for count in np.diff(below)]}
 
 
 # -- series ------------------------------------------------------------------------------------------------------------

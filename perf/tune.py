@@ -6,7 +6,6 @@
 Successive halving (Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter
 optimization"): all candidates are measured for a short time, the better half again for twice as long, until two are
 left. Those two and the present setting are then measured in turn, several times: the gain is that of side by side.
-Model Analyzer, which used to do this, is no longer part of Triton's SDK container.
 """
 
 from __future__ import annotations
@@ -35,14 +34,13 @@ from build.spec import Spec, edit
 from perf.bench import Bench, start_bench
 from perf.journal import Journal
 from perf.load import Load, PerfError
-from perf.scenarios import default_bound, single_stream
+from perf.slo import default_bound, single_stream
 from perf.statistics import verdict
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from rich.console import Console
-    from rich.table import Table
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 FINALISTS = 2
@@ -254,17 +252,6 @@ def decide(tried: Sequence[Tried], bound_ms: float) -> tuple[Tried, bool, str]:
     return winner, better, change if better else f"{change}, which is not more than noise"
 
 
-def pareto(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Numbers of the rows that no other beats in throughput or p99 without losing in the other."""
-    usable = [number for number, row in enumerate(rows) if row["throughput"] is not None]
-
-    def beats(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-        as_good: bool = a["throughput"] >= b["throughput"] and a["p99_ms"] <= b["p99_ms"]
-        return as_good and (a["throughput"], a["p99_ms"]) != (b["throughput"], b["p99_ms"])
-
-    return [number for number in usable if not any(beats(rows[other], rows[number]) for other in usable)]
-
-
 # -- on real servers ---------------------------------------------------------------------------------------------------
 
 
@@ -299,15 +286,13 @@ def tune(
 
     Returns:
         `candidates`, the present one first: the fields of `Candidate`, `throughput` (images/s) and `p99_ms` (None where
-        it failed), `rung`, `held`, `failed` (why), `repeats` (throughputs of its last rung); `pareto`: the numbers of
-        those that none beats in both; `winner` and `before`, two of them; `gain`: their ratio of throughputs;
-        `bound_ms`, `load`; `written` and `why`.
+        it failed), `rung`, `held`, `failed` (why), `repeats` (throughputs of its last rung); `winner` and `before`, two
+        of them; `gain`: their ratio of throughputs; `bound_ms`, `load`; `written` and `why`.
 
     Raises:
         SSDError: the present setting cannot be measured, or spec.toml cannot be changed; it is then as it was.
     """
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from ssd_client import SSDClientError
 
     show = console or Console(highlight=False, soft_wrap=True)
@@ -339,40 +324,34 @@ def tune(
         single = on_server(
             present, lambda bench: single_stream(bench, seconds=seconds, load=traffic), alone=True, seconds=seconds
         )
-        bound_ms = default_bound(single["p50_ms"])
+        bound_ms = default_bound(single["p50"])
     count = measurements(len(others))
     show.print(f"{name}: {len(others)} settings against {present}, p99 <= {bound_ms:g} ms at {traffic}", markup=False)
-    columns = (TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=show, transient=True, disable=not show.is_terminal) as progress:
-        task = progress.add_task("", total=count)
+    show.print(f"{name}: {count} measurements, each on a server of its own", markup=False)
 
-        def measure(candidate: Candidate, rung: int, repeat: int, length: float) -> tuple[float, float]:
-            progress.update(task, description=f"rung {rung}: {candidate}")
-            check = rung == 0 and repeat == 0  # that each answers right is seen once; then figures are undisturbed
+    def measure(candidate: Candidate, rung: int, repeat: int, length: float) -> tuple[float, float]:
+        check = rung == 0 and repeat == 0  # that each answers right is seen once; then figures are undisturbed
 
-            def point(bench: Bench) -> dict[str, Any]:
-                # All for the same time, steady or not: the next rung is what doubt costs.
-                ask = functools.partial(bench.point, "tune", traffic, seconds=length, check=check, retries=0)
-                try:
-                    return ask()
-                except PerfError:  # perf_analyzer fails now and then for reasons of its own
-                    return ask()
-
+        def point(bench: Bench) -> dict[str, Any]:
+            # All for the same time, steady or not: the next rung is what doubt costs.
+            ask = functools.partial(bench.point, "tune", traffic, seconds=length, check=check, retries=0)
             try:
-                return _figures(on_server(candidate, point, rung=rung, repeat=repeat, seconds=length), traffic)
-            except SSDError as error:
-                show.print(f"{candidate}: {error}", markup=False)
-                raise
-            finally:
-                progress.advance(task)
+                return ask()
+            except PerfError:  # perf_analyzer fails now and then for reasons of its own
+                return ask()
 
-        tried = search(present, others, measure, bound_ms, seconds)
+        try:
+            return _figures(on_server(candidate, point, rung=rung, repeat=repeat, seconds=length), traffic)
+        except SSDError as error:
+            show.print(f"{candidate}: {error}", markup=False)
+            raise
+
+    tried = search(present, others, measure, bound_ms, seconds)
     winner, better, why = decide(tried, bound_ms)
     rows = [entry.as_dict(bound_ms) for entry in tried]
     best = rows[tried.index(winner)]
     result = {
         "candidates": rows,
-        "pareto": pareto(rows),
         "winner": best,
         "before": rows[0],
         "gain": best["throughput"] / rows[0]["throughput"],
@@ -381,7 +360,6 @@ def tune(
         "written": better and write,
         "why": why,
     }
-    show.print(table(result))
     show.print(f"{name}: {why}", markup=False)
     if result["written"]:
         edit(
@@ -392,26 +370,6 @@ def tune(
     else:
         show.print(f"{name}: {spec.path.name} stays as it is", markup=False)
     return result
-
-
-def table(result: Mapping[str, Any], most: int = 12) -> Table:
-    """The settings that got furthest and the Pareto front."""
-    from rich.table import Table
-
-    grid = Table(title=f"p99 <= {result['bound_ms']:g} ms", title_justify="left")
-    for column in ("instances x threads", "images/s", "p99, ms", "rung", ""):
-        grid.add_column(column, justify="right" if column in ("images/s", "p99, ms", "rung") else "left")
-    for number, row in enumerate(result["candidates"]):
-        if number >= most and number not in result["pareto"]:
-            continue
-        fields = {item.name: row[item.name] for item in dataclasses.fields(Candidate)}
-        notes = ["present"] if number == 0 else []
-        notes += ["best"] if row == result["winner"] else []
-        notes += ["Pareto front"] if number in result["pareto"] else []
-        notes += ["failed"] if row["failed"] else [] if row["held"] else ["beyond the bound"]
-        figures = ["", ""] if row["failed"] else [f"{row['throughput']:.0f}", f"{row['p99_ms']:.1f}"]
-        grid.add_row(str(Candidate(**fields)), *figures, str(row["rung"]), ", ".join(notes))
-    return grid
 
 
 @contextmanager

@@ -35,12 +35,3 @@ def spoil(model: Path, fault: str) -> None:
     """Puts `fault` into the backend of every version in a published model's folder."""
     for path in model.glob("*/model.py"):
         path.write_text(path.read_text() + SPOILT.format(fault=fault))
-
-
-def stall(requests: int, seconds: float) -> str:
-    """A fault: so many seconds more, once in so many requests of all instances together, by the length of a file."""
-    return f"""with open(__file__ + ".count", "ab") as file:
-            file.write(b".")
-            count = file.tell()
-        if count % {requests} == 0:
-            time.sleep({seconds})"""

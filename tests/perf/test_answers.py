@@ -1,8 +1,7 @@
-"""Checked answers on servers that are well, that lie, that stall and that die; and what latencies give away."""
+"""Checked answers on servers that are well, that lie and that die."""
 
 from __future__ import annotations
 
-import heapq
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ from build.serve import TritonServer
 from models.shapes.scenes import scene
 from perf import answers
 from perf.analyzer import run, write_input
-from perf.answers import AnswerCheck, Expected, difference, expected_answers, faults
+from perf.answers import AnswerCheck, Expected, difference, expected_answers
 from perf.load import Load, Point
 from tests.perf import faulty
 
@@ -112,7 +111,7 @@ def test_another_number_and_leftovers() -> None:
 
 # -- under load --------------------------------------------------------------------------------------------------------
 
-FAULTY = {"swaps": faulty.SWAP, "stalls": faulty.stall(100, 0.05)}
+FAULTY = {"swaps": faulty.SWAP}
 
 
 def copy_model(repository: Path, target: Path, name: str, fault: str) -> None:
@@ -177,7 +176,6 @@ def test_a_healthy_server_under_load(triton_server: TritonServer, known: Known, 
     assert result["checked"] >= 10
     assert result == {"checked": result["checked"], "wrong": 0, "dropped": 0, "late": 0, "examples": []}
     assert len(point.latencies_ms) >= 20
-    assert faults(point) == []
 
 
 @pytest.mark.triton
@@ -197,24 +195,6 @@ def test_swapped_rows_are_found_and_named(faulty_server: TritonServer, known: Kn
         mine, others = k % 2 + 1, 2 - k % 2
         assert example.startswith(f"picture {mine} of a batch of 4: "), example
         assert example.endswith(f"looks like picture {others}'s answer: rows were swapped"), example
-
-
-@pytest.mark.triton
-def test_a_periodic_stall_is_named(faulty_server: TritonServer, known: Known) -> None:
-    images, expected, data = known
-    with AnswerCheck(faulty_server.grpc_url, "stalls", images, expected) as check:
-        point = every_latency(faulty_server.grpc_url, "stalls", data, 2)
-    assert check.result["wrong"] == check.result["dropped"] == 0
-    named = faults(point)
-    spread = point.latency_ms["p90"] - point.latency_ms["p50"]
-    if not named and (point.requests < 350 or 3 * spread > 40):
-        pytest.skip(
-            f"needs a quieter machine: a tenth of {point.requests} requests took {spread:.0f} ms more than the median"
-        )
-    match = re.fullmatch(r"a stall of about (\d+) ms, once in about (\d+) requests", " ".join(named))
-    assert match, named
-    assert 40 <= int(match[1]) <= 90  # it waits for a core as well
-    assert 85 <= int(match[2]) <= 115
 
 
 @pytest.mark.triton
@@ -375,114 +355,3 @@ def test_expected_answers_of_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_nothing_to_compare_with(tmp_path: Path) -> None:
     with pytest.raises(ServeError, match=r"neither model\.onnx nor model\.plan"):
         expected_answers(tmp_path, CONFIG, fake_known()[0])
-
-
-# -- what latencies give away ------------------------------------------------------------------------------------------
-
-
-def closed_loop(latencies: NDArray[np.float64], clients: int = 1, errors: int = 0) -> Point:
-    """A point whose clients each send as soon as they have their answer."""
-    idle, sent = [0.0] * clients, []
-    for latency in latencies.tolist():
-        sent.append(heapq.heappop(idle))
-        heapq.heappush(idle, sent[-1] + latency / 1000)
-    values = latencies.tolist()
-    return Point(Load(concurrency=clients), len(values), errors, 100.0, {}, {}, values, sent, max(idle), True)
-
-
-def quiet(count: int, seed: int) -> NDArray[np.float64]:
-    """8 ms and a little."""
-    return 8 + np.random.default_rng(seed).gamma(2, 0.5, count)
-
-
-def hiccups(count: int, seed: int) -> NDArray[np.float64]:
-    """One request in 200 loses a slice of time or several to another program."""
-    rng = np.random.default_rng(seed)
-    return quiet(count, seed) + (rng.random(count) < 0.005) * rng.exponential(30, count)
-
-
-def pareto(count: int, seed: int) -> NDArray[np.float64]:
-    """A tail so heavy that a mean hardly exists."""
-    return 6 * (1 + np.random.default_rng(seed).pareto(2, count))
-
-
-def lognormal(count: int, seed: int) -> NDArray[np.float64]:
-    return 8 * np.random.default_rng(seed).lognormal(0, 0.5, count)
-
-
-def alike(count: int, seed: int) -> NDArray[np.float64]:
-    """The worst: now and then a request waits for something of one size, such as a batch of the checked answers."""
-    rng = np.random.default_rng(seed)
-    return quiet(count, seed) + (rng.random(count) < 0.01) * rng.normal(40, 2, count)
-
-
-NOISE = [quiet, hiccups, pareto, lognormal, alike]
-
-
-@pytest.mark.parametrize("noise", NOISE)
-@pytest.mark.parametrize("clients", [1, 4])
-def test_noise_is_no_stall(noise: Any, clients: int) -> None:
-    alarms = sum(
-        any("stall" in fault for fault in faults(closed_loop(noise(count, seed), clients)))
-        for count in (250, 1000, 4000)
-        for seed in range(40)
-    )
-    assert alarms <= 6  # of 120; the rule's own promise is about 1 in 50 where all stalls are of one size
-
-
-@pytest.mark.parametrize("noise", [quiet, hiccups, lognormal])
-@pytest.mark.parametrize("clients", [1, 4])
-@pytest.mark.parametrize(("every", "milliseconds"), [(100, 50), (60, 80), (150, 400)])
-def test_a_planted_stall_is_named(noise: Any, clients: int, every: int, milliseconds: int) -> None:
-    named = 0
-    for seed in range(20):
-        latencies = noise(1500, seed)
-        latencies[seed::every] += milliseconds
-        for fault in faults(closed_loop(latencies, clients)):
-            words = fault.split()
-            if fault.startswith("a stall of about"):
-                size, spacing = int(words[4]), int(words[-2])
-                named += abs(size - milliseconds) <= 0.2 * milliseconds and abs(spacing - every) <= 0.1 * every
-    assert named >= 17  # of 20
-
-
-def test_two_instances_that_stall_by_their_own_counts() -> None:
-    latencies = quiet(2000, 1)
-    latencies[30::200] += 50
-    latencies[180::200] += 50
-    assert faults(closed_loop(latencies, 4)) == ["a stall of about 50 ms, once in about 100 requests"]
-
-
-def test_two_instances_that_stall_one_after_the_other() -> None:
-    latencies = quiet(1000, 1)
-    latencies[190::200] += 50
-    latencies[197::200] += 50
-    assert faults(closed_loop(latencies)) == ["a stall of about 50 ms, once in about 100 requests"]
-
-
-def test_two_stalls_are_none() -> None:
-    latencies = quiet(300, 1)
-    latencies[[100, 200]] += 50
-    assert faults(closed_loop(latencies)) == []
-
-
-def test_stalls_without_a_rhythm_are_none() -> None:
-    latencies = quiet(1000, 1)
-    latencies[[10, 40, 45, 300, 310, 320, 900]] += 50
-    assert faults(closed_loop(latencies)) == []
-
-
-def test_an_outage_and_failures() -> None:
-    latencies = quiet(1000, 1)
-    latencies[500] += 1500
-    assert faults(closed_loop(latencies, 1, errors=3)) == ["3 requests failed", "no answer for 1.5 s"]
-    assert faults(closed_loop(latencies, 4)) == []  # the others were answered meanwhile
-
-
-def test_a_slow_model_has_no_outage() -> None:
-    assert faults(closed_loop(1000 + 100 * quiet(20, 1))) == []
-
-
-@pytest.mark.parametrize("count", [0, 1, 3, 4])
-def test_too_few_requests_say_nothing(count: int) -> None:
-    assert faults(closed_loop(quiet(count, 1))) == []

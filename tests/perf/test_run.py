@@ -1,4 +1,4 @@
-"""`invoke perf` from end to end on a real server: whole, resumed, lied to, stalled, killed."""
+"""`invoke perf` from end to end on a real server: whole, resumed, lied to, killed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import json
 import os
 import shutil
@@ -24,15 +25,13 @@ from build.errors import DataError, OptionError
 from build.serve import TritonServer
 from perf import bench, direct, environment, run, settings, ssd_nms
 from perf.load import Load, PerfError, Point
+from perf.mlperf import measure, runs
 from perf.settings import Settings, Size, keep, open_run, same_model
 from tests.perf import faulty
 
-TINY = Size(1, 0.3, 1, 0.3, 1, (1, 4), (4,), (0.5,), protocols=False, searches=False)
+TINY = Size(1, 0.3, 1, 0.3, 1, (1, 4), (4,), (0.5,), False, False, (), 0.5)
 QUICK = Settings(quick=True)
 machine = functools.cache(environment.capture)
-
-# More and longer ones than in test_answers.py: a busy machine must not hide them.
-STALL = faulty.stall(20, 0.15)
 
 
 def serve_copy(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -91,13 +90,15 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plots, one look at the machine, sleep in place of the model in process: test_a_run has the real ones."""
     monkeypatch.setattr("perf.environment.capture", lambda: copy.deepcopy(machine()))
     monkeypatch.setattr("perf.report_html.svg", lambda plot: "<svg/>")
-    monkeypatch.setattr(run, "PICTURES", 8)
+    monkeypatch.setattr(bench, "PICTURES", 8)
     monkeypatch.setattr(ssd_nms, "measure", functools.partial(ssd_nms.measure, 4))
 
     def sleeping(path: Path, requests: Sequence[Any], *_: object, **__: object) -> direct.Direct:
         return direct.Direct([lambda feed: time.sleep(0.005)], requests)
 
     monkeypatch.setattr(direct, "fastest", sleeping)
+    floor = {"p50_ms": 5.0, "p90_ms": 5.0, "p99_ms": 5.0, "images_per_second": 200.0}
+    monkeypatch.setattr(measure, "measured_floor", lambda bench: floor)
     monkeypatch.setattr(direct, "FEWEST", 2)
 
 
@@ -168,17 +169,6 @@ def test_wrong_answers_fail_the_run(published_python: Path, tmp_path: Path, monk
 @pytest.mark.triton
 @pytest.mark.slow
 @pytest.mark.usefixtures("cheap")
-def test_stalls_are_named(published_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(published_python, STALL)
-    sweep_alone(monkeypatch, 1.5, concurrency=(1,), batch=(), rates=())
-    summary = run.perf(QUICK, artifacts=tmp_path, console=quiet())
-    faults = summary["series"]["concurrency"][0]["faults"]
-    assert any("stall of about" in fault for fault in faults), faults
-
-
-@pytest.mark.triton
-@pytest.mark.slow
-@pytest.mark.usefixtures("cheap")
 def test_a_killed_server_leaves_a_partial_report(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, triton_server: TritonServer
 ) -> None:
@@ -232,6 +222,43 @@ def test_a_load_that_fails_costs_no_other(published: Path, tmp_path: Path, monke
     assert len(summary["problems"]) == 1
 
 
+@pytest.mark.triton
+@pytest.mark.usefixtures("cheap", "running")
+def test_a_run_of_loadgen_alone(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "IN_MEMORY", 16)
+    console = Console(file=io.StringIO(), width=200)
+    asked = Settings(scenarios=("single-stream",), seconds=1.2)
+    summary = run.perf(asked, artifacts=tmp_path, console=console)
+    (folder,) = (tmp_path / "mlperf").iterdir()
+    result = summary["mlperf"]["fp32"]["single-stream"]
+    assert result["valid"]
+    assert (result["wrong"], result["failed"]) == (0, 0)
+    assert result["answered"] >= 64
+    assert result["beside"]["perf_analyzer"] == 10.0  # of the stand-in
+    assert 0 < result["null"]["p50_ms"] < result["figures"]["p50_ms"]
+    assert "Result is : VALID" in result["log"]
+    logs = folder / "loadgen" / "fp32" / "single-stream" / "performance"
+    assert len(list(logs.glob("mlperf_log_*"))) == 4
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "fp32, single-stream: VALID, " in printed
+    text = (folder / "report.md").read_text()
+    assert text.index("LoadGen (unofficial): fp32 single-stream") < text.index("## LoadGen")
+    assert set(summary["series"]) == set()
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("cheap", "running")
+def test_an_invalid_run_of_loadgen_fails(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "IN_MEMORY", 16)
+    monkeypatch.setitem(runs.SCENARIOS, "server", dataclasses.replace(runs.SCENARIOS["server"], queries=20))
+    drive = runs.run
+    monkeypatch.setattr(
+        runs, "run", lambda *what, **how: drive(*what, **{**how, "bound_ms": 0.001})
+    )  # nobody holds that
+    with pytest.raises(PerfError, match=r"(?s)not every run of LoadGen is valid: fp32, server: .*INVALID: .*beyond"):
+        run.perf(Settings(scenarios=("server",), seconds=0.5), artifacts=tmp_path, console=quiet())
+
+
 @pytest.mark.parametrize(
     ("asked", "complaint"),
     [
@@ -239,6 +266,9 @@ def test_a_load_that_fails_costs_no_other(published: Path, tmp_path: Path, monke
         (Settings(precisions=("fp32", "int3")), r"int3\n.*choose from"),
         (Settings(precisions=()), "empty"),
         (Settings(slo_ms=-1), "-1 ms"),
+        (Settings(scenarios=("bridge",)), r"no scenario 'bridge'\n.*single-stream"),
+        (Settings(transport="pigeon"), r"transport is 'pigeon'\n.*shm, grpc, http"),
+        (Settings(seconds=0), "seconds is 0"),
         (Settings(tune=True, precisions=("fp32", "int8")), r"for fp32 and int8\n.*name one"),
     ],
 )

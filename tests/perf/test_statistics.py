@@ -8,7 +8,7 @@ import random
 import pytest
 
 from perf.load import Load
-from perf.statistics import aggregate, curves, merged_histogram, ratio_interval, saturation, verdict
+from perf.statistics import aggregate, curves, ratio_interval, saturation, verdict
 from tests.perf import example_run
 
 
@@ -79,31 +79,16 @@ def test_aggregate_takes_medians_and_sums() -> None:
     assert len(row["latency_values"]["p99"]) == 3
     assert row["answers"]["checked"] == 72
     assert row["answers"]["wrong"] == 2
-    assert row["faults"] == ["rows of a batch swapped"]
     assert row["resources"]["gpu"] is None
     assert row["resources"]["server_rss_mib"] == 212.0
-    assert sum(row["histogram"]["counts"]) == pytest.approx(1200)
 
 
 def test_aggregate_of_a_point_with_figures_missing() -> None:
     record = example_run.record("fp32", example_run.load(), random.Random(0))
-    record |= {"answers": None, "resources": None, "faults": []}
-    record["point"]["histogram"] = {"edges_ms": [], "counts": []}
+    record |= {"answers": None, "resources": None}
     row = aggregate([record], "fp32")
     assert row["answers"] is None
     assert row["resources"] is None
-    assert row["histogram"] is None
-
-
-def test_histograms_are_merged_without_loss() -> None:
-    a = {"edges_ms": [1.0, 2.0, 4.0], "counts": [10, 20]}
-    assert merged_histogram([a, a]) == {"edges_ms": [1.0, 2.0, 4.0], "counts": [20.0, 40.0]}
-    b = {"edges_ms": [2.0, 4.0, 8.0, 16.0], "counts": [4, 2, 1]}
-    both = merged_histogram([a, b])
-    assert both is not None
-    assert both["edges_ms"][0] == 1.0
-    assert both["edges_ms"][-1] == 16.0
-    assert sum(both["counts"]) == pytest.approx(37)
 
 
 def rows(*throughputs: float) -> list[dict[str, object]]:

@@ -27,7 +27,7 @@ from perf import tune as tuning
 from perf.bench import Bench, start_bench
 from perf.journal import Journal
 from perf.load import Load, PerfError
-from perf.tune import Candidate, candidates, decide, measurements, pareto, search, tune
+from perf.tune import Candidate, candidates, decide, measurements, search, tune
 from tests.build import tiny_model
 
 SHAPES = Path(__file__).parents[2] / "models" / "shapes"
@@ -160,12 +160,6 @@ def test_a_present_setting_that_fails_ends_the_search_at_once() -> None:
         search(PRESENT, GRID, measure, 20, 1.0)
 
 
-def test_pareto() -> None:
-    points = [(100, 10), (120, 12), (90, 9), (110, 13), (120, 12), (None, None), (80, 20)]
-    rows = [{"throughput": throughput, "p99_ms": p99_ms} for throughput, p99_ms in points]
-    assert pareto(rows) == [0, 1, 2, 4]
-
-
 @pytest.mark.parametrize("cores", [1, 2, 3, 4, 16, 64])
 def test_candidates_make_sense(cores: int) -> None:
     grid = candidates(cores)
@@ -296,11 +290,9 @@ def test_tune(tiny: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> No
     assert (result["winner"]["instances"], result["winner"]["threads"]) == (4, 1)
     assert result["before"] == result["candidates"][0]
     assert result["gain"] == result["winner"]["throughput"] / result["before"]["throughput"] > 1.1
-    assert result["candidates"].index(result["winner"]) in result["pareto"]
     assert json.loads(json.dumps(result)) == result
     assert file.read_text() == before.replace("instances = 2", "instances = 4") != before
     printed = capsys.readouterr().out
-    assert "Pareto front" in printed
     assert "publish it: invoke build-engines" in printed
 
 

@@ -1,25 +1,18 @@
-"""Questions that take more than one point of load: how much may come in under a bound on latency, and MLPerf's three
-scenarios.
+"""The highest rate of requests that a server holds under a bound on latency.
 
-    find_rate(bench, bound_ms=20)["rate"]      # SLO: the highest Poisson rate with p99 <= 20 ms
-    single_stream(bench), offline(bench), server(bench)
+    find_rate(bench, bound_ms=20)["rate"]      # Poisson arrivals with p99 <= 20 ms, sent by perf_analyzer
+    highest(held, 10, 100, 0.05)               # the search alone, for whatever says whether a rate is held
 
 Every measurement goes through `bench.point`, and the next point depends on earlier results alone: a resumed run repeats
 the same probes and takes their results from its journal.
-
-The scenarios are those of the MLPerf Inference Rules (github.com/mlcommons/inference_policies, inference_rules.adoc,
-commit 848b9ab), section 3 "Scenarios" and section 5.1 "LoadGen Operation". What is measured here is no MLPerf result:
-runs are far shorter, the load generator is perf_analyzer, and latency counts from when a request was sent, not from
-when it was due. Each result says so in its `note`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from build.errors import OptionError, SSDError
@@ -36,7 +29,6 @@ _BEHIND = 0.03  # of the offered rate
 _GROWTH, _STEPS = 1.5, 6  # of the bracket, while its upper end holds
 _ENOUGH = 200  # requests: a 99th percentile of fewer is hardly more than the slowest of them
 _SERIES = "poisson"  # one name for all searches: those with other bounds share their probes
-_MLPERF_SECONDS = 600
 
 
 class BoundError(SSDError):
@@ -89,7 +81,7 @@ def find_rate(
         closed = _closed(load, CLIENTS, load.batch_size)
         high = _point(bench, "closed", closed, seconds)["throughput"] / load.batch_size
         high = max(high, 2 * low) if low else high
-    lower, upper = _rounded(low or high / 10), _rounded(high)
+    lower, upper = low or high / 10, high
     probes: list[dict[str, Any]] = []
     result = {"bound_ms": bound_ms, "percentile": percentile, "probes": probes}
 
@@ -98,111 +90,43 @@ def find_rate(
         probes.append(_probe(bench, arriving, bound_ms, percentile, seconds, must_measure=not probes))
         return bool(probes[-1]["held"])
 
-    if not held(lower):
+    rate, capped = highest(held, lower, upper, tolerance)
+    if rate is None:
         raise _cannot(bench, bound_ms, percentile, probes[-1], load, seconds)
+    note = f"still held at {rate:g} requests/s, the highest rate that was tried" if capped else ""
+    return {**result, "rate": rate, "note": note}
+
+
+def highest(held: Callable[[float], bool], lower: float, upper: float, tolerance: float) -> tuple[float | None, bool]:
+    """The highest rate that is held, by bracketing and binary search, and whether no limit was met.
+
+    Args:
+        held: measures a rate.
+        lower: a rate that should be held; where it is not, the result is None.
+        upper: a first guess of a rate that is too high; raised while it is held.
+        tolerance: how close to the limit, as a share of the rate.
+    """
+    lower, upper = _rounded(lower), _rounded(upper)
+    if not held(lower):
+        return None, False
     for _ in range(_STEPS):
         if not held(upper):
             break
         lower, upper = upper, _rounded(upper * _GROWTH)
     else:
-        return {**result, "rate": lower, "note": f"still held at {lower:g} requests/s, the highest rate that was tried"}
+        return lower, True
     while upper - lower > tolerance * upper:
         middle = _rounded((lower + upper) / 2)
         if middle in (lower, upper):
             break
         lower, upper = (middle, upper) if held(middle) else (lower, middle)
-    return {**result, "rate": lower, "note": ""}
+    return lower, False
 
 
-def single_stream(bench: Bench, *, seconds: float = 3.0, load: Load | None = None) -> dict[str, Any]:
-    """MLPerf's single stream: the next query goes out when the last one is answered; the metric is the 90th percentile.
-
-    Rules, section 3: 600 s, one sample per query, 90 % "early-stopping latency estimate". Here the plain percentile of
-    what was measured.
-
-    Returns:
-        `p50_ms`, `p90_ms`, `p99_ms`, `queries`, `note`.
-
-    Raises:
-        PerfError: it could not be measured.
-    """
-    single = _closed(load, 1, 1)
-    point = _point(bench, "single stream", single, seconds)
-    latencies = {f"{name}_ms": point["latency_ms"][name] for name in ("p50", "p90", "p99")}
-    return {**latencies, "queries": point["requests"], "note": _note(seconds, f"{point['requests']} queries")}
-
-
-def offline(
-    bench: Bench,
-    *,
-    batch_sizes: Sequence[int] = (1, 8, 32),
-    clients: Sequence[int] = (2, CLIENTS),
-    seconds: float = 3.0,
-    load: Load | None = None,
-) -> dict[str, Any]:
-    """MLPerf's offline: all samples are there at once; the metric is the throughput.
-
-    Rules, section 3: one query of at least 24,576 samples and 600 s. A server has a largest batch instead: here clients
-    that each send the next batch when the last one is answered, the best of some batch sizes and numbers of clients.
-    The best is measured once more, and that is the result: the best of many is a little lucky.
-
-    Returns:
-        `images_per_second`, `batch_size`, `concurrency`, `samples`, `note`; `tried`: all sizes with what they got.
-
-    Raises:
-        PerfError: a point could not be measured.
-    """
-    most = bench.config.max_batch_size
-    tried = []
-    for batch, count in itertools.product(sorted({min(size, most) for size in batch_sizes}), clients):
-        full = _closed(load, count, batch)
-        point = _point(bench, "offline", full, seconds)
-        tried.append({"batch_size": batch, "concurrency": count, "images_per_second": point["throughput"]})
-    best = max(tried, key=lambda attempt: attempt["images_per_second"])
-    size = {key: best[key] for key in ("batch_size", "concurrency")}
-    point = _point(bench, "offline", _closed(load, best["concurrency"], best["batch_size"]), seconds, repeat=1)
-    samples = point["requests"] * best["batch_size"]
-    note = _note(seconds, f"{samples} samples in batches of {best['batch_size']}")
-    return {"images_per_second": point["throughput"], **size, "samples": samples, "tried": tried, "note": note}
-
-
-def server(
-    bench: Bench,
-    bound_ms: float | None = None,
-    *,
-    tolerance: float = 0.05,
-    seconds: float = 3.0,
-    load: Load | None = None,
-) -> dict[str, Any]:
-    """MLPerf's server: queries of one sample arrive as a Poisson process; the metric is the highest rate under a bound.
-
-    Rules, section 3: 600 s, 99 % of the queries within the benchmark's own bound (270,336 queries are suggested for
-    that percentile); section 5.1: found by binary search. The bound is the caller's here.
-
-    Args:
-        bench, tolerance, seconds, load: as for `find_rate`.
-        bound_ms: for the 99th percentile; None = `default_bound` of the single stream.
-
-    Returns:
-        `queries_per_second`, `p99_ms` (at that rate), `bound_ms`, `probes`, `note`.
-
-    Raises:
-        BoundError, OptionError, PerfError: as `find_rate`.
-    """
-    load = dataclasses.replace(load or Load(), batch_size=1)
-    if bound_ms is None:
-        bound_ms = default_bound(single_stream(bench, seconds=seconds, load=load)["p50_ms"])
-    search = find_rate(bench, bound_ms, tolerance=tolerance, seconds=seconds, load=load)
-    rate = search["rate"]
-    p99 = next(probe["p99_ms"] for probe in search["probes"] if probe["rate"] == rate)
-    note = _note(seconds, f"about {rate * _length(rate, seconds):.0f} queries at the rate that was found")
-    return {
-        "queries_per_second": rate,
-        "p99_ms": p99,
-        "bound_ms": bound_ms,
-        "probes": search["probes"],
-        "note": note,
-    }
+def single_stream(bench: Bench, *, seconds: float, load: Load | None = None) -> dict[str, float]:
+    """Milliseconds of one client that sends one picture after another: {avg, p50, p90, p95, p99, …}."""
+    latency: dict[str, float] = _point(bench, "single stream", _closed(load, 1, 1), seconds)["latency_ms"]
+    return latency
 
 
 def default_bound(p50_ms: float) -> float:
@@ -270,8 +194,8 @@ def _cannot(
     bench: Bench, bound_ms: float, percentile: str, probe: Mapping[str, Any], load: Load, seconds: float
 ) -> BoundError:
     single = single_stream(bench, seconds=seconds, load=load)
-    enough = max(default_bound(single["p50_ms"]), 5.0 * math.ceil((probe[f"{percentile}_ms"] or 0.0) / 5))
-    alone = f"a single client gets its answers within {single['p50_ms']:.1f} ms (p50), {single['p99_ms']:.1f} ms (p99)"
+    enough = max(default_bound(single["p50"]), 5.0 * math.ceil((probe[f"{percentile}_ms"] or 0.0) / 5))
+    alone = f"a single client gets its answers within {single['p50']:.1f} ms (p50), {single['p99']:.1f} ms (p99)"
     return BoundError(
         f"{bench.model} ({bench.precision}) cannot hold {percentile} <= {bound_ms:g} ms even at "
         f"{probe['rate']:g} requests/s: {probe['why']}",
@@ -302,13 +226,6 @@ def _length(rate: float, seconds: float) -> float:
 def _rounded(rate: float) -> float:
     """Three digits: a rate that people can read and that is the same again after a detour through JSON."""
     return float(f"{rate:.3g}")
-
-
-def _note(seconds: float, size: str) -> str:
-    return (
-        f"by MLPerf's definition, but no MLPerf result: {size} in runs of about {seconds:g} s instead of "
-        f"{_MLPERF_SECONDS} s, sent by perf_analyzer instead of LoadGen"
-    )
 
 
 def _check(

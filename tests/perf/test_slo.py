@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from build.errors import OptionError
-from perf import scenarios
+from perf import slo
 from perf.load import Load, PerfError
-from perf.scenarios import BoundError, default_bound, find_rate, offline, server, single_stream
+from perf.slo import BoundError, default_bound, find_rate, highest, single_stream
 
 
 class FakeBench:
@@ -169,15 +169,15 @@ def test_a_rate_at_which_perf_analyzer_gives_up_is_lost() -> None:
 def test_what_is_plain_and_what_is_not() -> None:
     load = Load(concurrency=None, rate=100)
     point = {"latency_ms": {"p50": 3, "p99": 5}, "requests": 400, "errors": 0, "seconds": 4.0}
-    assert scenarios._judge({**point, "throughput": 98}, load, 20, "p99") == ("", True)
-    assert scenarios._judge({**point, "throughput": 95}, load, 20, "p99") == ("answered 95 of 100 images/s", False)
-    assert scenarios._judge({**point, "throughput": 60}, load, 20, "p99") == ("answered 60 of 100 images/s", True)
+    assert slo._judge({**point, "throughput": 98}, load, 20, "p99") == ("", True)
+    assert slo._judge({**point, "throughput": 95}, load, 20, "p99") == ("answered 95 of 100 images/s", False)
+    assert slo._judge({**point, "throughput": 60}, load, 20, "p99") == ("answered 60 of 100 images/s", True)
     near = {**point, "throughput": 98, "latency_ms": {"p50": 3, "p99": 18}}
-    assert scenarios._judge(near, load, 20, "p99") == ("", False)  # held, but another time it might not be
+    assert slo._judge(near, load, 20, "p99") == ("", False)  # held, but another time it might not be
     # 400 Poisson arrivals are 20 more or fewer (one standard deviation).
     poisson = Load(concurrency=None, rate=100, arrivals="poisson")
-    assert scenarios._judge({**point, "throughput": 95}, poisson, 20, "p99")[0] == ""
-    assert scenarios._judge({**point, "throughput": 81}, poisson, 20, "p99")[0] != ""
+    assert slo._judge({**point, "throughput": 95}, poisson, 20, "p99")[0] == ""
+    assert slo._judge({**point, "throughput": 81}, poisson, 20, "p99")[0] != ""
 
 
 def test_a_bound_that_nobody_holds() -> None:
@@ -193,9 +193,9 @@ def test_a_bound_that_would_do_is_more_than_what_was_seen() -> None:
 
 
 def test_slow_rates_are_measured_for_longer() -> None:
-    assert scenarios._length(1000, 2) == 2
-    assert scenarios._length(50, 2) == 4
-    assert scenarios._length(1, 2) == 8
+    assert slo._length(1000, 2) == 2
+    assert slo._length(50, 2) == 4
+    assert slo._length(1, 2) == 8
 
 
 @pytest.mark.parametrize(
@@ -210,28 +210,26 @@ def test_values_that_make_no_sense(wrong: dict[str, Any]) -> None:
 
 def test_single_stream() -> None:
     bench = FakeBench()
-    result = single_stream(bench, load=Load(rate=8, arrivals="poisson", batch_size=4, protocol="http"))
+    result = single_stream(bench, seconds=3, load=Load(rate=8, arrivals="poisson", batch_size=4, protocol="http"))
     assert bench.measured == [Load(concurrency=1, protocol="http")]
-    assert result["p50_ms"] < result["p90_ms"] < result["p99_ms"]
-    assert "no MLPerf result" in result["note"]
+    assert result["p50"] < result["p90"] < result["p99"]
 
 
-def test_offline_takes_the_best_and_measures_it_again() -> None:
-    bench = FakeBench()
-    bench.config = SimpleNamespace(max_batch_size=16)
-    result = offline(bench)
-    assert (result["batch_size"], result["concurrency"]) == (16, 2)
-    assert {attempt["batch_size"] for attempt in result["tried"]} == {1, 8, 16}  # none above what the model takes
-    assert len(bench.measured) == 7
-    assert result["images_per_second"] == pytest.approx(500 * (1 - 0.1 / 16))
+@pytest.mark.parametrize("limit", [12.0, 99.0, 140.0])
+def test_the_search_alone(limit: float) -> None:
+    asked: list[float] = []
 
+    def held(rate: float) -> bool:
+        asked.append(rate)
+        return rate <= limit
 
-def test_server_chooses_a_bound() -> None:
-    bench = FakeBench()
-    result = server(bench, tolerance=0.02)
-    assert result["bound_ms"] == default_bound(1000 / 225) == 20
-    assert result["queries_per_second"] == pytest.approx(bench.limit(20), rel=0.025)
-    assert result["p99_ms"] <= 20
+    rate, capped = highest(held, 10, 100, 0.05)
+    assert rate is not None
+    assert 0.94 * limit <= rate <= limit
+    assert not capped
+    assert len(asked) == len(set(asked)) <= 12
+    assert highest(lambda rate: False, 10, 100, 0.05) == (None, False)
+    assert highest(lambda rate: True, 10, 100, 0.05)[1]
 
 
 @pytest.mark.parametrize(("p50_ms", "bound_ms"), [(1.0, 5), (1.25, 5), (1.26, 10), (3.1, 15), (40, 160)])
