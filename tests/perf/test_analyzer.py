@@ -106,7 +106,10 @@ RATES = [
 def measured(server: TritonServer, data: Path, load: Load, seconds: float = 0.8) -> Point:
     before = server.requests("shapes")
     url = server.http_url if load.protocol == "http" else server.grpc_url
-    point = run(url, "shapes", data, load, seconds=seconds, retries=0)
+    for _ in range(3):  # 2.51 sometimes cuts off its export of single requests (_read_export)
+        point = run(url, "shapes", data, load, seconds=seconds, retries=0)
+        if point.latencies_ms or not load.shared_memory:
+            break
     assert point.load == load
     assert point.errors == 0
     assert 0 < point.requests <= server.requests("shapes") - before
@@ -138,11 +141,15 @@ def test_clients(triton_server: TritonServer, data: Path, load: Load) -> None:
 def test_a_rate_of_requests(triton_server: TritonServer, data: Path, load: Load) -> None:
     point = measured(triton_server, data, load, seconds=1.2)
     assert point.throughput == pytest.approx(load.rate, rel=0.3)
-    if point.sent_s:  # even, or as far apart as they vary
-        gaps = np.diff(point.sent_s)
-        assert float(gaps.mean()) == pytest.approx(1 / 25, rel=0.3)
-        spread = float(gaps.std() / gaps.mean())
-        assert spread > 0.4 if load.arrivals == "poisson" else spread < 0.4
+    if not point.sent_s:
+        return
+    gaps = np.diff(point.sent_s) * 25
+    if load.arrivals == "poisson":  # as far apart as they vary
+        assert float(gaps.mean()) == pytest.approx(1, rel=0.3)
+        assert float(gaps.std() / gaps.mean()) > 0.4
+    else:  # even, but for where the machine stood still
+        assert float(np.median(gaps)) == pytest.approx(1, rel=0.1)
+        assert float(np.mean(np.abs(gaps - 1) < 0.4)) > 0.6
 
 
 @pytest.mark.triton
