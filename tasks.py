@@ -177,6 +177,7 @@ def perf(
         "find_peak": "search the highest rate of the server scenario",
         "model": "folder of models/",
         "precision": "one or several, with commas",
+        "images": "folder of pictures to send (default: the model's held-out ones)",
         "transport": "how pictures reach the server: shm (shared memory), grpc or http",
     }
 )
@@ -190,6 +191,7 @@ def mlperf(
     model: str = "shapes",
     precision: str = "fp32",
     transport: str = "shm",
+    images: str = "",
 ) -> None:
     """Drive the served model with MLPerf's LoadGen and check every answer; unofficial; writes artifacts/mlperf/."""
     from perf.mlperf.runs import SCENARIOS
@@ -198,7 +200,8 @@ def mlperf(
 
     scenarios = tuple(SCENARIOS) if scenario == "all" else (scenario,)
     how = {"seconds": seconds, "accuracy": accuracy, "find_peak": find_peak, "transport": transport}
-    run(Settings(model, tuple(precision.split(",")), scenarios=scenarios, **how), artifacts=ARTIFACTS)  # type: ignore[arg-type]
+    settings = Settings(model, tuple(precision.split(",")), images=_given(images), scenarios=scenarios, **how)  # type: ignore[arg-type]
+    run(settings, artifacts=ARTIFACTS)
 
 
 @task(help={"model": "one model (default: all of them)", "count": "how many pictures"})
