@@ -182,7 +182,7 @@ def sort(model: onnx.ModelProto) -> None:
     while left:
         later = []
         for node in left:
-            if all(name in ready or name not in produced for name in _reads(node)):
+            if all(name in ready or name not in produced for name in reads(node)):
                 nodes.append(node)
                 ready.update(node.output)
             else:
@@ -194,13 +194,13 @@ def sort(model: onnx.ModelProto) -> None:
     graph.node.extend(nodes)
 
 
-def _reads(node: onnx.NodeProto) -> Iterable[str]:
+def reads(node: onnx.NodeProto) -> Iterable[str]:
     """What a node reads, its subgraphs included."""
     yield from node.input
     for attribute in node.attribute:
         for inner in (attribute.g, *attribute.graphs):
             for inner_node in inner.node:
-                yield from _reads(inner_node)
+                yield from reads(inner_node)
 
 
 def _swap_type(graph: onnx.GraphProto, exact: dict[str, onnx.TensorProto]) -> None:

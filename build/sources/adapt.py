@@ -18,7 +18,7 @@ from build.sources.batch import check_batch, open_batch
 from build.sources.decoding import BOX_ORDERS, CORNERS, Decoding, find_decoding, is_computed
 from build.sources.editor import Editor
 from build.sources.front import Front, new_input
-from build.sources.reading import Reading, three
+from build.sources.reading import IN_PIXELS, Reading, three
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Y_FIRST = ("yx", "yxyx", "cycxhw")  # orders of deltas, anchors and boxes in which y comes before x
-_PIXELS = 4  # no box in 0..1 reaches so far
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def adapt(editor: Editor, front: Front, reading: Reading, labels: int, anchors: 
         nms.pop("box_scales", None)
     for key, value in reading.usual.items():
         if nms.get(key) == value and key not in reading.nms:
-            reading.fact(key, value, f"usual: --set nms.{key}=...")
+            reading.suppose(key, value, f"nms.{key}")
     pixels = new_input(editor, front)
     tensors = ((boxes, count, 4), (heads, count, classes))
     model = editor.finish(pixels, dict(zip(contract.HEADS, tensors, strict=True)), (front.height, front.width))
@@ -196,7 +195,7 @@ def _encodings(
     """
     import numpy as np
 
-    in_pixels = decoding.anchors.max() > _PIXELS
+    in_pixels = decoding.anchors.max() > IN_PIXELS
     unit = np.array([front.width, front.height] * 2 if in_pixels else [1] * 4, np.float32)
     own, order = decoding.anchors / unit, decoding.order
     reading.corners = decoding.box_order
@@ -301,9 +300,9 @@ def _decoded(
         reading.fact("corners", "sorted", "NonMaxSuppression takes any two opposite corners (ONNX)")
     (values,) = editor.measure(front.example(), [corners])
     largest = np.abs(values).max()
-    if largest > _PIXELS:
+    if largest > IN_PIXELS:
         corners = editor.op("Div", corners, editor.number(size))
-    unit = "pixels" if largest > _PIXELS else "fractions of the picture"
+    unit = "pixels" if largest > IN_PIXELS else "fractions of the picture"
     reading.fact("unit", unit, f"measured on noise: values up to {largest:.3g}")
     reading.fact("box_order", order, "adapted to x1,y1,x2,y2 in 0..1")
     return corners

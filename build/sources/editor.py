@@ -7,11 +7,12 @@ measured: `measure` runs a part of the graph in ONNX Runtime instead of guessing
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build.errors import ImportModelError
+from build.graph.precision import reads
 from build.session import runner
 
 if TYPE_CHECKING:
@@ -356,7 +357,7 @@ def _widened(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _swept(model: onnx.ModelProto) -> onnx.ModelProto:
     """Without constants and opsets that nothing uses."""
-    used = {name for node in model.graph.node for name in _reads(node)}
+    used = {name for node in model.graph.node for name in reads(node)}
     kept = [constant for constant in model.graph.initializer if constant.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
@@ -365,11 +366,3 @@ def _swept(model: onnx.ModelProto) -> onnx.ModelProto:
     del model.opset_import[:]
     model.opset_import.extend(opsets)
     return model
-
-
-def _reads(node: onnx.NodeProto) -> Iterable[str]:
-    yield from node.input
-    for attribute in node.attribute:
-        for inner in (attribute.g, *attribute.graphs):
-            for inner_node in inner.node:
-                yield from _reads(inner_node)

@@ -14,6 +14,7 @@ from build.sources.reading import (
     IMAGENET,
     PLAIN,
     SAMPLED,
+    USUAL,
     Reading,
     attributes,
     captured,
@@ -154,7 +155,7 @@ def tensorflow(editor: Editor, front: Front, labels: int) -> Reading | None:
     if score is not None:
         reading.nms["score_threshold"] = min(1.0, max(0.0, decimal(score)))
     output = reading.selection.get("detection_boxes")
-    kept = f"output {output!r}" if output else "usual: the file's own post-processing did not run"
+    kept = f"output {output!r}" if output else f"{USUAL} the file's own post-processing did not run"
     reading.state_nms(where, max_detections=kept, topk_per_class=_NEITHER, clip_boxes=_NEITHER)
     return reading
 

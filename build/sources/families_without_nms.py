@@ -12,6 +12,7 @@ from build.sources.reading import (
     CAFFE,
     HALF,
     IMAGENET,
+    IN_PIXELS,
     PLAIN,
     SAMPLED,
     Reading,
@@ -50,7 +51,7 @@ def keras(editor: Editor, front: Front, labels: int) -> Reading | None:
     flat = np.full((1, front.height, front.width, 3), 7.0)
     other = editor.measure(front.feeds(flat), [anchor, variance]) if not front.cut else first
     if all(np.array_equal(a, b) for a, b in zip(first, other, strict=True)) and (np.ptp(first[1], axis=1) == 0).all():
-        pixels = first[0].max() > 4
+        pixels = first[0].max() > IN_PIXELS
         unit = [front.width, front.height] * 2 if pixels else [1] * 4
         reading.anchors = (first[0][0] / np.array(unit)).astype(np.float32)
         reading.nms["box_scales"] = [float(f"{1 / value:.6g}") for value in first[1][0, 0]]

@@ -13,7 +13,7 @@ from build.sources.adapt import Adapted, adapt
 from build.sources.decoding import BOX_ORDERS
 from build.sources.editor import Editor
 from build.sources.front import Front, find_front
-from build.sources.reading import Reading
+from build.sources.reading import IN_PIXELS, USUAL, Reading
 from build.sources.recognise import recognise
 from build.sources.symptoms import check_values
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 BOXES_ARE = ("deltas", "decoded")
 SCORES_ARE = ("logits", "probabilities")
-_PIXELS = 4  # no anchor in 0..1 reaches so far
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,12 @@ class Foreign:
         """What was recognised, and from which nodes."""
         from rich.table import Table
 
-        caption = f"usual: the file does not say it, and for {self.reading.family} it is mostly so; --set changes it"
+        caption = f"{USUAL} the file does not say it, and for {self.reading.family} it is mostly so; --set changes it"
         table = Table(
             title=f"recognised: {self.reading.family}",
             title_justify="left",
             box=None,
-            caption=caption if any(source.startswith("usual:") for *_, source in self.reading.facts) else None,
+            caption=caption if any(source.startswith(USUAL) for *_, source in self.reading.facts) else None,
             caption_justify="left",
         )
         for column in ("what", "value", "from"):
@@ -146,7 +145,7 @@ def understand(path: Path, labels: Sequence[str], wishes: Wishes = Wishes()) -> 
     check_values(path, adapted, reading, front)
     for key, value in reading.picture.items():
         if not (front.normalised and key in ("mean", "std")):
-            reading.fact(f"input.{key}", value, f"usual: --set input.{key}=...")
+            reading.suppose(f"input.{key}", value, f"input.{key}")
     if front.normalised:
         reading.fact("normalisation", "in the graph: plain pixel values go in", where)
     return Foreign(path, adapted, reading, front, model)
@@ -191,7 +190,7 @@ def _anchors(text: str, front: Front, order: str, count: int) -> NDArray[np.floa
         return rows  # a generator's
     forms = anchor_forms.plausible_forms(rows, front.width, front.height)
     if order and (not forms or any(form[0] == order for form in forms)):
-        unit = "pixel" if np.abs(rows).max() > _PIXELS else "fraction"
+        unit = "pixel" if np.abs(rows).max() > IN_PIXELS else "fraction"
     else:
         order = ""  # it is that of the boxes: the anchors tell another one
         corners = [other for other in forms if other[0] in ("xyxy", "yxyx") and other[1] == "fraction"]

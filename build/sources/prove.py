@@ -20,6 +20,7 @@ from build.graph.attach import attach
 from build.session import runner
 from build.sources.decoding import CORNERS, to_corners
 from build.sources.foreign import Foreign
+from build.sources.reading import IN_PIXELS
 from build.spec import Spec
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def _in_fractions(foreign: Foreign, boxes: NDArray[Any], chosen: NDArray[Any]) -
     if foreign.reading.corners in CORNERS:
         first, second = picked[:, :2], picked[:, 2:]
         picked = np.concatenate([np.minimum(first, second), np.maximum(first, second)], 1)
-    in_pixels = boxes.size and np.abs(boxes).max() > 4
+    in_pixels = boxes.size and np.abs(boxes).max() > IN_PIXELS
     return picked / np.array([foreign.front.width, foreign.front.height] * 2) if in_pixels else picked
 
 

@@ -19,6 +19,8 @@ PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 IMAGENET = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
 HALF = {"mean": [127.5, 127.5, 127.5], "std": [127.5, 127.5, 127.5]}
 SAMPLED = {"resample": "bilinear_plain"}
+IN_PIXELS = 4  # no coordinate of a box or anchor in fractions of the picture reaches so far
+USUAL = "usual:"  # how the place of a fact begins that the file cannot say
 
 
 @dataclass
@@ -63,6 +65,10 @@ class Reading:
 
     def fact(self, what: str, value: object, where: str) -> None:
         self.facts.append((what, str(value), where))
+
+    def suppose(self, what: str, value: object, setting: str) -> None:
+        """A fact that the file cannot say: it is usual for the family, and the setting changes it."""
+        self.fact(what, value, f"{USUAL} --set {setting}=...")
 
     def override(self, setting: str, value: object, where: str) -> None:
         """States what the user set; what was read or is usual for that key does not count any more."""

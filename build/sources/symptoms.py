@@ -9,7 +9,7 @@ from build import contract
 from build.errors import ImportModelError
 from build.session import runner
 from build.sources.front import Front
-from build.sources.reading import Reading
+from build.sources.reading import IN_PIXELS, Reading
 
 if TYPE_CHECKING:
     from build.sources.adapt import Adapted
@@ -52,7 +52,9 @@ def check_values(path: Path, adapted: Adapted, reading: Reading, front: Front) -
         return
     ordered = ((boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])).mean()
     size = max(front.width, front.height)
-    unit = "0..1" if np.abs(boxes - 0.5).max() < 2 else "pixels" if boxes.min() > -size and boxes.max() > 4 else ""
+    unit = (
+        "0..1" if np.abs(boxes - 0.5).max() < 2 else "pixels" if boxes.min() > -size and boxes.max() > IN_PIXELS else ""
+    )
     raw = "--boxes-are deltas if they really are raw"
     if ordered > 0.99 and unit:
         raise ImportModelError(
