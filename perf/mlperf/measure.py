@@ -231,16 +231,17 @@ def find_peak(stage: Stage, folder: Path, bound_ms: float, *, seconds: float) ->
     probes: list[dict[str, Any]] = []
 
     def held(rate: float) -> bool:
+        logs = folder / f"{bound_ms:g}-ms-{len(probes)}"
         run = runs.run(
             stage.served,
             "server",
-            folder / f"{bound_ms:g}-ms-{len(probes)}",
+            logs,
             seconds=seconds,
             pace=stage.pace,
             bound_ms=bound_ms,
             rate=rate,
         )
-        problems = run["problems"] + check_answers(stage, folder / f"{bound_ms:g}-ms-{len(probes)}", run)
+        problems = run["problems"] + check_answers(stage, logs, run)
         p99 = run["figures"].get("p99_ms")
         probes.append({"rate": rate, "valid": not problems, "p99_ms": p99, "problems": problems})
         return not problems
