@@ -460,7 +460,7 @@ def serve(
     help={
         "path": "file or folder, relative to your folder or to the project's (default: tests)",
         "keyword": "pytest's -k",
-        "marker": "pytest's -m, for example 'not slow'",
+        "marker": "pytest's -m, for example 'not slow'; 'long' runs the tests that take minutes",
     }
 )
 def test(c: Context, path: str = "", keyword: str = "", marker: str = "") -> None:
