@@ -132,7 +132,6 @@ def build_engines(
         "precision": "one or several, with commas (default: fp32 and int8; quick: fp32)",
         "slo": "search the highest rate whose p99 stays within so many ms",
         "images": "folder of pictures to send (default: the model's held-out ones)",
-        "tune": "search instances, threads and batching, and write the best into spec.toml",
         "resume": "folder of a run that did not come to its end",
         "compare": "two runs, with a comma: is the second faster?",
         "publish_figures": "write the newest runs' figures into README.md and docs/perf.md",
@@ -146,13 +145,12 @@ def perf(
     precision: str = "",
     slo: float = 0.0,
     images: str = "",
-    tune: bool = False,
     resume: str = "",
     compare: str = "",
     publish_figures: bool = False,
 ) -> None:
     """Load the served model, check its answers, set it against the same model in process; writes artifacts/perf/."""
-    from perf.run import compare_runs
+    from perf.compare import compare_runs
     from perf.run import perf as run
     from perf.settings import Settings
 
@@ -164,8 +162,8 @@ def perf(
     if compare:
         compare_runs([_given_or_name(run) for run in compare.split(",")], ARTIFACTS)
         return
-    precisions = tuple(precision.split(",")) if precision else (("fp32",) if quick or tune else ("fp32", "int8"))
-    settings = Settings(model, precisions, quick, slo, tune, _given(images))
+    precisions = tuple(precision.split(",")) if precision else (("fp32",) if quick else ("fp32", "int8"))
+    settings = Settings(model, precisions, quick, slo, _given(images))
     run(settings, resume=Path(_given_or_name(resume)) if resume else None, artifacts=ARTIFACTS)
 
 

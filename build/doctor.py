@@ -26,6 +26,7 @@ from build.contract import Target
 from build.errors import SSDError
 from build.files import IMPORT_FILE, ROOT, relative, sha256
 from build.machine import (
+    PACKAGES,
     Machine,
     ask_plugin,
     find_gpu,
@@ -122,7 +123,7 @@ def _python() -> Iterator[Finding]:
         yield Finding(
             "Python", "Python", "problem", f"{version}, but {asked} is needed", "make .venv with such a Python"
         )
-    for package in ("numpy", "onnx", "onnxruntime", "tritonclient"):
+    for package in PACKAGES:
         installed = package_version(package)
         if installed:
             yield Finding("Python", package, "ok", installed)

@@ -23,6 +23,7 @@ from build.tensorrt import plugins
 from build.tensorrt.cuda import Gpu
 from build.tritonserver import SHM_PREFIX
 
+PACKAGES = ("numpy", "onnx", "onnxruntime", "tritonclient")  # that nothing works without
 PORTS = (8000, 8001, 8002)
 SHM = Path("/dev/shm")
 

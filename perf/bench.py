@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build.errors import DataError, ServeError
-from perf import answers
 from perf.analyzer import run, write_input
-from perf.direct import served_version, thresholds
+from perf.direct import thresholds
 from perf.journal import Journal
 from perf.load import Load, PerfError
-from perf.mlperf.runs import IN_MEMORY
-from perf.resources import Sampler
+from perf.mlperf.child import IN_MEMORY
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,37 +43,27 @@ class Bench:
         model: name on it.
         config: the model's, as the server tells it.
         images: real pictures, UINT8 [H,W,3], at the model's input size.
-        expected: what the served file answers to them in this process.
         data: perf_analyzer's input of them.
         journal: where what is measured is kept.
-        late_ms: a checked answer that takes longer counts as late; None = none does.
     """
 
     server: TritonServer
     model: str
     config: ModelConfig
     images: Sequence[NDArray[np.uint8]]
-    expected: answers.Expected
     data: Path
     journal: Journal
-    late_ms: float | None = None
 
     @property
     def precision(self) -> str:
         """Of the served model."""
         return self.config.precision
 
-    def point(
-        self,
-        series: str,
-        load: Load,
-        *,
-        seconds: float,
-        repeat: int = 0,
-        check: bool = True,
-        retries: int = 1,
-        **key: Any,
-    ) -> dict[str, Any]:
+    def url(self, protocol: str) -> str:
+        """`host:port` of the endpoint that belongs to a protocol."""
+        return self.server.http_url if protocol == "http" else self.server.grpc_url
+
+    def point(self, series: str, load: Load, *, seconds: float, repeat: int = 0) -> dict[str, Any]:
         """Measures one load, or takes what the journal has of it.
 
         Args:
@@ -82,62 +71,48 @@ class Bench:
             load: what to put on the server.
             seconds: of measurement.
             repeat: number of the repeat.
-            check: whether answers are checked meanwhile. Not where a figure must not be touched by what that costs.
-            retries: how often a point that swings is measured again, each time twice as long.
-            key: what else tells this measurement from others.
 
         Returns:
-            `load`; `point`: `Point.as_dict()` without every single latency; `answers`: as `AnswerCheck.result`, None
-            where they were not checked; `resources`.
+            `load`; `point`: as `Point`; `resources` of the server with the model's own processes: `cores` (CPU seconds
+            per second, by the kernel's own count), `images_per_core` (None where it used none) and `rss_mib`.
 
         Raises:
             PerfError: it could not be measured.
             ServeError: because the server is gone.
         """
-        whole = {"series": series, "precision": self.precision, "load": load.as_dict(), "repeat": repeat, **key}
-        return self.journal.measure({**whole, "seconds": seconds}, lambda: self._measure(load, seconds, check, retries))
+        key = {"series": series, "precision": self.precision, "load": asdict(load), "repeat": repeat}
+        return self.journal.measure({**key, "seconds": seconds}, lambda: self._measure(load, seconds))
 
-    def _measure(self, load: Load, seconds: float, check: bool, retries: int) -> dict[str, Any]:
-        url = self.server.http_url if load.protocol == "http" else self.server.grpc_url
-        checking = answers.AnswerCheck(
-            self.server.grpc_url,
-            self.model,
-            self.images,
-            self.expected,
-            clients=load.concurrency or max(1, round((load.rate or 0) / 100)),
-            late_ms=self.late_ms,
-        )
+    def _measure(self, load: Load, seconds: float) -> dict[str, Any]:
         try:
-            before = self.server.images(self.model)
-            with Sampler(self.server.pid) as sampler, checking if check else contextlib.nullcontext():
-                point = run(url, self.model, self.data, load, seconds=seconds, retries=retries)
-            served = self.server.images(self.model) - before
+            started, cpu, images = time.monotonic(), self._used()[0], self.server.images(self.model)
+            point = run(self.url(load.protocol), self.model, self.data, load, seconds=seconds)
+            images = self.server.images(self.model) - images
+            after, rss = self._used()
         except (PerfError, OSError) as error:
             self.server.check()  # the better explanation where it is the server that failed
-            if isinstance(error, OSError):
-                raise ServeError(
-                    f"the server did not answer in time: {error}", fix="see what else runs there"
-                ) from error
-            raise
-        figures = point.as_dict()
-        del figures["latencies_ms"], figures["sent_s"]
-        return {
-            "load": load.as_dict(),
-            "point": figures,
-            "answers": checking.result if check else None,
-            "resources": sampler.result(served),
-        }
+            if isinstance(error, PerfError):
+                raise
+            raise ServeError(f"the server did not answer in time: {error}", fix="see what else runs there") from error
+        cores = (after - cpu) / (time.monotonic() - started)
+        usage = {"cores": cores, "images_per_core": images / (after - cpu) if after > cpu else None, "rss_mib": rss}
+        return {"load": asdict(load), "point": asdict(point), "resources": usage}
+
+    def _used(self) -> tuple[float, float]:
+        """CPU seconds so far and MiB now of the server's processes; a process that is gone counts as nothing."""
+        import psutil
+
+        seconds, mib = 0.0, 0.0
+        with contextlib.suppress(psutil.Error):
+            server = psutil.Process(self.server.pid)
+            for process in (server, *server.children(recursive=True)):
+                seconds += sum(process.cpu_times()[:2])
+                mib += process.memory_info().rss / 2**20
+        return seconds, mib
 
 
 @contextlib.contextmanager
-def start_bench(
-    repository: Path,
-    model: str,
-    images: Sequence[NDArray[np.uint8]],
-    journal: Journal,
-    *,
-    late_ms: float | None = None,
-) -> Iterator[Bench]:
+def start_bench(repository: Path, model: str, images: Sequence[NDArray[np.uint8]], journal: Journal) -> Iterator[Bench]:
     """Starts a server on `repository`, with a Bench of its `model`, and stops it at the end.
 
     Args:
@@ -145,7 +120,6 @@ def start_bench(
         model: one of them.
         images: UINT8 [H,W,3], at its input size; the first 16 count.
         journal: of the run.
-        late_ms: as for `Bench`.
 
     Raises:
         ServeError: the server does not come up, or the model is not served, or is none of this project's.
@@ -161,9 +135,8 @@ def start_bench(
                 config = client.model_config()
         except SSDClientError as error:
             raise ServeError(f"{model} cannot be loaded with pictures: {error}") from None
-        expected = answers.expected_answers(served_version(server, model), config, images)
         data = write_input(Path(folder) / "input.json", images, thresholds(config))
-        yield Bench(server, model, config, images, expected, data, journal, late_ms)
+        yield Bench(server, model, config, images, data, journal)
 
 
 def load_pictures(spec: Spec, settings: Settings, artifacts: Path) -> tuple[Sequence[NDArray[np.uint8]], Pictures]:
@@ -176,23 +149,18 @@ def load_pictures(spec: Spec, settings: Settings, artifacts: Path) -> tuple[Sequ
 
     from build.gate import datasets
 
+    fix = "name a folder with some: invoke perf --images FOLDER"
     if settings.images:
         paths = sorted(path for path in Path(settings.images).glob("*") if path.suffix.lower() in SUFFIXES)
         if not paths:
-            raise DataError(
-                f"{settings.images} holds no pictures",
-                why="there is no such folder, or nothing in it ends in " + ", ".join(SUFFIXES),
-                fix="name a folder with some: invoke perf --images FOLDER",
-            )
-        images = [datasets.load(path, spec.input)[0] for path in paths[:PICTURES]]
-        return images, datasets.Pictures(settings.images, tuple(paths))
-    if not spec.data.held_out:
-        raise DataError(
-            f"{spec.path}: [data] names no held-out pictures, so there is nothing real to send",
-            fix="name a folder with some: invoke perf --images FOLDER",
-        )
-    loadgen = bool(settings.scenarios or settings.size.scenarios)
-    count = spec.data.held_out_count if settings.accuracy else IN_MEMORY if loadgen else PICTURES
-    data = replace(spec.data, held_out_count=min(count, spec.data.held_out_count))
-    pictures = datasets.held_out(replace(spec, data=data), artifacts / "datasets")
+            why = "there is no such folder, or nothing in it ends in " + ", ".join(SUFFIXES)
+            raise DataError(f"{settings.images} holds no pictures", why=why, fix=fix)
+        pictures = datasets.Pictures(settings.images, tuple(paths))
+    elif not spec.data.held_out:
+        what = f"{spec.path}: [data] names no held-out pictures, so there is nothing real to send"
+        raise DataError(what, fix=fix)
+    else:
+        count = spec.data.held_out_count if settings.accuracy else IN_MEMORY
+        data = replace(spec.data, held_out_count=min(count, spec.data.held_out_count))
+        pictures = datasets.held_out(replace(spec, data=data), artifacts / "datasets")
     return [datasets.load(path, spec.input)[0] for path in pictures.paths[:PICTURES]], pictures

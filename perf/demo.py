@@ -9,13 +9,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build.errors import SSDError
 from build.files import IMPORT_FILE, MODELS, write_json
-from perf.direct import CLIENTS
+from perf.direct import CLIENTS, beside
+from perf.figures import demo_rows
+from perf.ratio import TRANSPORTS, served_ratio, single_stream
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,8 +49,8 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     from build import pipeline, spec
     from build.gate import verify
     from models.shapes.scenes import write_split
+    from perf import environment
     from perf.bench import PICTURES, start_bench
-    from perf.environment import commit, machine, perf_analyzer, versions
     from perf.journal import Journal
     from perf.run import short
     from perf.served_accuracy import evaluate_served
@@ -64,37 +66,30 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     with console.status(f"drawing {images} held-out scenes (once; kept in {artifacts.name}/datasets)"):
         pictures, truth = write_split(artifacts / "datasets" / MODEL, "held_out", images)
     sent, _ = verify.images_for(spec.load(MODELS / MODEL / "spec.toml"), artifacts / "datasets", PICTURES)
+    facts = environment.capture()
 
     with start_bench(repository, MODEL, list(sent), Journal()) as bench:
         server = bench.server
+        facts["versions"]["tritonserver"] = server.version
         console.print(f"tritonserver {server.version} serves {MODEL}: gRPC {server.grpc_url}, HTTP {server.http_url}")
         with SSDClient(server.grpc_url, model=MODEL, shared_memory="system") as client:
             detected = client.detect(pictures[:DRAWN], score_threshold=DRAW_THRESHOLD)
-            sheet = contact_sheet([detections.draw() for detections in detected])
-            sheet.save(out / "detections.png")
+            contact_sheet([detections.draw() for detections in detected]).save(out / "detections.png")
             photographs = {name: photograph(server.grpc_url, name) for name in imported}
             for name, (picture, _) in photographs.items():
                 picture.save(out / f"{name}.png")
             with console.status(f"evaluating {images} scenes through the server"):
-                evaluation_started = time.monotonic()
                 accuracy = evaluate_served(client, pictures, truth)
-                evaluation_seconds = time.monotonic() - evaluation_started
         with console.status("perf_analyzer: single stream, then 4 clients, beside the same model in process"):
             load = _load(bench, quick=quick)
         summary = {
-            "server_version": server.version,
+            "run": time.strftime("%Y-%m-%d"),
+            "quick": quick,
             "runtime": bench.config.runtime,
             "precision": bench.config.precision,
-            "map50": accuracy.map50,
-            "map": accuracy.map,
-            "map_by_size": {"small": accuracy.map_small, "medium": accuracy.map_medium, "large": accuracy.map_large},
-            "map_by_class": accuracy.by_class,
-            "images": accuracy.images,
-            "evaluation_seconds": evaluation_seconds,
-            **load,
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": versions(perf_analyzer=perf_analyzer()),
-            "machine": {**machine(), "commit": commit()},
+            "accuracy": asdict(accuracy),
+            "load": load,
+            "environment": facts,
         }
     write_json(out / "summary.json", summary)
     console.print(_table(summary))
@@ -138,24 +133,19 @@ def photograph(url: str, model: str) -> tuple[Image.Image, str]:
 
 def _load(bench: Bench, *, quick: bool) -> dict[str, Any]:
     """The part of `invoke perf` that a first look needs: its ratio and single stream, and throughput by clients."""
-    from perf import direct
-    from perf.ratio import TRANSPORTS, served_ratio, single_stream
-
     rounds, seconds = (2, 0.5) if quick else (3, 0.5)
-    busy = direct.other_load()
-    with direct.beside(bench.server, bench.model, bench.images, bench.config) as raw:
+    with beside(bench.server, bench.model, bench.images, bench.config) as raw:
         single = single_stream(bench, raw, rounds=rounds, seconds=seconds)
         ratio = served_ratio(bench, raw, rounds=rounds, seconds=seconds)
     throughput = {}
     for clients in (1, 2):
-        record = bench.point("concurrency", replace(TRANSPORTS["shm"], concurrency=clients), seconds=seconds, retries=0)
+        record = bench.point("concurrency", replace(TRANSPORTS["shm"], concurrency=clients), seconds=seconds)
         throughput[str(clients)] = record["point"]["throughput"]
     return {
         "latency_ms": single["served_ms"],
         "overhead_ms": single["overhead_ms"],
         "throughput_ips": {**throughput, str(CLIENTS): ratio["served_ips"]["shm"]},
         **ratio,
-        "other_load": busy,
     }
 
 
@@ -174,21 +164,8 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = COLUMNS, gap: 
 def _table(summary: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    table = Table(
-        title=f"{MODEL}, {summary['precision']}, runtime {summary['runtime']}", title_justify="left", show_header=False
-    )
-    table.add_row("Triton", summary["server_version"])
-    table.add_row(f"mAP@0.5, {summary['images']} held-out scenes", f"{summary['map50']:.4f}")
-    table.add_row("mAP@[.5:.95]", f"{summary['map']:.4f}")
-    latency = summary["latency_ms"]
-    table.add_row(
-        "latency of one client", " / ".join(f"{latency[p]:.1f}" for p in ("p50", "p90", "p99")) + " ms (p50/p90/p99)"
-    )
-    for clients, rate in summary["throughput_ips"].items():
-        table.add_row(f"throughput, {clients} client{'s' if clients != '1' else ''}", f"{rate:.0f} images/s")
-    direct = f"{summary['direct_ips']:.0f} images/s ({summary['direct_threads']} sessions x threads)"
-    table.add_row("the same model in process", direct)
-    ratio = summary["served_ratio"]
-    said = f"{ratio['shm']:.2f} shared memory, {ratio['grpc']:.2f} gRPC, {ratio['http']:.2f} HTTP"
-    table.add_row(f"served / in process, {CLIENTS} clients", said)
+    title = f"{MODEL}, {summary['precision']}, runtime {summary['runtime']}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    for row in demo_rows(summary):
+        table.add_row(*row)
     return table

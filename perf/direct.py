@@ -25,7 +25,6 @@ from build.session import runner
 
 if TYPE_CHECKING:
     import numpy as np
-    import onnx
     from numpy.typing import NDArray
     from ssd_client.config import ModelConfig
 
@@ -47,21 +46,14 @@ class Direct:
         runners: each answers one request at a time; requests find the one that is idle.
         feeds: requests to send in turn, all of one batch size.
         threads: of each runner; for the record.
-        single: what `latency` measures; None = the first runner.
         clients: how many threads send requests.
     """
 
     def __init__(
-        self,
-        runners: Sequence[Runner],
-        feeds: Sequence[Feed],
-        *,
-        threads: int = 1,
-        single: Runner | None = None,
-        clients: int = CLIENTS,
+        self, runners: Sequence[Runner], feeds: Sequence[Feed], *, threads: int = 1, clients: int = CLIENTS
     ) -> None:
         self.sessions, self.threads, self.clients = len(runners), threads, clients
-        self.single = single or runners[0]
+        self.single = runners[0]  # what `latency` measures
         self.batch_size = len(next(iter(feeds[0].values())))
         self._feeds = feeds
         self._idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
@@ -107,13 +99,7 @@ class Direct:
 
 @contextlib.contextmanager
 def beside(
-    server: TritonServer,
-    model: str,
-    images: Sequence[NDArray[np.uint8]],
-    config: ModelConfig,
-    *,
-    batch_size: int = 1,
-    clients: int = CLIENTS,
+    server: TritonServer, model: str, images: Sequence[NDArray[np.uint8]], config: ModelConfig, *, batch_size: int = 1
 ) -> Iterator[Direct]:
     """What a server serves, in this process, with the server's number of threads or of plans at once.
 
@@ -123,7 +109,6 @@ def beside(
         images: UINT8 [H,W,3], at the model's input size.
         config: the model's, for its thresholds.
         batch_size: images of a request.
-        clients: as for `Direct`.
 
     Raises:
         ServeError: the served version has no model.onnx or model.plan here.
@@ -135,7 +120,7 @@ def beside(
     with contextlib.ExitStack() as closing:
         path = served_file(served_version(server, model))
         if path.suffix == ".onnx":
-            yield fastest(path, requests, instances, threads, clients=clients)
+            yield fastest(path, requests, instances, threads)
         else:
             from build.publish import repository
             from build.tensorrt.plan import Plan
@@ -143,11 +128,8 @@ def beside(
 
             _, manifest = repository.served(server.repository, model)
             graphs = bool(triton.get("optimization", {}).get("cuda", {}).get("graphs"))
-            plans = [
-                closing.enter_context(Plan(path, manifest["engine"], plugin=PLUGIN, cuda_graphs=graphs))
-                for _ in range(instances)
-            ]
-            yield Direct(plans, requests, clients=clients)
+            plans = [Plan(path, manifest["engine"], plugin=PLUGIN, cuda_graphs=graphs) for _ in range(instances)]
+            yield Direct([closing.enter_context(plan) for plan in plans], requests)
 
 
 def served_version(server: TritonServer, model: str) -> Path:
@@ -173,7 +155,7 @@ def served_file(folder: Path) -> Path:
     )
 
 
-def fastest(path: Path, requests: Sequence[Feed], instances: int, threads: int, *, clients: int = CLIENTS) -> Direct:
+def fastest(path: Path, requests: Sequence[Feed], instances: int, threads: int) -> Direct:
     """The split of all threads into sessions × threads with the highest throughput: the strongest baseline.
 
     Its `latency` is that of one session with `threads` threads: what one instance of the server has.
@@ -183,22 +165,22 @@ def fastest(path: Path, requests: Sequence[Feed], instances: int, threads: int, 
         requests: as `feeds` of Direct.
         instances: the server's.
         threads: of each instance.
-        clients: as for `Direct`.
     """
     import onnx
 
     model = onnx.load(path)
-    total = instances * threads
-    splits = {
-        sessions: Direct(
-            _sessions(model, sessions, total // sessions),
-            requests,
-            threads=total // sessions,
-            clients=clients,
+
+    def sessions(count: int, threads: int) -> list[Runner]:
+        """Those of one thread run in their callers' threads: one session serves them all."""
+        return (
+            [runner(model, threads=1)] * count
+            if threads == 1
+            else [runner(model, threads=threads) for _ in range(count)]
         )
-        for sessions in range(1, total + 1)
-        if total % sessions == 0
-    }
+
+    total = instances * threads
+    counts = [count for count in range(1, total + 1) if total % count == 0]
+    splits = {n: Direct(sessions(n, total // n), requests, threads=total // n) for n in counts}
     rate = max(candidate.throughput(0.1) for candidate in splits.values())
     # Long enough for whole requests to tell, and in turn: one may meet a busy moment.
     seconds = max(TRIAL_S, REQUESTS * len(requests[0]["images"]) / rate)
@@ -206,16 +188,9 @@ def fastest(path: Path, requests: Sequence[Feed], instances: int, threads: int, 
     medians = dict(zip(splits, map(statistics.median, zip(*trials, strict=True)), strict=True))
     # What differs by less than a busy moment does: the server's own split, or the choice would change from run to run.
     medians[instances] *= CLEARLY
-    best = splits[max(medians, key=lambda sessions: medians[sessions])]
+    best = splits[max(medians, key=lambda count: medians[count])]
     best.single = splits[instances].single
     return best
-
-
-def _sessions(model: onnx.ModelProto, count: int, threads: int) -> list[Runner]:
-    """As many as may run at once. Those of one thread run in their callers' threads: one session serves them all."""
-    if threads == 1:
-        return [runner(model, threads=1)] * count
-    return [runner(model, threads=threads) for _ in range(count)]
 
 
 def split(triton: Mapping[str, Any]) -> tuple[int, int]:
@@ -249,10 +224,3 @@ def feeds(
         {contract.IMAGES: np.stack([images[(first + i) % len(images)] for i in range(batch_size)]), **extra}
         for first in range(0, len(images), batch_size)
     ]
-
-
-def other_load(seconds: float = 0.5) -> float:
-    """Share of all cores, 0..1, that is in use while this process waits."""
-    import psutil
-
-    return float(psutil.cpu_percent(interval=seconds)) / 100

@@ -52,13 +52,23 @@ class Journal:
         if lines[-1]:  # the run was killed while it wrote this one: it counts as not measured
             path.write_text(whole[: -len(lines[-1])])
 
-    def measure(self, key: Mapping[str, Any], function: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    def measure(
+        self,
+        key: Mapping[str, Any],
+        function: Callable[[], Mapping[str, Any]],
+        counts: Callable[[dict[str, Any]], bool] = lambda result: True,
+    ) -> dict[str, Any]:
         """The result under `key`, measured by `function` where it is not there yet.
 
         What `function` raises is noted and passed on; the key stays to be measured.
+
+        Args:
+            key: what tells this measurement from others; JSON.
+            function: measures.
+            counts: whether a result that an earlier run left may be taken, or is to be measured again.
         """
         name = _name(key)
-        if name in self._done:
+        if name in self._done and counts(self._done[name]):
             self.reused += 1
             return self._done[name]
         if self._before is not None:
@@ -75,14 +85,11 @@ class Journal:
         return self._done[name]
 
     def _append(self, entry: dict[str, Any], started: float) -> None:
-        entry |= {
-            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "seconds": round(time.monotonic() - started, 3),
-        }
         if self._path is None:
             return
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({**entry, "at": now, "seconds": round(time.monotonic() - started, 3)}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

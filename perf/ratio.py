@@ -1,8 +1,12 @@
-"""A served model against the same model in this process, in turn within each round: throughput and latency."""
+"""A served model against the same model in this process, in turn within each round: throughput and latency.
+
+Every served run lies between two direct ones: whatever else the machine does affects both sides alike.
+"""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,48 +24,58 @@ TRANSPORTS = {
     "http": Load(concurrency=CLIENTS, protocol="http"),
 }
 
+Pair = tuple[dict[str, Any], list[dict[str, Any]]]  # a served point, and the two direct measurements around it
+
+
+def _in_turn(
+    bench: Bench,
+    series: str,
+    loads: Mapping[str, Load],
+    in_process: Callable[[], dict[str, Any]],
+    rounds: int,
+    seconds: float,
+) -> tuple[dict[str, list[Pair]], list[dict[str, Any]]]:
+    """Each load's pairs, and all direct measurements."""
+    key = {"series": series, "precision": bench.precision, "seconds": seconds}
+    key |= {"batch_size": next(iter(loads.values())).batch_size}
+    pairs: dict[str, list[Pair]] = {name: [] for name in loads}
+    direct = [bench.journal.measure({**key, "direct": 0}, in_process)]
+    for repeat in range(rounds):
+        for name, load in loads.items():
+            record = bench.point(series, load, seconds=seconds, repeat=repeat)
+            direct.append(bench.journal.measure({**key, "direct": len(direct)}, in_process))
+            pairs[name].append((record["point"], direct[-2:]))
+    return pairs, direct
+
 
 def served_ratio(bench: Bench, raw: Direct, *, rounds: int, seconds: float) -> dict[str, Any]:
-    """Served throughput of each transport over that of the same model in this process, in turn within each round.
-
-    Every served run lies between two direct ones: whatever else the machine does affects both sides alike.
+    """Served throughput of each transport over that of the same model in this process.
 
     Args:
-        one: the served side.
+        bench: the served side.
         raw: the direct side; its batch size is that of the requests.
         rounds: how many; the medians count.
         seconds: of each run.
 
     Returns:
-        `served_ratio` {shm, grpc, http}, `ratio_rounds` {transport: each round's}, `served_ips` and `direct_ips`, the
-        medians behind it in images/s, `direct_rounds`, and `direct_threads`: the fastest split of the threads into
-        sessions.
+        `batch_size`, `served_ratio` {shm, grpc, http}, `ratio_rounds` {transport: each round's}, `served_ips` and
+        `direct_ips`, the medians behind it in images/s, `direct_rounds`, and `direct_threads`: the fastest split of the
+        threads into sessions.
     """
-    batch = raw.batch_size
-    key = {"series": "ratio", "precision": bench.precision, "batch_size": batch, "seconds": seconds}
-    ratios: dict[str, list[float]] = {transport: [] for transport in TRANSPORTS}
-    served: dict[str, list[float]] = {transport: [] for transport in TRANSPORTS}
-
-    def in_process(number: int) -> float:
-        measured = bench.journal.measure(
-            {**key, "direct": number}, lambda: {"throughput": raw.throughput(seconds), "threads": str(raw)}
-        )
-        return float(measured["throughput"])
-
-    between = [in_process(0)]
-    for repeat in range(rounds):
-        for transport, load in TRANSPORTS.items():
-            full = replace(load, batch_size=batch)
-            # Unchecked: the client that checks would take its share of the very cores that are compared. The same load
-            # is checked in the sweep over concurrency.
-            record = bench.point("ratio", full, seconds=seconds, repeat=repeat, check=False, retries=0)
-            served[transport].append(record["point"]["throughput"])
-            between.append(in_process(len(between)))
-            ratios[transport].append(served[transport][-1] / statistics.mean(between[-2:]))
+    loads = {name: replace(load, batch_size=raw.batch_size) for name, load in TRANSPORTS.items()}
+    pairs, direct = _in_turn(bench, "ratio", loads, lambda: {"ips": raw.throughput(seconds)}, rounds, seconds)
+    ratios = {
+        name: [served["throughput"] / statistics.mean(run["ips"] for run in around) for served, around in rows]
+        for name, rows in pairs.items()
+    }
+    between = [run["ips"] for run in direct]
     return {
-        "served_ratio": {transport: statistics.median(values) for transport, values in ratios.items()},
+        "batch_size": raw.batch_size,
+        "served_ratio": {name: statistics.median(values) for name, values in ratios.items()},
         "ratio_rounds": ratios,
-        "served_ips": {transport: statistics.median(values) for transport, values in served.items()},
+        "served_ips": {
+            name: statistics.median(served["throughput"] for served, _ in rows) for name, rows in pairs.items()
+        },
         "direct_ips": statistics.median(between),
         "direct_rounds": between,
         "direct_threads": str(raw),
@@ -69,27 +83,20 @@ def served_ratio(bench: Bench, raw: Direct, *, rounds: int, seconds: float) -> d
 
 
 def single_stream(bench: Bench, raw: Direct, *, rounds: int, seconds: float) -> dict[str, Any]:
-    """What serving adds to one client's latency, with shared memory: both sides in turn within each round.
+    """What serving adds to one client's latency, with shared memory.
 
     Returns:
         `served_ms` and `direct_ms` {p50, p90, p99}: medians of the rounds; `overhead_ms`: median of the rounds'
         differences of the p50, each against the two direct runs around it; `overhead_rounds`.
     """
-    key = {"series": "single stream", "precision": bench.precision, "seconds": seconds}
-    alone = replace(TRANSPORTS["shm"], concurrency=1)
-
-    def in_process(number: int) -> dict[str, Any]:
-        return bench.journal.measure({**key, "direct": number}, lambda: raw.latency(seconds))
-
-    between = [in_process(0)]
-    served, overhead = [], []
-    for repeat in range(rounds):
-        record = bench.point("single stream", alone, seconds=seconds, repeat=repeat, check=False, retries=0)
-        served.append(record["point"]["latency_ms"])
-        between.append(in_process(repeat + 1))
-        overhead.append(served[-1]["p50"] - statistics.mean(run["p50"] for run in between[-2:]))
+    alone = {"shm": replace(TRANSPORTS["shm"], concurrency=1)}
+    pairs, direct = _in_turn(bench, "single stream", alone, lambda: raw.latency(seconds), rounds, seconds)
+    sides = {"served_ms": [served["latency_ms"] for served, _ in pairs["shm"]], "direct_ms": direct}
+    overhead = [
+        served["latency_ms"]["p50"] - statistics.mean(run["p50"] for run in around) for served, around in pairs["shm"]
+    ]
     medians = {
         side: {name: statistics.median(run[name] for run in runs) for name in ("p50", "p90", "p99")}
-        for side, runs in (("served_ms", served), ("direct_ms", between))
+        for side, runs in sides.items()
     }
     return {**medians, "overhead_ms": statistics.median(overhead), "overhead_rounds": overhead}

@@ -7,63 +7,37 @@ report.html. It is written even if the run fails or is interrupted; `--resume` m
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build.errors import OptionError, ServeError, SSDError
+from build.errors import ServeError, SSDError
 from build.files import ARTIFACTS, MODELS, write_json
-from perf import direct, report, slo
+from perf import direct, report
 from perf.bench import Bench, load_pictures, start_bench
 from perf.journal import Journal
 from perf.load import Load, PerfError
-from perf.mlperf import measure, runs
-from perf.progress import Bar
+from perf.mlperf import measure, peak, runs
 from perf.ratio import TRANSPORTS, served_ratio, single_stream
-from perf.sections import loadgen_results
-from perf.settings import Settings, Size, check, keep, open_run, run_folder, same_model
-from perf.statistics import aggregate, saturation, summed_answers
+from perf.sections import checked_answers, loadgen_results
+from perf.settings import Settings, check, keep, open_run, run_folder, same_model
+from perf.statistics import aggregate
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from rich.console import Console
+    from rich.progress import Progress
 
     from build.gate.datasets import Pictures
     from build.spec import Spec
 
-_MARKS = {True: "ok  ", False: "MISS", None: " -- "}
 BATCH = 8  # images per request of the served ratio of batches
-
-
-@dataclass
-class _Results:
-    """What was measured so far: records by series and load, everything else by its place in the summary."""
-
-    records: dict[str, dict[tuple[str, Load], list[dict[str, Any]]]] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, series: str, bench: Bench, load: Load, record: dict[str, Any]) -> None:
-        self.records.setdefault(series, {}).setdefault((bench.precision, load), []).append(record)
-
-    def of(self, precision: str) -> dict[str, Any]:
-        """What the summary says of a precision."""
-        entry: dict[str, Any] = self.summary.setdefault("precisions", {}).setdefault(precision, {})
-        return entry
-
-    def rows(self, series: str) -> list[dict[str, Any]]:
-        return [aggregate(records, precision) for (precision, _), records in self.records.get(series, {}).items()]
-
-
-@dataclass(frozen=True)
-class _Step:
-    name: str
-    seconds: float  # about, for the progress bar
-    work: Callable[[], object]
+_FIXED_S = 0.4  # of starting perf_analyzer, checking answers and looking at processes
+Step = tuple[str, float, Callable[[], object]]  # its name, about how many seconds it takes, what it does
 
 
 def perf(
@@ -79,7 +53,7 @@ def perf(
     Args:
         settings: what to measure; those of the resumed run count where there is one.
         resume: folder (or its name) of a run that did not come to its end.
-        artifacts: gets perf/<run>/ and, in perf/repositories/, what is served.
+        artifacts: gets perf/<run>/ or mlperf/<run>/ and, in perf/repositories/, what is served.
         sources: where the models are.
         console: where to say what is done; None = standard output.
 
@@ -92,6 +66,7 @@ def perf(
         SSDError: nothing could be measured.
     """
     from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from build.spec import load
 
@@ -99,35 +74,29 @@ def perf(
     started = time.monotonic()
     if resume is None:
         check(settings, sources)
-    else:
-        resume = run_folder(resume, artifacts)
-    folder, settings, facts = open_run(settings, resume, artifacts)
+    folder, settings, facts = open_run(settings, resume and run_folder(resume, artifacts), artifacts)
     spec = load(sources / settings.model / "spec.toml")
     images, pictures = load_pictures(spec, settings, artifacts)
     busy = facts["environment"]["other_load"]
     if busy > report.BUSY:
         console.print(f"other programs take {busy:.0%} of this machine's cores: the figures will say little")
     keep(folder, settings, facts)
-    results, interrupted = _Results(), False
-    with Bar(console) as bar:
-        journal = Journal(folder / "points.jsonl", bar.measuring)
-        context = _Context(
-            folder, spec, settings, images, pictures, journal, results, facts, artifacts, sources, bar, console
-        )
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    interrupted = False
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        run = _Run(folder, spec, settings, images, pictures, facts, artifacts, sources, bar)
         try:
             for precision in settings.precisions:
-                _measure(context, precision)
-            if not (settings.tune or settings.scenarios):
-                bar.begin("in process", 5.0)
-                _step(context, _Step("SSDNMS alone", 4.0, lambda: _ssd_nms(context)))
+                run.measure(precision)
         except KeyboardInterrupt:
             interrupted = True
-            results.problems.append("it was interrupted")
-    summary = _summary(folder.name, settings, facts, results)
-    _write(folder, summary)
+            run.problems.append("it was interrupted")
+    summary = run.summary()
+    write_json(folder / "summary.json", summary)
+    report.write(folder, summary)
     for line in report.verdict(summary):
-        console.print(f"{_MARKS[line.good]} {line.text}", markup=False)
-    reused = f", {journal.reused} measurements from before" if journal.reused else ""
+        console.print({True: "ok  ", False: "MISS", None: " -- "}[line.good], line.text, markup=False)
+    reused = f", {run.journal.reused} measurements from before" if run.journal.reused else ""
     console.print(f"{short(folder)}: report.html, report.md, summary.json ({time.monotonic() - started:.0f} s{reused})")
     if interrupted:
         console.print(f"go on with: invoke perf --resume {short(folder)}")
@@ -136,233 +105,192 @@ def perf(
     return summary
 
 
-def compare_runs(runs: Sequence[str], artifacts: Path = ARTIFACTS, console: Console | None = None) -> None:
-    """Says whether the second run is faster than the first; writes compare.md and .html into the second's folder.
+@dataclass
+class _Run:
+    """A run while it measures: what it was asked for, and what was measured so far."""
 
-    Args:
-        runs: two of them, each its folder or the folder's name.
-        artifacts: where runs are.
-        console: where to say it; None = standard output.
-
-    Raises:
-        OptionError: not two runs.
-        CompareError: they cannot be compared.
-    """
-    from rich.console import Console
-
-    from perf import compare
-
-    console = console or Console(highlight=False, soft_wrap=True)
-    if len(runs) != 2:
-        raise OptionError(f"{len(runs)} runs to compare", fix="name two: invoke perf --compare RUN_A,RUN_B")
-    folders = [run_folder(Path(run), artifacts) for run in runs]
-    result = compare.compare(*folders)
-    console.print("\n".join(line.text for line in compare.lines(result)), markup=False)
-    for row in result["rows"]:
-        if row["verdict"] in ("slower", "faster"):
-            console.print(f"{row['verdict']}: {row['what']}: {row['ratio']:.3f}", markup=False)
-    for path in compare.write(folders[1], result):
-        console.print(short(path), markup=False)
-
-
-# -- one precision -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Context:
     folder: Path
     spec: Spec
     settings: Settings
     images: Sequence[NDArray[np.uint8]]
     pictures: Pictures
-    journal: Journal
-    results: _Results
     facts: dict[str, Any]
     artifacts: Path
     sources: Path
-    bar: Bar
-    console: Console
+    bar: Progress
+    records: dict[str, dict[tuple[str, Load], list[dict[str, Any]]]] = field(default_factory=dict)  # by series
+    results: dict[str, Any] = field(default_factory=lambda: {"precisions": {}, "mlperf": {}, "peak": {}})
+    problems: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.task = self.bar.add_task("", total=None)
+        self.journal = Journal(self.folder / "points.jsonl", self._measuring)
 
-def _measure(context: _Context, precision: str) -> None:
-    """Everything that needs a server of one precision; what goes wrong is noted and ends no more than it must."""
-    settings, bar = context.settings, context.bar
-    model = context.spec.model.name
-    try:
-        bar.begin(f"{precision}: publishing", None)
-        repository = publish(context.spec, precision, context.artifacts, context.sources)
-        if settings.tune:
-            bar.end()
-            _tune(context, repository)
-            return
-        with start_bench(repository, model, context.images, context.journal, late_ms=settings.slo_ms or None) as bench:
-            same_model(context.facts, bench)
-            keep(context.folder, settings, context.facts)
-            with contextlib.ExitStack() as closing:
-                if settings.scenarios:
-                    steps = list(_loadgen(context, bench))
-                else:
+    def measure(self, precision: str) -> None:
+        """Everything that needs a server of one precision; what goes wrong is noted and ends no more than it must."""
+        settings, model = self.settings, self.spec.model.name
+        self.bar.reset(self.task, description=f"{precision}: publishing", total=None)
+        try:
+            repository = publish(self.spec, precision, self.artifacts, self.sources)
+            with start_bench(repository, model, self.images, self.journal) as bench, contextlib.ExitStack() as closing:
+                same_model(self.facts, bench)
+                keep(self.folder, settings, self.facts)
+                results = self.results["precisions"].setdefault(precision, {})
+                steps: list[Step] = []
+                if not settings.scenarios:
                     raw = closing.enter_context(direct.beside(bench.server, model, bench.images, bench.config))
-                    steps = list(_steps(context, bench, raw))
-                bar.begin(precision, sum(step.seconds for step in steps))
-                for step in steps:
-                    if not _step(context, step):
-                        bench.server.check_alive()
-    except SSDError as error:
-        _note(context, precision, error)
-
-
-def _step(context: _Context, step: _Step) -> bool:
-    """Does one step; a failure is noted, and the next one has its chance."""
-    try:
-        step.work()
-    except SSDError as error:
-        _note(context, step.name, error)
-        return False
-    finally:
-        context.bar.done(step.seconds)
-    return True
-
-
-def _note(context: _Context, what: str, error: SSDError) -> None:
-    problem = error.what.splitlines()[0]
-    if isinstance(error, ServeError) and any(problem in known for known in context.results.problems):
-        return  # the step that found the server gone has said it
-    context.console.print(f"{what}: {error}", markup=False)
-    context.results.problems.append(f"{what}: {problem}")
-
-
-def _steps(context: _Context, bench: Bench, raw: direct.Direct) -> Iterator[_Step]:
-    settings, results = context.settings, context.results
-    size = settings.size
-    base = TRANSPORTS["shm"]
-    fixed = 0.4  # of starting perf_analyzer, checking answers and sampling
-
-    def sweep(series: str, loads: Sequence[Load], seconds: float) -> _Step:
-        def work() -> None:
-            for repeat in range(size.repeats):
-                for load in loads:
+                    steps += self._perf_steps(bench, raw, results)
+                steps += self._loadgen_steps(bench, results)
+                self.bar.reset(self.task, total=sum(seconds for _, seconds, _ in steps))
+                for name, seconds, work in steps:
                     try:
-                        record = bench.point(series, load, seconds=seconds, repeat=repeat)
-                    except PerfError as error:  # of this load; a server that is gone is a ServeError
-                        _note(context, f"{series}, {load}", error)
-                    else:
-                        results.add(series, bench, load, record)
+                        work()
+                    except SSDError as error:  # the next step has its chance, if the server lives
+                        self._note(name, error)
+                        bench.server.check_alive()
+                    self.bar.advance(self.task, seconds)
+        except SSDError as error:
+            self._note(precision, error)
 
-        return _Step(series, size.repeats * len(loads) * (seconds + fixed), work)
+    def summary(self) -> dict[str, Any]:
+        """What is written to summary.json."""
+        series = {
+            name: [aggregate(records, precision) for (precision, _), records in loads.items()]
+            for name, loads in self.records.items()
+        }
+        precisions = self.results["precisions"]
+        return {
+            "run": self.folder.name,
+            "model": self.settings.model,
+            "quick": self.settings.quick,
+            "complete": not self.problems,
+            "problems": self.problems,
+            "environment": self.facts["environment"],
+            "settings": asdict(self.settings),
+            "served_ratio": precisions.get(self.settings.precisions[0], {}).get("served_ratio", {}),
+            "answers": checked_answers(self.results),
+            "series": series,
+            **self.results,
+        }
 
-    yield _Step(
-        "served against in process", size.rounds * 6.5 * size.ratio_seconds, lambda: _ratio(bench, raw, size, results)
-    )
-    yield _Step(
-        "single stream", size.single_rounds * 2.5 * size.ratio_seconds, lambda: _single(bench, raw, size, results)
-    )
-    yield sweep("concurrency", [replace(base, concurrency=n) for n in size.concurrency], size.seconds)
-    most = bench.config.max_batch_size
-    batches = [replace(base, concurrency=2, batch_size=n) for n in size.batch if n <= most]
-    yield sweep("batch", batches, size.seconds)
-    if size.protocols:
-        transports = [
-            Load(concurrency=direct.CLIENTS, protocol=protocol, shared_memory=memory)
-            for protocol in ("http", "grpc", "stream")
-            for memory in (None, "system", *(("cuda",) if bench.config.runtime == "tensorrt" else ()))
-        ]
-        yield sweep("protocol", transports, size.seconds)
+    def _measuring(self, key: Mapping[str, Any]) -> None:
+        load = f", {Load(**key['load'])}" if "load" in key else ""
+        self.bar.update(self.task, description=f"{key['precision']}: {key['series']}{load}")
 
-    def rates() -> None:
-        # What 4 clients got: of the ratio's rounds, as everything else that hangs on it.
-        measured = results.of(bench.precision).get("served_ips")
-        if measured is None:
-            raise PerfError("no rates without the throughput to take shares of", why="it could not be measured")
-        capacity = measured["shm"]
-        arrivals = ("poisson",) if settings.quick else ("constant", "poisson")
-        loads = [
-            replace(base, concurrency=None, rate=float(f"{share * capacity:.3g}"), arrivals=kind)  # type: ignore[arg-type]
-            for kind in arrivals
-            for share in size.rates
-        ]
-        sweep("rate", loads, size.seconds).work()
+    def _note(self, what: str, error: SSDError) -> None:
+        problem = error.what.splitlines()[0]
+        if isinstance(error, ServeError) and any(problem in known for known in self.problems):
+            return  # the step that found the server gone has said it
+        self.bar.console.print(f"{what}: {error}", markup=False)
+        self.problems.append(f"{what}: {problem}")
 
-    yield _Step("rate", size.repeats * 2 * len(size.rates) * (size.seconds + fixed), rates)
-    if size.searches:
-        yield _Step(
-            "served against in process, batches", size.rounds * 7, lambda: _ratio_of_batches(bench, size, results)
-        )
-    if size.searches or settings.slo_ms:
-        yield _Step("highest rate under the bound", 60, lambda: _slo(bench, settings, results))
-    yield from _loadgen(context, bench)
+    # -- what is measured ----------------------------------------------------------------------------------------------
 
+    def _perf_steps(self, bench: Bench, raw: direct.Direct, results: dict[str, Any]) -> Iterator[Step]:
+        size, base = self.settings.size, TRANSPORTS["shm"]
+        results["backend"] = bench.server.model_config(bench.model)["backend"]
 
-def _ratio(bench: Bench, raw: direct.Direct, size: Size, results: _Results) -> None:
-    into = results.of(bench.precision)
-    into["backend"] = bench.server.model_config(bench.model)["backend"]
-    into |= served_ratio(bench, raw, rounds=size.rounds, seconds=size.ratio_seconds)
+        def ratio() -> None:
+            results.update(served_ratio(bench, raw, rounds=size.rounds, seconds=size.ratio_seconds))
 
+        def single() -> None:
+            results["single_stream"] = single_stream(bench, raw, rounds=size.rounds, seconds=size.ratio_seconds)
 
-def _ratio_of_batches(bench: Bench, size: Size, results: _Results) -> None:
-    batch = min(BATCH, bench.config.max_batch_size)
-    with direct.beside(bench.server, bench.model, bench.images, bench.config, batch_size=batch) as raw:
-        ratio = served_ratio(bench, raw, rounds=size.rounds, seconds=size.ratio_seconds)
-    results.of(bench.precision)["batches"] = {"batch_size": batch, **ratio}
+        def batches() -> None:
+            batch = min(BATCH, bench.config.max_batch_size)
+            with direct.beside(bench.server, bench.model, bench.images, bench.config, batch_size=batch) as raw:
+                results["batches"] = served_ratio(bench, raw, rounds=size.rounds, seconds=size.ratio_seconds)
 
+        def rates() -> None:
+            if "served_ips" not in results:
+                raise PerfError("no rates without the throughput of 4 clients", why="it could not be measured")
+            shares = [share * results["served_ips"]["shm"] for share in size.rates]
+            kinds: Any = size.arrivals
+            loads = [replace(base, rate=float(f"{rate:.3g}"), arrivals=kind) for kind in kinds for rate in shares]
+            self._sweep(bench, "rate", loads)
 
-def _single(bench: Bench, raw: direct.Direct, size: Size, results: _Results) -> None:
-    single = single_stream(bench, raw, rounds=size.single_rounds, seconds=size.ratio_seconds)
-    results.of(bench.precision)["single_stream"] = single
+        yield "served against in process", 6.5 * size.rounds * size.ratio_seconds, ratio
+        yield "single stream", 2.5 * size.rounds * size.ratio_seconds, single
+        loads = {
+            "concurrency": [replace(base, concurrency=clients) for clients in size.concurrency],
+            "batch": [
+                replace(base, concurrency=2, batch_size=count)
+                for count in size.batch
+                if count <= bench.config.max_batch_size
+            ],
+            "protocol": [
+                Load(concurrency=direct.CLIENTS, protocol=protocol, shared_memory=memory)
+                for protocol in (("http", "grpc", "stream") if size.whole else ())
+                for memory in (None, "system", *(("cuda",) if bench.config.runtime == "tensorrt" else ()))
+            ],
+        }
+        for series, several in loads.items():
+            if several:
+                seconds = size.repeats * len(several) * (size.seconds + _FIXED_S)
+                yield series, seconds, partial(self._sweep, bench, series, several)
+        count = len(size.arrivals) * len(size.rates)
+        yield "rate", size.repeats * count * (size.seconds + _FIXED_S), rates
+        if size.whole:
+            yield "served against in process, batches", 7.0 * size.rounds, batches
 
+    def _sweep(self, bench: Bench, series: str, loads: Sequence[Load]) -> None:
+        size, records = self.settings.size, self.records.setdefault(series, {})
+        for repeat in range(size.repeats):
+            for load in loads:
+                try:
+                    record = bench.point(series, load, seconds=size.seconds, repeat=repeat)
+                except PerfError as error:  # of this load; a server that is gone is a ServeError
+                    self._note(f"{series}, {load}", error)
+                else:
+                    records.setdefault((bench.precision, load), []).append(record)
 
-def _slo(bench: Bench, settings: Settings, results: _Results) -> None:
-    load = replace(TRANSPORTS["shm"], concurrency=None)
-    seconds = settings.size.seconds if settings.size.searches else 1.5
-    bound = settings.slo_ms or slo.default_bound(slo.single_stream(bench, seconds=seconds, load=load)["p50"])
-    tolerance = 0.05 if settings.size.searches else 0.1
-    search = slo.find_rate(bench, bound, seconds=seconds, tolerance=tolerance, load=load)
-    results.summary.setdefault("slo", search)
+    def _loadgen_steps(self, bench: Bench, results: dict[str, Any]) -> Iterator[Step]:
+        """LoadGen's scenarios, and the highest rate where it was asked for."""
+        settings, size, precision = self.settings, self.settings.size, bench.precision
+        names = settings.scenarios or size.scenarios
+        seconds = settings.seconds if settings.scenarios else size.scenario_seconds
+        folder = self.folder / "loadgen" / precision
+        ready: list[measure.Stage] = []
 
+        def stage() -> measure.Stage:
+            """Made when it is needed first: it measures the pace, and the floor where that is not known yet."""
+            if not ready:
+                floor = None
+                if "single_stream" in results and "direct_ips" in results:
+                    floor = {f"{name}_ms": value for name, value in results["single_stream"]["direct_ms"].items()}
+                    floor["images_per_second"] = results.get("batches", results)["direct_ips"]
+                ready.append(measure.stage(bench, self.pictures, settings.transport, floor))
+            return ready[0]
 
-def _loadgen(context: _Context, bench: Bench) -> Iterator[_Step]:
-    """LoadGen's scenarios, and the highest rate where it was asked for."""
-    settings, results = context.settings, context.results
-    names, seconds = settings.size.scenarios, settings.size.scenario_seconds
-    floor: dict[str, float] = {}
-    if settings.scenarios:
-        names, seconds = settings.scenarios, settings.seconds
-    ready: list[measure.Stage] = []
-    folder = context.folder / "loadgen" / bench.precision
+        def run(name: str) -> None:
+            how: dict[str, Any] = {"seconds": seconds, "accuracy": settings.accuracy}
+            key = {"series": f"LoadGen, {name}", "precision": precision, **how, "transport": settings.transport}
 
-    def stage() -> measure.Stage:
-        if not ready:
-            known = results.of(bench.precision)
-            if "single_stream" in known and "direct_ips" in known:
-                ips = known.get("batches", known)["direct_ips"]
-                floor.update({f"{p}_ms": v for p, v in known["single_stream"]["direct_ms"].items()})
-                floor["images_per_second"] = ips
-            ready.append(measure.stage(bench, context.pictures, settings.transport, floor))
-        return ready[0]
+            def work() -> dict[str, Any]:
+                return measure.measure(stage(), name, folder / name, **how)
 
-    def run(name: str) -> None:
-        how: dict[str, Any] = {"seconds": seconds, "accuracy": settings.accuracy, "analyzer_s": min(3.0, seconds / 4)}
-        key = {"series": f"LoadGen, {name}", "precision": bench.precision, **how, "transport": settings.transport}
-        result = context.journal.measure(key, lambda: measure.measure(stage(), name, folder / name, **how))
-        results.summary.setdefault("mlperf", {}).setdefault(bench.precision, {})[name] = result
-        context.console.print(f"{bench.precision}, {measure.told(result)}", markup=False)
+            # A run that did not count is measured again when the whole is resumed.
+            result = self.journal.measure(key, work, counts=lambda result: bool(result["valid"]))
+            self.results["mlperf"].setdefault(precision, {})[name] = result
+            self.bar.console.print(f"{precision}, {measure.told(result)}", markup=False)
 
-    def peak() -> None:
-        for bound in (runs.BOUND_MS, stage().own_bound_ms):
-            key = {"series": "highest rate by LoadGen", "precision": bench.precision, "bound_ms": bound}
-            work = functools.partial(measure.find_peak, stage(), folder / "peak", bound, seconds=seconds)
-            found = context.journal.measure({**key, "seconds": seconds}, work)
-            results.summary.setdefault("peak", {}).setdefault(bench.precision, []).append(found)
-            rate = f"{found['rate']:g} queries/s" if found["rate"] else found["note"]
-            context.console.print(f"{bench.precision}, p99 within {bound:g} ms: {rate}", markup=False)
+        def search(bound: float) -> None:
+            def work() -> dict[str, Any]:
+                return peak.find_peak(stage(), folder / "peak", bound or stage().own_bound_ms, seconds=seconds)
 
-    for name in names:
-        yield _Step(f"LoadGen, {name}", 1.6 * seconds, functools.partial(run, name))
-    if settings.find_peak:
-        yield _Step("highest rate by LoadGen", 16 * seconds, peak)
+            key = {"series": "highest rate", "precision": precision, "bound_ms": bound, "seconds": seconds}
+            result = self.journal.measure(key, work)
+            self.results["peak"].setdefault(precision, []).append(result)
+            said = f"{precision}, p99 within {result['bound_ms']:g} ms: {result['rate']:g} queries/s"
+            self.bar.console.print(said, markup=False)
 
-
-# -- without a server of its own ---------------------------------------------------------------------------------------
+        for name in names:
+            yield f"LoadGen, {name}", 1.6 * seconds + 5, partial(run, name)
+        bounds = [settings.slo_ms] if settings.slo_ms or (size.whole and not settings.scenarios) else []
+        if settings.find_peak:
+            bounds = [runs.BOUND_MS, 0.0]
+        for bound in bounds:  # 0: the model's own
+            yield "highest rate", 8 * max(10.0, seconds), partial(search, bound)
 
 
 def publish(spec: Spec, precision: str, artifacts: Path, sources: Path = MODELS) -> Path:
@@ -386,69 +314,9 @@ def publish(spec: Spec, precision: str, artifacts: Path, sources: Path = MODELS)
     return repository
 
 
-def _tune(context: _Context, repository: Path) -> None:
-    from perf.tune import tune
-
-    settings = context.settings
-    context.results.summary["tune"] = tune(
-        context.spec,
-        repository,
-        context.images,
-        context.journal,
-        bound_ms=settings.slo_ms or None,
-        traffic=TRANSPORTS["shm"],
-        seconds=0.5 if settings.quick else 1.0,
-        console=context.console,
-    )
-
-
-def _ssd_nms(context: _Context) -> None:
-    from perf import ssd_nms
-
-    context.results.summary["ssd_nms"] = context.journal.measure({"series": "SSDNMS alone"}, ssd_nms.measure)
-
-
-# -- the result --------------------------------------------------------------------------------------------------------
-
-
-def _summary(run: str, settings: Settings, facts: dict[str, Any], results: _Results) -> dict[str, Any]:
-    series = {name: results.rows(name) for name in results.records}
-    rows = [row for rows in series.values() for row in rows]
-    precisions = results.summary.get("precisions", {})
-    first = precisions.get(settings.precisions[0], {})
-    return {
-        "run": run,
-        "model": settings.model,
-        "quick": settings.quick,
-        "complete": not results.problems,
-        "problems": results.problems,
-        "environment": facts["environment"],
-        "settings": asdict(settings),
-        "served_ratio": first.get("served_ratio", {}),
-        "precisions": precisions,
-        "answers": summed_answers([row["answers"] for row in rows if row["answers"]]),
-        "series": series,
-        "saturation": {name: saturation(series[name]) for name in ("concurrency", "batch") if series.get(name)},
-        **{name: results.summary.get(name) for name in ("mlperf", "peak", "ssd_nms", "slo", "tune")},
-    }
-
-
-def _write(folder: Path, summary: dict[str, Any]) -> None:
-    write_json(folder / "summary.json", summary)
-    report.write(folder, summary)
-
-
 def _require(summary: dict[str, Any], folder: Path) -> None:
     """Raises where answers were wrong or missing, or something could not be measured."""
     where = short(folder)
-    answers = summary["answers"] or {}
-    if answers.get("wrong") or answers.get("dropped"):
-        raise PerfError(
-            f"under load {answers['wrong']} of {answers['checked']} checked answers were wrong, {answers['dropped']} "
-            "were missing: " + "; ".join(answers["examples"][:2]),
-            why="the server mixes up rows, or its model is not the published one",
-            fix=f"see {where}/report.html; invoke verify checks what is published",
-        )
     # A busy machine makes LoadGen call a run INVALID: that fails a run of LoadGen alone.
     invalid = [
         f"{precision}, {result['scenario']}: {problem}"
@@ -459,7 +327,7 @@ def _require(summary: dict[str, Any], folder: Path) -> None:
     if invalid:
         raise PerfError(
             "not every run of LoadGen is valid: " + "; ".join(invalid),
-            fix=f"LoadGen's logs are in {where}/loadgen/; on a busy machine, try again when it is idle",
+            fix=f"see LoadGen's logs in {where}/loadgen/; measure these again: invoke perf --resume {where}",
         )
     if not summary["complete"]:
         raise PerfError(

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from perf.load import Load
 
@@ -22,110 +21,60 @@ LEAST_DIFFERENCE = 0.01
 REPLICATES = 2000
 _Z = statistics.NormalDist().inv_cdf(0.975)
 
-Verdict = Literal["faster", "slower", "no difference shown", "too few repeats"]
-
 
 # -- one point of load, measured several times -------------------------------------------------------------------------
 
 
-def aggregate(records: Sequence[Mapping[str, Any]], precision: str = "") -> dict[str, Any]:
+def aggregate(records: Sequence[Mapping[str, Any]], precision: str) -> dict[str, Any]:
     """The repeats of one point of load as one row.
 
     Args:
         records: what `Bench.point` returned, for one load; at least one.
-        precision: of the model; empty where the records name it.
+        precision: of the model.
 
     Returns:
         `precision`, `load`, `label`; `throughput` {median, low, high, values} in images/s; the medians `latency_ms`,
-        `parts_ms` and `resources`; `latency_values` {p50, p99}: each repeat's, in ms; the sum
-        `answers`.
+        `parts_ms` and `resources`; `latency_values` {p50, p99}: each repeat's, in ms; `requests`.
     """
-    first, points = records[0], [record["point"] for record in records]
-    values = [point["throughput"] for point in points]
-    answers = [record["answers"] for record in records if record.get("answers")]
-    latency = [point["latency_ms"] for point in points]
+    load, points = records[0]["load"], [record["point"] for record in records]
+    values, latency = [point["throughput"] for point in points], [point["latency_ms"] for point in points]
     return {
-        "precision": precision or first.get("precision", ""),
-        "load": first["load"],
-        "label": str(Load.from_dict(first["load"])),
+        "precision": precision,
+        "load": load,
+        "label": str(Load(**load)),
         "throughput": {"median": statistics.median(values), "low": min(values), "high": max(values), "values": values},
-        "latency_ms": _medians(latency),
         "latency_values": {name: [row[name] for row in latency if name in row] for name in ("p50", "p99")},
-        "parts_ms": _medians([point["parts_ms"] for point in points]),
-        "requests": sum(point.get("requests", 0) for point in points),
-        "errors": sum(point.get("errors", 0) for point in points),
-        "stable": all(point.get("stable", True) for point in points),
-        "answers": summed_answers(answers),
-        "resources": _medians([record["resources"] for record in records if record.get("resources")]) or None,
+        **{name: _medians([point[name] for point in points]) for name in ("latency_ms", "parts_ms")},
+        "requests": sum(point["requests"] for point in points),
+        "resources": _medians([record["resources"] for record in records]),
     }
-
-
-def summed_answers(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Checked, wrong, dropped and late answers of several records; None where none were checked."""
-    if not answers:
-        return None
-    sums: dict[str, Any] = {
-        name: sum(record.get(name, 0) for record in answers) for name in ("checked", "wrong", "dropped", "late")
-    }
-    sums["examples"] = list(dict.fromkeys(text for record in answers for text in record.get("examples") or ()))[:5]
-    return sums
 
 
 def _medians(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The median of each figure, inner ones included; what is no figure is the first's."""
-    medians: dict[str, Any] = {}
-    for name in dict.fromkeys(name for record in records for name in record):
-        values = [record[name] for record in records if record.get(name) is not None]
-        if values and isinstance(values[0], Mapping):
-            medians[name] = _medians(values)
-        elif values and all(isinstance(value, (int, float)) for value in values):
-            medians[name] = statistics.median(values)
-        else:
-            medians[name] = values[0] if values else None
-    return medians
+    """The median of each figure; what is in no record, or None in all of them, is None."""
+    names = dict.fromkeys(name for record in records for name in record)
+    values = {name: [record[name] for record in records if record.get(name) is not None] for name in names}
+    return {name: statistics.median(known) if known else None for name, known in values.items()}
 
 
 # -- series ------------------------------------------------------------------------------------------------------------
 
 
-def amount(load: Mapping[str, Any]) -> float:
-    """How much a load asks for at once: requests per second, or images on the way."""
-    rate = load.get("rate")
-    return float(rate) if rate is not None else float(load.get("concurrency") or 1) * float(load.get("batch_size") or 1)
-
-
 def saturation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The smallest load that reaches 95 % of the best throughput of its series.
+    """The smallest load that reaches 95 % of the best throughput.
 
     Args:
-        rows: of one series; rows of another precision, protocol or memory than the first one's do not count.
+        rows: of one curve, in order of their loads.
 
     Returns:
-        `precision`, `load`, `label`, `throughput` (images/s), `best` (likewise, of the series), `share` (of it),
-        `p99_ms`, and `ends`: whether it is the largest load of all (a larger one might reach more). None where
-        there are fewer than two loads.
+        The row, and `share` (of the best) and `ends`: whether it is the largest load of all (a larger one might reach
+        more). None where there are fewer than two loads.
     """
-    curve = [row for row in rows if _kind(row) == _kind(rows[0])]
-    if len(curve) < 2:
+    if len(rows) < 2:
         return None
-    best = max(row["throughput"]["median"] for row in curve)
-    ordered = sorted(curve, key=lambda row: amount(row["load"]))
-    first = next(row for row in ordered if row["throughput"]["median"] >= ENOUGH * best)
-    return {
-        "precision": first["precision"],
-        "load": first["load"],
-        "label": first["label"],
-        "throughput": first["throughput"]["median"],
-        "best": best,
-        "share": first["throughput"]["median"] / best if best else 1.0,
-        "p99_ms": first["latency_ms"].get("p99"),
-        "ends": first is ordered[-1],
-    }
-
-
-def _kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    load = row["load"]
-    return row["precision"], load.get("protocol"), load.get("shared_memory"), load.get("rate") is None
+    best = max(row["throughput"]["median"] for row in rows)
+    first = next(row for row in rows if row["throughput"]["median"] >= ENOUGH * best)
+    return {**first, "share": first["throughput"]["median"] / best if best else 1.0, "ends": first is rows[-1]}
 
 
 def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str, Any]]]:
@@ -136,64 +85,40 @@ def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str
         axis: the field of a load that goes along a curve: concurrency, batch_size or rate.
 
     Returns:
-        {name: rows}; a name tells what the curves differ in: the precision, and what else there is of several kinds.
+        {name: rows}; the name is the precision and, where there are several, how requests arrive.
     """
-    fields = [name for name in ("concurrency", "batch_size", "protocol", "shared_memory", "arrivals") if name != axis]
-    several = [name for name in fields if len({row["load"].get(name) for row in rows}) > 1]
+    several = len({row["load"]["arrivals"] for row in rows}) > 1
+    names = {"constant": ", evenly spaced", "poisson": ", Poisson"}
     named: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row["load"].get(axis) or 0):
-        named.setdefault(", ".join([row["precision"], *(_said(name, row["load"]) for name in several)]), []).append(row)
+    for row in sorted(rows, key=lambda row: row["load"][axis] or 0):
+        name = row["precision"] + (names[row["load"]["arrivals"]] if several else "")
+        named.setdefault(name, []).append(row)
     return named
-
-
-def _said(name: str, load: Mapping[str, Any]) -> str:
-    value = load.get(name)
-    if name == "concurrency":
-        return f"{value} client" + "s" * (value != 1)
-    if name == "batch_size":
-        return f"batch {value}"
-    if name == "shared_memory":
-        return f"{value} shared memory" if value else "no shared memory"
-    known = {"http": "HTTP", "grpc": "gRPC", "stream": "gRPC stream", "poisson": "Poisson", "constant": "evenly spaced"}
-    return known.get(str(value), str(value))
 
 
 # -- two runs ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """B against A.
-
-    Attributes:
-        ratio: median of B over median of A; None where that cannot be had.
-        low, high: its 95 % interval; None with too few repeats.
-        verdict: of B.
-    """
-
-    ratio: float | None
-    low: float | None
-    high: float | None
-    verdict: Verdict
-
-
-def verdict(a: Sequence[float], b: Sequence[float], *, higher_is_better: bool = True) -> Comparison:
+def verdict(a: Sequence[float], b: Sequence[float], *, higher_is_better: bool = True) -> dict[str, Any]:
     """Whether B is faster than A, as far as their repeats can show it.
 
     Args:
         a, b: repeats of the same measurement; what is not a positive figure does not count.
         higher_is_better: False for times.
+
+    Returns:
+        `ratio`: median of B over median of A, None where that cannot be had; `low` and `high`: its 95 % interval, None
+        with too few repeats; `verdict`: faster, slower, no difference shown or too few repeats.
     """
     a, b = ([value for value in values if math.isfinite(value) and value > 0] for values in (a, b))
-    if not a or not b:
-        return Comparison(None, None, None, "too few repeats")
-    ratio = statistics.median(b) / statistics.median(a)
-    if min(len(a), len(b)) < LEAST_REPEATS:
-        return Comparison(ratio, None, None, "too few repeats")
+    ratio = statistics.median(b) / statistics.median(a) if a and b else None
+    if ratio is None or min(len(a), len(b)) < LEAST_REPEATS:
+        return {"ratio": ratio, "low": None, "high": None, "verdict": "too few repeats"}
     low, high = ratio_interval(a, b)
+    said = "faster" if (ratio > 1) == higher_is_better else "slower"
     if low <= 1 <= high or abs(ratio - 1) < LEAST_DIFFERENCE:
-        return Comparison(ratio, low, high, "no difference shown")
-    return Comparison(ratio, low, high, "faster" if (ratio > 1) == higher_is_better else "slower")
+        said = "no difference shown"
+    return {"ratio": ratio, "low": low, "high": high, "verdict": said}
 
 
 def ratio_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:

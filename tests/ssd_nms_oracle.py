@@ -366,3 +366,17 @@ def _case(index: int, seed: int) -> Case:
         nms = replace(nms, score_threshold=0.99, iou_threshold=0.01)
     name = f"{index} {kind} {activation} {coding}"
     return Case(name, nms, deltas, logits, anchors, **thresholds)
+
+
+def realistic(rows: int = 1, anchors: int = 8732, classes: int = 21, seed: int = 0) -> dict[str, Array]:
+    """Inputs of SSDNMS: nearly all anchors are background, about 200 of each image are not."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 1, (rows, anchors, classes)).astype(F)
+    logits[..., 0] += 7
+    for row in logits:
+        hits = random.integers(0, anchors, 200)
+        row[hits, 0] -= 7
+        row[hits, random.integers(1, classes, 200)] += 6
+    boxes = np.concatenate([random.uniform(0, 1, (anchors, 2)), random.uniform(0.05, 0.5, (anchors, 2))], 1)
+    deltas = random.normal(0, 1, (rows, anchors, 4)).astype(F)
+    return {"box_deltas": deltas, "class_logits": logits, "anchors": boxes.astype(F)}

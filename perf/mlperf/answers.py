@@ -2,97 +2,145 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from build.contract import Target
 from build.errors import DataError
 from build.gate.scoring import Detected, coco_results
-from perf.answers import Expected, difference
+from build.gate.verify import Tolerance, tolerance
+from build.session import runner
+from perf.direct import feeds, served_file, thresholds
 from perf.mlperf.child import OUTCOME, payload
 from perf.mlperf.runs import ACCURACY
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from ssd_client import ModelConfig
 
     from build.gate.accuracy import Accuracy
     from build.gate.datasets import Pictures
-    from perf.mlperf.runs import Served
+
+    Arrays = Mapping[str, NDArray[Any]]
 
 EXAMPLES = 3
-_COLUMNS = 7
 
 
 class Reference:
-    """What the served file answers in this process, picture by picture, as LoadGen's payloads.
+    """What the served file answers to pictures in this process.
 
     Args:
-        served: the model and its pictures.
-        folder: of the served version.
+        folder: of the served version, with model.onnx, or with model.plan and manifest.json (on its GPU).
+        config: the model's, as its server tells it.
+        pictures: files in LoadGen's order.
+        score_threshold: of LoadGen's requests.
+
+    Raises:
+        VerifyError: there is no tolerance for this runtime and precision.
     """
 
-    def __init__(self, served: Served, folder: Path) -> None:
-        self._served, self._folder = served, folder
-        self._known: dict[int, NDArray[np.float32]] = {}
-        self._expected: Expected | None = None
+    def __init__(self, folder: Path, config: ModelConfig, pictures: Sequence[str], score_threshold: float | None):
+        self._folder, self._config, self._pictures = folder, config, pictures
+        self._thresholds = thresholds(config, score_threshold)
+        self._within = tolerance(Target(config.runtime, config.precision))
+        self._known: dict[int, Arrays] = {}
 
     def wrong(self, folder: Path) -> list[str]:
         """The answers of a run that are not the served file's within the gate's tolerance, a sentence each.
 
         Args:
             folder: of the run, with its outcome.json.
+
+        Raises:
+            ServeError: the folder of the served version holds no model.
+            EngineError: the plan cannot run here.
         """
-        try:
+        answers: list[tuple[int, str, int]] = []
+        with contextlib.suppress(OSError, ValueError, KeyError):
             answers = json.loads((folder / OUTCOME).read_text())["answers"]
-        except (OSError, ValueError, KeyError):
-            return []
-        self._learn({index for index, _, _ in answers})
-        assert self._expected is not None or not answers
+        self._learn(sorted({index for index, _, _ in answers} - self._known.keys()))
         sentences = []
         for index, data, count in answers:
-            wanted = outputs_of(self._known[index])
-            fault = difference(outputs_of(read(data)), wanted, self._expected.within)  # type: ignore[union-attr]
-            if fault:
-                sentences += [f"picture {index}: {fault}"] * count
+            answer = outputs_of(read(data))
+            fault = difference(answer, self._known[index], self._within)
+            if fault and len(answer["detection_scores"]):  # no detections look like every picture without any
+                others = (key for key, due in self._known.items() if not difference(answer, due, self._within))
+                owner = next(others, None)
+                fault += "" if owner is None else f"; this is picture {owner}'s answer: answers or rows were swapped"
+            sentences += [f"picture {index}: {fault}"] * count if fault else []
         return sentences
 
-    def _learn(self, indices: set[int]) -> None:
+    def _learn(self, new: Sequence[int]) -> None:
         from ssd_client.preprocess import input_array
 
-        from perf.answers import expected_answers
-        from perf.direct import thresholds
-
-        new = sorted(indices - self._known.keys())
         if not new:
             return
-        config = self._served.config
-        loaded = [input_array(str(self._served.pictures[index]), config.preprocessing) for index in new]
-        values = thresholds(config, self._served.score_threshold)
-        self._expected = expected_answers(self._folder, config, [image for image, _ in loaded], values)
-        for index, row, (_, placement) in zip(new, self._expected.rows, loaded, strict=True):
-            outputs = {name: array[None] for name, array in row.items()}
-            self._known[index] = payload(index, outputs, 0, placement)
+        loaded = [input_array(self._pictures[index], self._config.preprocessing) for index in new]
+        requests = feeds([image for image, _ in loaded], self._thresholds)
+        for index, outputs, (_, placement) in zip(new, self._run(requests), loaded, strict=True):
+            self._known[index] = outputs_of(payload(index, outputs, 0, placement))
+
+    def _run(self, requests: Sequence[dict[str, Any]]) -> Iterable[Arrays]:
+        path = served_file(self._folder)
+        if path.suffix == ".onnx":
+            import onnx
+
+            return map(runner(onnx.load(path)), requests)
+        from build.tensorrt.plan import Plan
+        from build.tensorrt.plugins import PLUGIN
+
+        engine = json.loads((self._folder / "manifest.json").read_bytes())["engine"]
+        with Plan(path, engine, plugin=PLUGIN) as plan:
+            return [plan(request) for request in requests]
+
+
+def difference(answer: Arrays, wanted: Arrays, within: Tolerance) -> str:
+    """How one picture's detections differ from the expected ones, as a piece of a sentence; empty where they do not.
+
+    There must be as many, of the same classes, and each box and score within the tolerance. Neighbours in the order may
+    change places where their scores are that close.
+
+    Args:
+        answer, wanted: detection_boxes [n,4], detection_scores [n] and detection_classes [n].
+        within: how far boxes and scores may be off.
+    """
+    import numpy as np
+
+    names = ("detection_boxes", "detection_scores", "detection_classes")
+    (boxes, scores, classes), (box_due, score_due, class_due) = ([each[n] for n in names] for each in (answer, wanted))
+    if len(scores) != len(score_due):
+        return f"{len(scores)} detections instead of {len(score_due)}"
+    off_box = np.abs(boxes[:, None] - box_due).max(-1)
+    off_score = np.abs(scores[:, None] - score_due)
+    # In this form NaN never matches.
+    near = (off_box <= within.detection_boxes) & (off_score <= within.detection_scores)
+    same, free = near & (classes[:, None] == class_due), set(range(len(scores)))
+    for i in range(len(scores)):
+        partner = next((j for j in (i, *free) if j in free and same[i, j]), None)
+        if partner is None:
+            off = f"its box off by {off_box[i, i]:.2g}, its score {scores[i]:.3g} instead of {score_due[i]:.3g}"
+            return f"detection {i}: class {classes[i]} instead of {class_due[i]}, {off}"
+        free.remove(partner)
+    return ""
 
 
 def read(data: str) -> NDArray[np.float32]:
     """A payload in hexadecimal digits, as LoadGen logs it → FP32 [n,7]."""
     import numpy as np
 
-    return np.frombuffer(bytes.fromhex(data), np.float32).reshape(-1, _COLUMNS)
+    return np.frombuffer(bytes.fromhex(data), np.float32).reshape(-1, 7)
 
 
 def outputs_of(rows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """A payload as a picture's outputs, with boxes in 0..1 of the picture."""
+    """A payload FP32 [n,7] as a picture's detections, with boxes in 0..1 of the picture."""
     import numpy as np
 
-    return {
-        "num_detections": np.array([len(rows)], np.int32),
-        "detection_boxes": rows[:, [2, 1, 4, 3]],
-        "detection_scores": rows[:, 5],
-        "detection_classes": rows[:, 6].astype(np.int32) - 1,
-    }
+    classes = rows[:, 6].astype(np.int32) - 1
+    return {"detection_boxes": rows[:, [2, 1, 4, 3]], "detection_scores": rows[:, 5], "detection_classes": classes}
 
 
 def logged(folder: Path) -> dict[int, str]:
@@ -114,14 +162,13 @@ def evaluate(folder: Path, pictures: Pictures) -> Accuracy:
     rows = logged(folder)
     missing = len(pictures) - len(rows)
     if missing or pictures.truth is None:
-        raise DataError(
-            f"{folder / ACCURACY} lacks {missing} of {len(pictures)} pictures", why="requests failed or it was ended"
-        )
+        what = f"{folder / ACCURACY} lacks {missing} of {len(pictures)} pictures"
+        raise DataError(what, why="requests failed or it was ended")
     sizes = {image["id"]: (image["width"], image["height"]) for image in pictures.truth["images"]}
     detected = []
     for index, image_id in enumerate(pictures.image_ids):
-        outputs, (width, height) = outputs_of(read(rows[index])), sizes[image_id]
-        boxes = outputs["detection_boxes"] * [width, height, width, height]
+        outputs = outputs_of(read(rows[index]))
+        boxes = outputs["detection_boxes"] * [*sizes[image_id], *sizes[image_id]]
         detected.append(Detected(boxes, outputs["detection_scores"], outputs["detection_classes"]))
     return accuracy.evaluate(pictures.truth, coco_results(pictures, detected))
 
@@ -135,8 +182,3 @@ def same_in_both(performance: Path, accuracy: Path) -> dict[str, Any]:
     first, second = logged(performance), logged(accuracy)
     both = sorted(first.keys() & second.keys())
     return {"compared": len(both), "different": [index for index in both if first[index] != second[index]]}
-
-
-def sentence(wrong: Sequence[str], checked: int) -> str:
-    """Wrong answers as one problem."""
-    return f"{len(wrong)} of {checked} answers were wrong: {'; '.join(wrong[:EXAMPLES])}"

@@ -4,8 +4,9 @@ LoadGen is C++ that calls back into Python. A response that is never completed h
 callback ends the process with a segmentation fault. So no callback here raises, a request that fails is completed
 without data and counted, and perf/mlperf/runs.py gives every run a process and a deadline.
 
-FOLDER holds request.json (`Request`). It receives LoadGen's four logs and outcome.json: what was answered to each
-picture and how often, the requests that failed and why, the seconds that were measured.
+FOLDER holds request.json: {served (`Served`), settings (fields of LoadGen's TestSettings), workers, batch}. It receives
+LoadGen's four logs and outcome.json: what was answered to each picture and how often, the requests that failed and why,
+the seconds that were measured.
 """
 
 from __future__ import annotations
@@ -26,53 +27,47 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from ssd_client import ModelConfig
     from ssd_client.preprocess import Placement
 
 REQUEST, OUTCOME = "request.json", "outcome.json"
+IN_MEMORY = 256  # pictures of a performance run
 STOPPED = 143  # exit code of a run that was told to stop
 _WATCH_S = 0.2
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a run needs to know.
+class Served:
+    """A model on a running server, and the pictures to ask it about.
 
     Attributes:
-        settings: fields of LoadGen's TestSettings; `scenario` and `mode` by the names of their members.
+        model: its name on the server.
+        url: of the endpoint that belongs to `protocol`; empty = the null system, which answers nothing at once and so
+            shows what LoadGen and its process cost.
         pictures: files, in the order of the ground truth: the position is LoadGen's sample index.
         rule: the fields of `ssd_client.rule.Preprocessing`: how pictures become the model's input.
-        in_memory: how many of them a performance run uses.
-        model: its name on the server.
-        url, protocol, shared_memory, timeout: of the client; an empty url = the null system, which answers nothing at
-            once and so shows what LoadGen and this process cost.
+        max_batch_size: most pictures in a request.
         score_threshold: sent with every picture; None = the model takes none.
-        workers: threads that send requests; 0 = LoadGen's own thread waits for each answer.
-        batch: most pictures in a request.
-        trace: whether LoadGen writes its trace.
+        protocol, shared_memory: how pictures reach the server.
+        timeout: seconds after which a request counts as failed.
     """
 
-    settings: Mapping[str, Any]
-    pictures: Sequence[str]
-    rule: Mapping[str, Any]
-    in_memory: int
     model: str
     url: str
-    protocol: str
-    shared_memory: str | None
-    timeout: float
+    pictures: Sequence[str]
+    rule: Mapping[str, Any]
+    max_batch_size: int
     score_threshold: float | None
-    workers: int
-    batch: int
-    trace: bool = True
-
-    def write(self, folder: Path) -> None:
-        """Into FOLDER, for the child."""
-        (folder / REQUEST).write_text(json.dumps(asdict(self)))
+    protocol: str = "http"
+    shared_memory: str | None = "system"
+    timeout: float = 10.0
 
     @classmethod
-    def read(cls, folder: Path) -> Request:
-        """What `write` wrote."""
-        return cls(**json.loads((folder / REQUEST).read_text()))
+    def of(cls, config: ModelConfig, url: str, pictures: Sequence[Path], threshold: float, **how: Any) -> Served:
+        """The model that a server describes by `config`; `how`: protocol, shared_memory, timeout."""
+        score = threshold if config.runtime_thresholds else None
+        files, rule = [str(path) for path in pictures], asdict(config.preprocessing)
+        return cls(config.name, url, files, rule, config.max_batch_size, score, **how)
 
 
 def payload(index: int, outputs: Mapping[str, NDArray[Any]], row: int, placement: Placement) -> NDArray[np.float32]:
@@ -110,18 +105,20 @@ class System:
     """LoadGen's system under test and its sample library: a client of the served model.
 
     Args:
-        request: of the run.
+        served: the model and its pictures.
         client: an `SSDClient`, or what answers in its place.
+        workers: threads that send requests; 0 = LoadGen's own thread waits for each answer.
+        batch: most pictures in a request.
     """
 
-    def __init__(self, request: Request, client: Any) -> None:
-        self._request, self._client = request, client
+    def __init__(self, served: Served, client: Any, workers: int, batch: int) -> None:
+        self._served, self._client, self._workers, self._batch = served, client, workers, batch
         self._loaded: dict[int, tuple[NDArray[np.uint8], Placement]] = {}
         self._todo: queue.SimpleQueue[list[tuple[int, int]]] = queue.SimpleQueue()
         self.lock, self._stopped, self._asking = threading.Lock(), threading.Event(), 0
         self.answers: Counter[tuple[int, bytes]] = Counter()
         self.errors: Counter[str] = Counter()
-        for number in range(request.workers):
+        for number in range(workers):
             threading.Thread(target=self._work, name=f"client {number}", daemon=True).start()
 
     # What LoadGen calls. An exception here would end the process with a segmentation fault.
@@ -131,12 +128,12 @@ class System:
         from ssd_client.preprocess import input_array
         from ssd_client.rule import Preprocessing
 
-        rule = Preprocessing(**self._request.rule)
+        rule = Preprocessing(**self._served.rule)
         for index in indices:
             try:
-                self._loaded[index] = input_array(self._request.pictures[index], rule)
+                self._loaded[index] = input_array(self._served.pictures[index], rule)
             except Exception as error:  # its request will fail, and be counted
-                self._failed(f"{Path(self._request.pictures[index]).name} cannot be read: {error}", 1)
+                self._failed(f"{Path(self._served.pictures[index]).name} cannot be read: {error}", 1)
 
     def unload(self, indices: Sequence[int]) -> None:
         """Lets go of pictures."""
@@ -147,10 +144,10 @@ class System:
         """Takes queries: LoadGen's response ids with the indices of their pictures."""
         asked = [(sample.id, sample.index) for sample in samples]
         # Spread over the workers, as the instances of a server are idle until they have something to do.
-        size = min(self._request.batch, max(1, -(-len(asked) // max(1, self._request.workers))))
+        size = min(self._batch, max(1, -(-len(asked) // max(1, self._workers))))
         for start in range(0, len(asked), size):
             part = asked[start : start + size]
-            if self._request.workers:
+            if self._workers:
                 self._todo.put(part)
             else:
                 self.answer(part)
@@ -176,11 +173,9 @@ class System:
         try:
             loaded = [self._loaded[index] for _, index in asked]
             images = np.stack([image for image, _ in loaded]) if len(loaded) > 1 else loaded[0][0][None]
-            outputs = self._client.infer(images, self._request.score_threshold)
-            answered = [
-                payload(index, outputs, row, placement)
-                for row, ((_, index), (_, placement)) in enumerate(zip(asked, loaded, strict=True))
-            ]
+            outputs = self._client.infer(images, self._served.score_threshold)
+            rows = enumerate(zip(asked, loaded, strict=True))
+            answered = [payload(index, outputs, row, placement) for row, ((_, index), (_, placement)) in rows]
         except Exception as error:
             self._failed(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", len(asked))
         complete([(response, array) for (response, _), array in zip(asked, answered, strict=True)])
@@ -215,75 +210,72 @@ def complete(answers: Sequence[tuple[int, NDArray[np.float32] | None]]) -> None:
     )
 
 
-def test_settings(values: Mapping[str, Any]) -> Any:
-    """LoadGen's TestSettings with these fields; enumerations by the names of their members."""
+def run(folder: Path, system: System, served: Served, settings: Mapping[str, Any]) -> float:
+    """LoadGen's test, with its logs in `folder`; the seconds that it took.
+
+    Args:
+        folder: is there: LoadGen aborts without.
+        system: under test.
+        served: what it asks.
+        settings: fields of TestSettings; enumerations by the names of their members.
+    """
     import mlperf_loadgen as loadgen
 
-    settings = loadgen.TestSettings()
-    kinds = {"scenario": loadgen.TestScenario, "mode": loadgen.TestMode}
-    for name, value in values.items():
-        setattr(settings, name, getattr(kinds[name], value) if name in kinds else value)
-    return settings
-
-
-def run(folder: Path, system: System, request: Request) -> float:
-    """LoadGen's test, with its logs in `folder`; the seconds that it took."""
-    import mlperf_loadgen as loadgen
-
-    output = loadgen.LogOutputSettings()
+    test, kinds = loadgen.TestSettings(), {"scenario": loadgen.TestScenario, "mode": loadgen.TestMode}
+    for name, value in settings.items():
+        setattr(test, name, getattr(kinds[name], value) if name in kinds else value)
+    output, log = loadgen.LogOutputSettings(), loadgen.LogSettings()
     output.outdir, output.copy_summary_to_stdout = str(folder), False
-    log = loadgen.LogSettings()
-    log.log_output, log.enable_trace = output, request.trace
+    log.log_output, log.enable_trace = output, bool(served.url)  # the null system's trace would be large
+    count = len(served.pictures)
     sut = loadgen.ConstructSUT(system.issue, system.flush)
-    in_memory = min(request.in_memory, len(request.pictures))
-    library = loadgen.ConstructQSL(len(request.pictures), in_memory, system.load, system.unload)
+    library = loadgen.ConstructQSL(count, min(IN_MEMORY, count), system.load, system.unload)
     started = time.monotonic()
     try:
-        loadgen.StartTestWithLogSettings(sut, library, test_settings(request.settings), log)
+        loadgen.StartTestWithLogSettings(sut, library, test, log)
     finally:
         loadgen.DestroyQSL(library)
         loadgen.DestroySUT(sut)
     return time.monotonic() - started
 
 
-def client_of(request: Request) -> Any:
-    """A client of the server, warm; the null one where the request names no server.
+def client_of(served: Served, retries: int = 0) -> Any:
+    """A client of the server, warm; the null one where there is no server.
+
+    Args:
+        served: the model.
+        retries: 0, as a client that tries again would hide what failed.
 
     Raises:
         SSDClientError: the server does not answer.
     """
-    if not request.url:
+    if not served.url:
         return NullClient()
     from ssd_client import SSDClient
 
-    client = SSDClient(
-        request.url,
-        model=request.model,
-        protocol=request.protocol,  # type: ignore[arg-type]
-        shared_memory=request.shared_memory,  # type: ignore[arg-type]
-        timeout=request.timeout,
-        retries=0,  # a client that tries again would hide what failed
-    )
+    how: dict[str, Any] = {"protocol": served.protocol, "shared_memory": served.shared_memory}
+    client = SSDClient(served.url, model=served.model, timeout=served.timeout, retries=retries, **how)
     client.model_config()
     return client
 
 
-def main(folder: Path, client: Any = None) -> int:
+def main(folder: Path) -> int:
     """Runs LoadGen in a thread; this one waits for it, or to be told to stop.
 
     Returns:
         0, or 143 where it was told to stop. A client that cannot connect is an exception.
     """
-    request = Request.read(folder)
-    client = client or client_of(request)
-    system = System(request, client)
+    request = json.loads((folder / REQUEST).read_text())
+    served = Served(**request["served"])
+    client = client_of(served)
+    system = System(served, client, request["workers"], request["batch"])
     parent, stop, outcome = os.getppid(), threading.Event(), dict[str, Any]()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this decides what Ctrl-C means
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
     def work() -> None:
         try:
-            outcome["seconds"] = run(folder, system, request)
+            outcome["seconds"] = run(folder, system, served, request["settings"])
         except BaseException as error:
             outcome["failed"] = f"{type(error).__name__}: {error}"
 
@@ -292,8 +284,8 @@ def main(folder: Path, client: Any = None) -> int:
     while loadgen.is_alive() and not stop.is_set() and os.getppid() == parent:
         loadgen.join(_WATCH_S)
     stopped = loadgen.is_alive()
-    outcome["errors"] = dict(system.errors)
     with system.lock:
+        outcome["errors"] = dict(system.errors)
         outcome["answers"] = [[index, data.hex(), count] for (index, data), count in system.answers.items()]
     (folder / OUTCOME).write_text(json.dumps({**outcome, "stopped": stopped}))
     system.stop(2.0)

@@ -1,6 +1,6 @@
 """MLPerf's four scenarios on a running server: LoadGen in a child process with a deadline, and what its logs say.
 
-    served = Served(server.http_url, "shapes", config, pictures, Path("artifacts/datasets/..."))
+    served = Served.of(config, server.http_url, pictures, CURVE_THRESHOLD)
     result = run(served, "single-stream", folder, seconds=20, pace=pace(served))
     result["valid"], result["figures"], result["problems"]
 
@@ -15,27 +15,21 @@ import json
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from build.errors import OptionError
+from build.contract import IMAGES
 from build.files import ROOT
-from build.gate.scoring import CURVE_THRESHOLD
-from perf.mlperf.child import OUTCOME, REQUEST, STOPPED, Request
-
-if TYPE_CHECKING:
-    from ssd_client.config import ModelConfig
+from perf.direct import Direct, feeds
+from perf.mlperf.child import OUTCOME, REQUEST, STOPPED, Served, client_of
 
 PROGRAM = (sys.executable, "-m", "perf.mlperf.child")
 SUMMARY, DETAIL, ACCURACY = "mlperf_log_summary.txt", "mlperf_log_detail.txt", "mlperf_log_accuracy.json"
 LOGS = (SUMMARY, DETAIL, ACCURACY, "mlperf_log_trace.json")
 BOUND_MS = 100.0  # the rules' bound on the p99 of the server scenario for SSD
 SAMPLES_PER_QUERY = 8  # of multi-stream
-IN_MEMORY = 256  # pictures of a performance run
 SHARE_LOGGED = 0.1  # of a performance run's answers that LoadGen logs, as MLPerf's compliance test TEST01 has it
 SHARE_OFFERED = 0.6  # of what several clients get: the server scenario's rate where none is given
 NULL_QUERIES = 2000
@@ -50,80 +44,33 @@ class Scenario:
     Attributes:
         member: of LoadGen's TestScenario.
         metric: what it is about, in words.
+        figure: of a run's figures, the one that it is about.
         queries: the fewest of a run that LoadGen can call VALID.
-        workers, batch: as for `Request`.
-        rules: what a submission would need besides.
+        workers: threads that send requests; 0 = LoadGen's own thread waits for each answer.
+        batch: most pictures in a request.
     """
 
     member: str
     metric: str
+    figure: str
     queries: int
     workers: int
     batch: int
-    rules: str
 
 
 SCENARIOS = {
-    "single-stream": Scenario("SingleStream", "p90 latency", 64, 0, 1, "600 s"),
-    "multi-stream": Scenario("MultiStream", "p99 latency of 8", 662, 2, 8, "600 s"),
-    "server": Scenario("Server", "queries/s, p99 within a bound", 1000, 16, 1, "600 s, p99 within 100 ms"),
-    "offline": Scenario("Offline", "throughput", 1, 4, 8, "600 s and 24,576 samples"),
+    "single-stream": Scenario("SingleStream", "p90 latency", "p90_ms", 64, 0, 1),
+    "multi-stream": Scenario("MultiStream", "p99 latency of 8", "p99_ms", 662, 2, 8),
+    "server": Scenario("Server", "queries/s, p99 within a bound", "p99_ms", 1000, 16, 1),
+    "offline": Scenario("Offline", "throughput", "samples_per_second", 1, 4, 8),
 }
 
 
 @dataclass(frozen=True)
-class Served:
-    """A model on a running server, and the pictures to ask it about.
-
-    Attributes:
-        url: of the endpoint that belongs to `protocol`.
-        config: the model's, as the server tells it.
-        pictures: files in the order of the ground truth.
-        protocol, shared_memory: how pictures reach the server.
-        timeout: seconds after which a request counts as failed.
-        program: the child's command line, without its folder.
-    """
-
-    url: str
-    config: ModelConfig
-    pictures: Sequence[Path]
-    protocol: str = "http"
-    shared_memory: str | None = "system"
-    timeout: float = 10.0
-    program: Sequence[str] = PROGRAM
-
-    @property
-    def score_threshold(self) -> float | None:
-        """What every request asks for: the whole precision-recall curve, in all modes, as the rules want it."""
-        return CURVE_THRESHOLD if self.config.runtime_thresholds else None
-
-    def request(self, scenario: str, settings: Mapping[str, Any], **changed: Any) -> Request:
-        """What a child needs to run a scenario with these fields of TestSettings."""
-        how = SCENARIOS[scenario]
-        values: dict[str, Any] = {
-            "settings": {"scenario": how.member, "mode": "PerformanceOnly", **settings},
-            "pictures": [str(path) for path in self.pictures],
-            "rule": asdict(self.config.preprocessing),
-            "in_memory": IN_MEMORY,
-            "model": self.config.name,
-            "url": self.url,
-            "protocol": self.protocol,
-            "shared_memory": self.shared_memory,
-            "timeout": self.timeout,
-            "score_threshold": self.score_threshold,
-            "workers": how.workers,
-            "batch": min(how.batch, self.config.max_batch_size),
-        }
-        return Request(**{**values, **changed})
-
-
-@dataclass(frozen=True)
 class Pace:
-    """About how fast a server is: LoadGen plans its queries by this.
+    """About how fast a server is, with one request alone and with several clients that send batches.
 
-    Attributes:
-        latency_ms: of one request alone.
-        images_per_second: of several clients that send batches.
+    LoadGen plans its queries by this.
     """
 
     latency_ms: float
@@ -136,36 +83,20 @@ def pace(served: Served, seconds: float = 1.0) -> Pace:
     Raises:
         SSDClientError: the server does not answer.
     """
-    import numpy as np
-    from ssd_client import SSDClient
     from ssd_client.preprocess import input_array
+    from ssd_client.rule import Preprocessing
 
-    images = np.stack([input_array(str(path), served.config.preprocessing)[0] for path in served.pictures[:8]])
-    how, done = SCENARIOS["offline"], [0] * SCENARIOS["offline"].workers
-    images = images[: served.config.max_batch_size]
-    protocol, memory = served.protocol, served.shared_memory
-    with SSDClient(served.url, model=served.config.name, protocol=protocol, shared_memory=memory) as client:  # type: ignore[arg-type]
-        times: list[float] = []
-        deadline = time.perf_counter() + seconds / 2
-        while len(times) < 5 or time.perf_counter() < deadline:
-            begun = time.perf_counter()
-            client.infer(images[:1], served.score_threshold)
-            times.append(time.perf_counter() - begun)
+    how, rule = SCENARIOS["offline"], Preprocessing(**served.rule)
+    images = [input_array(path, rule)[0] for path in served.pictures[: how.batch]]
+    with contextlib.closing(client_of(served, retries=2)) as client:
 
-        def work(number: int) -> None:
-            while time.perf_counter() < deadline:
-                client.infer(images, served.score_threshold)
-                done[number] += len(images)
+        def ask(feed: Any) -> None:
+            client.infer(feed[IMAGES], served.score_threshold)
 
-        begun = time.perf_counter()
-        deadline = begun + seconds
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(how.workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        whole = time.perf_counter() - begun
-    return Pace(1000 * float(np.median(times)), max(1.0, sum(done) / whole))
+        alone = Direct([ask], feeds(images), clients=1).latency(seconds / 2)
+        batches = feeds(images, batch_size=min(how.batch, served.max_batch_size))
+        together = Direct([ask] * how.workers, batches, clients=how.workers).throughput(seconds / 2)
+    return Pace(alone["p50"], max(1.0, together))
 
 
 def settings_of(
@@ -183,33 +114,23 @@ def settings_of(
         bound_ms: of the server scenario's p99.
         rate: of the server scenario, queries/s; 0 = 60 % of the pace.
     """
-    how = SCENARIOS[scenario]
-    values: dict[str, Any] = {
-        "min_duration_ms": round(seconds * 1000),
-        "min_query_count": how.queries,
-        "accuracy_log_probability": SHARE_LOGGED,
-    }
-    each = pace.latency_ms / 1000
+    how, each = SCENARIOS[scenario], pace.latency_ms / 1000
+    values: dict[str, Any] = {"scenario": how.member, "mode": "PerformanceOnly", "min_query_count": how.queries}
+    values |= {"min_duration_ms": round(seconds * 1000), "accuracy_log_probability": SHARE_LOGGED}
     if scenario == "single-stream":
-        values |= {"single_stream_expected_latency_ns": int(each / 2 * 1e9)}
+        values["single_stream_expected_latency_ns"] = int(each / 2 * 1e9)
     elif scenario == "multi-stream":
         each = SAMPLES_PER_QUERY / pace.images_per_second
-        values |= {
-            "multi_stream_expected_latency_ns": int(each / 2 * 1e9),
-            "multi_stream_samples_per_query": SAMPLES_PER_QUERY,
-        }
+        values["multi_stream_expected_latency_ns"] = int(each / 2 * 1e9)
+        values["multi_stream_samples_per_query"] = SAMPLES_PER_QUERY
     elif scenario == "server":
         rate = rate or float(f"{SHARE_OFFERED * pace.images_per_second:.3g}")
         each = 1 / rate
+        values |= {"server_target_qps": rate, "server_target_latency_ns": round(bound_ms * 1e6)}
         # Beyond that many at once the rate is lost: LoadGen stops instead of waiting for a queue without end.
-        waiting = max(100, round(2 * rate * max(1.0, bound_ms / 1000)))
-        values |= {
-            "server_target_qps": rate,
-            "server_target_latency_ns": round(bound_ms * 1e6),
-            "server_max_async_queries": waiting,
-        }
+        values["server_max_async_queries"] = max(100, round(2 * rate * max(1.0, bound_ms / 1000)))
     else:
-        values |= {"offline_expected_qps": 1.4 * pace.images_per_second}  # so many samples that the run is long enough
+        values["offline_expected_qps"] = 1.4 * pace.images_per_second  # so many samples that the run is long enough
         return values, seconds * 1.6
     return values, max(seconds, how.queries * each)
 
@@ -225,15 +146,17 @@ def run(
     rate: float = 0.0,
     mode: str = "PerformanceOnly",
     null: bool = False,
+    program: Sequence[str] = PROGRAM,
 ) -> dict[str, Any]:
     """One run of LoadGen, with its logs in `folder`.
 
     Args:
-        served, seconds, pace, bound_ms, rate: as for `settings_of`.
-        scenario: one of SCENARIOS.
+        served: what is asked.
+        scenario, seconds, pace, bound_ms, rate: as for `settings_of`.
         folder: made where it is not there; logs of an earlier run in it are replaced.
-        mode: of LoadGen's TestMode: PerformanceOnly, AccuracyOnly or FindPeakPerformance.
+        mode: of LoadGen's TestMode: PerformanceOnly or AccuracyOnly.
         null: answer at once instead of asking the server: what LoadGen and the client's process cost.
+        program: the child's command line, without its folder.
 
     Returns:
         `scenario`, `mode`; `loadgen` (VALID, INVALID or empty); `valid`: it is VALID and nothing else is wrong;
@@ -243,25 +166,25 @@ def run(
         be killed); `seconds`; `log`, the first lines of LoadGen's summary.
 
     Raises:
-        OptionError: there is no such scenario.
         KeyboardInterrupt: after the child was told to stop and has ended; its logs stay.
     """
-    if scenario not in SCENARIOS:
-        raise OptionError(f"there is no scenario {scenario!r}", fix=f"choose from {', '.join(SCENARIOS)}, all")
-    values, expected = settings_of(scenario, pace, seconds, bound_ms, rate)
+    how, (values, expected) = SCENARIOS[scenario], settings_of(scenario, pace, seconds, bound_ms, rate)
+    values["mode"] = mode
     if mode == "AccuracyOnly":
         expected = len(served.pictures) * pace.latency_ms / 1000
-    elif mode == "FindPeakPerformance":
-        expected *= 20
-    changed: dict[str, Any] = {}
-    if null:  # so many queries are answered in a moment; a trace of them would be large
-        changed = {"url": "", "trace": False}
+    if null:  # so many queries are answered in a moment
+        served = replace(served, url="")
         values |= {"max_query_count": NULL_QUERIES, "min_query_count": 1}
-    request = served.request(scenario, {**values, "mode": mode}, **changed)
-    code, output = execute(request, folder, 3 * expected + served.timeout + _GRACE_S, served.program)
-    outcome, entries = _outcome(folder), read_detail(folder / DETAIL)
+    batch = min(how.batch, served.max_batch_size)
+    request = {"served": asdict(served), "settings": values, "workers": how.workers, "batch": batch}
+    code, output = execute(request, folder, 3 * expected + served.timeout + _GRACE_S, program)
+    outcome: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # none of a child that died
+        outcome = json.loads((folder / OUTCOME).read_text())
+    entries = read_detail(folder / DETAIL)
     latest = {entry["key"]: entry["value"] for entry in entries}
-    result = {
+    problems = _problems(code, output, outcome, entries, latest, mode)
+    return {
         "scenario": scenario,
         "mode": mode,
         "loadgen": latest.get("result_validity", ""),
@@ -272,50 +195,41 @@ def run(
         "exit_code": code,
         "seconds": outcome.get("seconds"),
         "log": _log_lines(folder / SUMMARY),
+        "problems": problems,
+        "valid": not problems,
     }
-    problems = _problems(code, output, outcome, entries, latest, mode)
-    return {**result, "problems": problems, "valid": not problems}
 
 
 def execute(
-    request: Request, folder: Path, deadline_s: float, program: Sequence[str] = PROGRAM
+    request: Mapping[str, Any], folder: Path, deadline_s: float, program: Sequence[str] = PROGRAM
 ) -> tuple[int | None, str]:
-    """Runs the child; its exit code, None where it had to be killed at its deadline, and the end of what it printed.
+    """Runs the child; its exit code, None where it had to be stopped at its deadline, and the end of what it printed.
 
     Raises:
         KeyboardInterrupt: after the child has ended.
     """
-    folder.mkdir(parents=True, exist_ok=True)  # LoadGen aborts where there is none
-    for name in (*LOGS, OUTCOME, REQUEST):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (*LOGS, OUTCOME):
         (folder / name).unlink(missing_ok=True)
-    request.write(folder)
+    (folder / REQUEST).write_text(json.dumps(request))
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    # A session of its own: Ctrl-C in a terminal is for this process alone.
     process = subprocess.Popen(
-        [*program, str(folder.resolve())],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # Ctrl-C in a terminal is for this process alone
+        [*program, str(folder.resolve())], cwd=ROOT, text=True, errors="replace", start_new_session=True, **pipes
     )
     try:
         output, _ = process.communicate(timeout=deadline_s)
         return process.returncode, output[-2000:]
-    except subprocess.TimeoutExpired:
-        return None, _stop(process)
-    except KeyboardInterrupt:
-        _stop(process)
-        raise
-
-
-def _stop(process: subprocess.Popen[str]) -> str:
-    """Tells the child to stop, which lets go of its shared memory; kills it where it does not."""
-    process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.communicate(timeout=_STOP_S)[0][-2000:]
-    process.kill()
-    return process.communicate()[0][-2000:]
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+        process.send_signal(signal.SIGTERM)  # it lets go of its shared memory
+        try:
+            output, _ = process.communicate(timeout=_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+        if isinstance(reason, KeyboardInterrupt):
+            raise
+        return None, output[-2000:]
 
 
 def read_detail(path: Path) -> list[dict[str, Any]]:
@@ -331,18 +245,10 @@ def read_detail(path: Path) -> list[dict[str, Any]]:
 def _log_lines(path: Path) -> list[str]:
     """What LoadGen's summary says first: scenario, mode, figure, VALID or INVALID and why."""
     try:
-        text = path.read_text(errors="replace")
+        head = path.read_text(errors="replace").partition("Additional Stats")[0]
     except FileNotFoundError:
         return []
-    head = text.partition("Additional Stats")[0]
     return [line.rstrip() for line in head.splitlines() if ": " in line and "Recommend" not in line]
-
-
-def _outcome(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / OUTCOME).read_text()))
-    except (OSError, ValueError):
-        return {}
 
 
 def _figures(scenario: str, latest: Mapping[str, Any], bound_ms: float, values: Mapping[str, Any]) -> dict[str, float]:
@@ -356,12 +262,11 @@ def _figures(scenario: str, latest: Mapping[str, Any], bound_ms: float, values: 
     estimate = latest.get("early_stopping_latency_ss" if scenario == "single-stream" else "early_stopping_latency_ms")
     if estimate is not None and scenario in ("single-stream", "multi-stream"):
         figures["early_stopping_ms"] = estimate / 1e6
-    if "result_samples_per_second" in latest:
-        figures["samples_per_second"] = float(latest["result_samples_per_second"])
+    for key in ("result_samples_per_second", "result_completed_samples_per_sec"):
+        if key in latest:
+            figures["samples_per_second"] = float(latest[key])
     if scenario == "server":
         figures |= {"rate": float(values["server_target_qps"]), "bound_ms": bound_ms}
-        if "result_completed_samples_per_sec" in latest:
-            figures["samples_per_second"] = float(latest["result_completed_samples_per_sec"])
     return figures
 
 
@@ -382,14 +287,11 @@ def _problems(
     elif code:
         last = (output.strip().splitlines() or ["it printed nothing"])[-1]
         problems.append(f"LoadGen's process ended with exit code {code}: {last}")
-    if outcome.get("failed"):
-        problems.append(f"LoadGen failed: {outcome['failed']}")
+    problems += [f"LoadGen failed: {outcome['failed']}"] if outcome.get("failed") else []
     for reason, count in outcome.get("errors", {}).items():
         problems.append(f"{count} {'samples' if count > 1 else 'sample'} without an answer: {reason}")
-    errors = [entry for entry in entries if entry.get("metadata", {}).get("is_error")]
-    if errors:
-        first = f"{errors[0]['key']}: {errors[0]['value']}"
-        problems.append(f"LoadGen logged {len(errors)} ERROR, the first: {first}")
+    errors = [f"{entry['key']}: {entry['value']}" for entry in entries if entry.get("metadata", {}).get("is_error")]
+    problems += [f"LoadGen logged {len(errors)} ERROR, the first: {errors[0]}"] if errors else []
     if not problems and mode == "PerformanceOnly" and latest.get("result_validity") != "VALID":
         unmet = {
             "result_perf_constraints_met": "the latency is beyond its bound",

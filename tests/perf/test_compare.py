@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from build.errors import OptionError
 from perf import compare
 from perf.compare import CompareError
 from tests.perf import example_run
@@ -49,9 +52,10 @@ def test_runs_of_the_same_differ_in_nearly_nothing(save: Save) -> None:
     judged = no_difference = 0
     first = save("first", example_run.summary(0))
     for seed in range(1, 9):
-        counts = compare.compare(first, save(f"run-{seed}", example_run.summary(seed)))["counts"]
-        no_difference += counts["no difference shown"]
-        judged += sum(counts.values()) - counts["too few repeats"]
+        rows = compare.compare(first, save(f"run-{seed}", example_run.summary(seed)))["rows"]
+        verdicts = [row["verdict"] for row in rows if row["verdict"] != "too few repeats"]
+        no_difference += verdicts.count("no difference shown")
+        judged += len(verdicts)
     assert judged > 500
     assert no_difference >= 0.95 * judged
 
@@ -60,9 +64,9 @@ def test_what_is_faster_is_told_from_what_is_slower(save: Save) -> None:
     a, b = save("a", example_run.summary(0)), save("b", scaled(example_run.summary(1), 1.3))
     rows = by_name(compare.compare(a, b))
     clients = "fp32: 4 clients, batch 1, HTTP, system shared memory"
-    assert (rows[clients]["verdict"], rows[clients]["better"]) == ("faster", "higher")
+    assert rows[clients]["verdict"] == "faster"
     assert 1.15 < rows[clients]["low"] < 1.3 < rows[clients]["high"] < 1.45
-    assert (rows[f"{clients}, p99"]["verdict"], rows[f"{clients}, p99"]["better"]) == ("faster", "lower")
+    assert rows[f"{clients}, p99"]["verdict"] == "faster"  # lower is better there
     assert rows[f"{clients}, p99"]["ratio"] < 0.8
     # The rate that was asked for is no result.
     arriving = "fp32: 80 requests/s (Poisson), batch 1, HTTP, system shared memory"
@@ -82,7 +86,7 @@ def test_ratio_rounds_are_compared(save: Save) -> None:
     rows = by_name(compare.compare(save("a", example_run.summary(0)), save("b", worse)))
     assert rows["fp32: served / in-process, shared memory"]["verdict"] == "slower"
     assert rows["fp32: served / in-process, HTTP"]["verdict"] == "too few repeats"
-    assert rows["fp32: served / in-process, HTTP"]["b"]["repeats"] == 2
+    assert rows["fp32: served / in-process, HTTP"]["b"] == rounds["http"]
 
 
 def test_what_differs_comes_first_and_what_always_does_is_left_out(save: Save) -> None:
@@ -92,8 +96,8 @@ def test_what_differs_comes_first_and_what_always_does_is_left_out(save: Save) -
     b["environment"]["versions"] = {**b["environment"]["versions"], "onnxruntime": "1.24.0"}
     b["settings"]["seconds"] = 1.0
     result = compare.compare(save("a", a), save("b", b))
-    assert [row["what"] for row in result["differences"]] == ["commit.sha", "versions.onnxruntime", "settings.seconds"]
-    text = compare.markdown(result)
+    assert [name for name, _, _ in result["differences"]] == ["commit.sha", "versions.onnxruntime", "settings.seconds"]
+    text = compare.report(result).markdown()
     assert text.index("1.24.0") < text.index("## Measured by both")
     assert "The runs differ in commit.sha, versions.onnxruntime, settings.seconds" in text
     assert compare.compare(save("c", a), save("d", a))["differences"] == []
@@ -103,21 +107,24 @@ def test_what_one_run_alone_measured_is_named(save: Save) -> None:
     less = example_run.summary(0)
     del less["precisions"]["int8"], less["series"]["batch"]
     result = compare.compare(save("a", example_run.summary(0)), save("b", less))
-    assert result["only_b"] == []
-    assert "int8: in-process" in result["only_a"]
-    assert "int8: in-process" in compare.markdown(result)
+    assert {run for run, _ in result["alone"]} == {"A"}
+    assert ("A", "int8: in-process") in result["alone"]
+    assert "int8: in-process" in compare.report(result).markdown()
 
 
 def test_it_is_written_for_people(save: Save, tmp_path: Path) -> None:
-    result = compare.compare(save("a", example_run.summary(0)), save("b", scaled(example_run.summary(1), 0.7)))
-    assert compare.write(tmp_path, result) == [tmp_path / "compare.md", tmp_path / "compare.html"]
-    text = (tmp_path / "compare.html").read_text()
+    a, b = save("a", example_run.summary(0)), save("b", scaled(example_run.summary(1), 0.7))
+    console = Console(file=io.StringIO(), width=200)
+    compare.compare_runs([str(a), str(b)], tmp_path, console)
+    text = (b / "compare.html").read_text()
     page = Page()
     page.feed(text)
     assert page.open == []
     assert page.loads == []
     assert text.count(">slower<") > 20
-    said = "\n".join(line.text for line in compare.lines(result))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "slower: fp32: 4 clients" in said
+    assert (b / "compare.md").is_file()
     assert "B is slower in" in said
     assert "cannot be judged: too few repeats" in said
 
@@ -131,14 +138,12 @@ def test_folders_that_hold_no_whole_run_are_explained(save: Save, tmp_path: Path
     del old["series"]
     (tmp_path / "binary").mkdir()
     (tmp_path / "binary" / "summary.json").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "folder" / "summary.json").mkdir(parents=True)
     cases = {
         tmp_path / "nowhere": "no run of invoke perf",
         tmp_path / "empty": "no run of invoke perf",
-        tmp_path / "off": f"that run was broken off\nwhat to do: finish it: invoke perf --resume {tmp_path / 'off'}",
-        tmp_path / "binary": "damaged",
-        tmp_path / "folder": "cannot be read",
-        save("torn", '{"run": "torn", '): "damaged",
+        tmp_path / "off": f"no summary.json\nwhat to do: finish it: invoke perf --resume {tmp_path / 'off'}",
+        tmp_path / "binary": "cannot be read",
+        save("torn", '{"run": "torn", '): "cannot be read",
         save("list", "[1, 2]"): "another version of the harness wrote it",
         save("old", old): "has no series",
         save("partial", example_run.partial()): "partial: tritonserver ended in the middle of 8 clients",
@@ -156,3 +161,8 @@ def test_runs_with_nothing_in_common_are_refused(save: Save) -> None:
     b |= {"series": {}, "precisions": {"int8": b["precisions"]["int8"]}}
     with pytest.raises(CompareError, match="nothing that is the same"):
         compare.compare(save("a", a), save("b", b))
+
+
+def test_two_runs_are_needed_for_a_comparison(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="name two"):
+        compare.compare_runs(["one"], tmp_path)

@@ -57,7 +57,7 @@ def test_fewer_clients_than_runners_leave_some_idle() -> None:
 
 def test_latency_is_that_of_the_single_runner() -> None:
     single = Sleeper()
-    latency = Direct([lambda feed: None], FEEDS, single=single).latency(0)
+    latency = Direct([single, lambda feed: None], FEEDS).latency(0)
     assert list(latency) == ["p50", "p90", "p99"]
     assert 5 <= latency["p50"] <= latency["p90"] <= latency["p99"]
     assert single.seen == {0, 3}
@@ -128,7 +128,7 @@ def test_every_split_has_all_threads(sums: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(direct, "runner", session)
     monkeypatch.setattr(direct, "TRIAL_S", 0.05)
-    best = direct.fastest(sums, FEEDS, 2, 2, clients=2)
+    best = direct.fastest(sums, FEEDS, 2, 2)
     assert sorted(asked) == [1, 2, 2, 4]  # the four of one thread share a session
     assert best.sessions * best.threads == 4
     assert best.latency(0.01)["p50"] > 0

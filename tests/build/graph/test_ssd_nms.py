@@ -18,8 +18,8 @@ from build.contract import Nms
 from build.errors import GraphError
 from build.graph import ssd_nms
 from build.session import session
-from perf.ssd_nms import realistic
 from tests import ssd_nms_oracle as oracle
+from tests.ssd_nms_oracle import realistic
 
 
 def model_of(nms: Nms, *, opset: int = 17) -> onnx.ModelProto:
