@@ -28,7 +28,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perf.failures import NothingEndedError, failure
 from perf.load import Load, PerfError, Point
 
 if TYPE_CHECKING:
@@ -61,6 +60,27 @@ _LIBRARIES = {
     "libssl.so.3": "libssl-*.so.3",
     "libcrypto.so.3": "libcrypto-*.so.3",
 }
+
+
+# Why it gave no figures, where it does not say so itself: what it prints, why it is so, what to do. First match wins.
+_CAUSES = (
+    (
+        r"std::bad_alloc|std::system_error|Cannot allocate memory|ended by signal 9",
+        "there was no more memory for it: without shared memory it keeps the bytes of every request",
+        "use shared memory, a shorter run or smaller batches",
+    ),
+    (
+        r"ended by signal 7",  # SIGBUS: a file in /dev/shm takes its space only when it is written
+        "/dev/shm is full: it holds every picture once for each place in a batch",
+        "make /dev/shm larger (docker: --shm-size=1g), or use fewer pictures or smaller batches",
+    ),
+    (r"Thread \[\d+\] had error: ([^\n]*)", "a request failed: {0}", "see the server's log"),
+)
+_NOTHING_ENDED = "No valid requests recorded|Failed to obtain stable|failed to find the requested model version"
+
+
+class NothingEndedError(PerfError):
+    """Not one request ended in a window."""
 
 
 def find_perf_analyzer() -> Path:
@@ -148,7 +168,7 @@ def _measure(url: str, model: str, data: Path, load: Load, seconds: float, memor
         with _region_names(load):
             output, code = _execute(command, program_environment(folder), seconds, memory_gib)
         if code != 0 or not report.is_file():
-            raise failure(output, code, url, model)
+            raise _failure(output, code, f"model {model} at {url}")
         row, longest = _only_row(report), _longest_ms(export)
     requests = re.search(r"Request count: (\d+)", output)
     return Point(
@@ -262,6 +282,21 @@ def _execute(
             process.communicate()
             for region in regions:  # what it made and would have removed itself
                 region.unlink(missing_ok=True)
+
+
+def _failure(output: str, code: int, of: str) -> PerfError:
+    """The error of a run that gave no figures, by what it printed and its exit code (a signal's is negative)."""
+    ended = f"exit code {code}" if code >= 0 else f"ended by signal {-code}"
+    printed = output.split("Usage: ")[0].splitlines()
+    lines = [line.strip() for line in printed if not re.match(r"\s*$|Unable to un", line)]
+    what = "\n  ".join([f"perf_analyzer gave no figures for {of} ({ended})", *lines[-5:]])
+    for pattern, why, fix in _CAUSES:
+        if match := re.search(pattern, f"{output}\n{ended}"):
+            return PerfError(what, why=why.format(*match.groups()), fix=fix)
+    if re.search(_NOTHING_ENDED, output):
+        why = "no request ended in time: the server is too busy, or hangs"
+        return NothingEndedError(what, why=why, fix="see what else runs there")
+    return PerfError(what)
 
 
 @contextlib.contextmanager

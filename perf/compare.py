@@ -156,8 +156,8 @@ def report(result: Mapping[str, Any]) -> Report:
     if few:
         lines.append(Line(None, f"{few} more cannot be judged: too few repeats, three a side are the least."))
     text = (
-        "Ratio of the medians with a 95 % bootstrap interval, widened for few repeats. A verdict asks for an interval "
-        "without 1 and a difference of 1 % or more. Of a hundred equal things about three may still look "
+        "Ratio of the geometric means with a 98 % interval by Student's t. A verdict asks for an interval "
+        "without 1 and a difference of 1 % or more. Of a hundred equal things about two may still look "
         "different, and repeats within a run do not show how much the machine changes between runs: two runs of one "
         "commit do."
     )
@@ -167,7 +167,7 @@ def report(result: Mapping[str, Any]) -> Report:
         medians = [f"{figure(statistics.median(row[side]))} {row['unit']}" if row[side] else "–" for side in "ab"]
         repeats = f"{len(row['a'])}, {len(row['b'])}"
         rows.append((row["what"], row["verdict"], *medians, figure(row["ratio"]), interval, repeats))
-    heads = ("measured", "verdict of B", "A", "B", "B / A", "95 % interval", "repeats")
+    heads = ("measured", "verdict of B", "A", "B", "B / A", "98 % interval", "repeats")
     parts.append(Section("Measured by both", [text], (), [Table(heads, rows, words=2)]))
     if result["alone"]:
         parts.append(Section("Measured by one alone", (), (), [Table(("run", "what"), result["alone"], words=2)]))

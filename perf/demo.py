@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build.errors import SSDError
-from build.files import IMPORT_FILE, MODELS, write_json
+from build.files import IMPORT_FILE, MODELS, relative, write_json
 from perf.direct import CLIENTS, beside
 from perf.figures import demo_rows
 from perf.ratio import TRANSPORTS, served_ratio, single_stream
@@ -52,7 +52,6 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     from perf import environment
     from perf.bench import PICTURES, start_bench
     from perf.journal import Journal
-    from perf.run import short
     from perf.served_accuracy import evaluate_served
 
     console = Console(highlight=False, soft_wrap=True)
@@ -94,10 +93,10 @@ def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str,
     write_json(out / "summary.json", summary)
     console.print(_table(summary))
     console.print(f"done in {time.monotonic() - started:.0f} s; where to look next:")
-    console.print(f"  {short(out / 'detections.png')}   what it sees: {DRAWN} held-out scenes with boxes")
+    console.print(f"  {relative(out / 'detections.png')}   what it sees: {DRAWN} held-out scenes with boxes")
     for name, (_, found) in photographs.items():
-        console.print(f"  {short(out / f'{name}.png'):32} {name} on a photograph: {found}")
-    console.print(f"  {short(out / 'summary.json')}     these figures, for machines")
+        console.print(f"  {relative(out / f'{name}.png')!s:32} {name} on a photograph: {found}")
+    console.print(f"  {relative(out / 'summary.json')}     these figures, for machines")
     console.print(
         "  ./invoke serve                   keep it running; then: .venv/bin/python -m ssd_client IMAGE --out DIR"
     )

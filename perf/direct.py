@@ -118,7 +118,7 @@ def beside(
     triton = server.model_config(model)
     instances, threads = split(triton)
     with contextlib.ExitStack() as closing:
-        path = served_file(served_version(server, model))
+        path = served_file(server, model)
         if path.suffix == ".onnx":
             yield fastest(path, requests, instances, threads)
         else:
@@ -132,19 +132,15 @@ def beside(
             yield Direct([closing.enter_context(plan) for plan in plans], requests)
 
 
-def served_version(server: TritonServer, model: str) -> Path:
-    """The folder of the version that a server serves."""
-    return server.repository / model / server.models[model]
-
-
-def served_file(folder: Path) -> Path:
-    """The model.onnx or model.plan of a served version.
+def served_file(server: TritonServer, model: str) -> Path:
+    """The model.onnx or model.plan that a server serves.
 
     Raises:
-        ServeError: its folder holds neither.
+        ServeError: the folder of the served version holds neither.
     """
     from build.publish.repository import MODEL_FILE
 
+    folder = server.repository / model / server.models[model]
     for name in MODEL_FILE.values():
         if (folder / name).is_file():
             return folder / name

@@ -9,6 +9,7 @@ measured next must depend on earlier results alone, as in a binary search.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -16,18 +17,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from perf.load import PerfError
-
 
 class Journal:
     """Measurements by key; those of an earlier run in the same file count as done.
 
+    A line that cannot be read, such as one that was cut off when the run was killed, counts as not measured.
+
     Args:
         path: the JSON-lines file; made where it is not there. None = nothing is kept.
         before: called with the key of each measurement that is about to be made.
-
-    Raises:
-        PerfError: the file is no journal.
     """
 
     def __init__(self, path: Path | None = None, before: Callable[[Mapping[str, Any]], None] | None = None) -> None:
@@ -36,21 +34,13 @@ class Journal:
         self.reused = 0
         if path is None or not path.is_file():
             return
-        whole = path.read_text()
-        lines = whole.split("\n")
-        for number, line in enumerate(lines[:-1], start=1):
-            try:
+        whole = path.read_text(errors="replace")
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                if "result" in entry:
-                    self._done[_name(entry["key"])] = entry["result"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise PerfError(
-                    f"{path} line {number} is no measurement: {error}",
-                    why="something else wrote to it",
-                    fix="remove that line to measure it again, or start a new run",
-                ) from None
-        if lines[-1]:  # the run was killed while it wrote this one: it counts as not measured
-            path.write_text(whole[: -len(lines[-1])])
+                self._done[_name(entry["key"])] = entry["result"]
+        if not whole.endswith("\n"):
+            path.write_text(f"{whole}\n")
 
     def measure(
         self,

@@ -140,10 +140,7 @@ def _anchor(title: str) -> str:
 
 
 def svg(plot: Plot) -> str:
-    """A plot as SVG to stand in HTML: text as text, colours by CSS variables, ids of its own.
-
-    A gid "hint: …" becomes what is shown where the pointer rests.
-    """
+    """A plot as SVG to stand in HTML: text as text, colours by CSS variables, ids of its own."""
     import matplotlib
 
     with matplotlib.rc_context({**_LOOK, "svg.hashsalt": plot.name}):  # the same ids in every run
@@ -157,14 +154,8 @@ def svg(plot: Plot) -> str:
     # Matplotlib before 3.11 writes one `font`, later ones `font-size` and `font-family`: the page has its own family.
     text = re.sub(r"font-family: [^;\"]*;?", "", text)
     text = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", text)
-    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda match: _shorter(match[0]), text)
+    text = re.sub(r"(\.\d\d)\d+", r"\1", text)  # coordinates to a hundredth
     text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{plot.name}-", text)
-    text = re.sub(r'<g id="[^"]*hint: ([^"]*)">', r"<g><title>\1</title>", text)
     for stand_in, variable in _VARIABLES.items():
         text = text.replace(stand_in, f"var(--{variable})")
     return text.strip()
-
-
-def _shorter(attribute: str) -> str:
-    """Coordinates to a hundredth, in one line."""
-    return " " + " ".join(re.sub(r"(\.\d\d)\d+", r"\1", attribute).split())

@@ -27,10 +27,6 @@ def _figure(height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, lis
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _hint(text: str) -> str:
-    return "hint: " + text.replace('"', "'")
-
-
 def served(
     ratios: Mapping[str, Mapping[str, Sequence[float]]],
     targets: Mapping[str, Mapping[str, float]],
@@ -49,7 +45,7 @@ def served(
         start = place
         for (transport, values), color in zip(rounds.items(), COLORS, strict=False):
             middle, title = median(values), transports[transport]
-            axes.bar(place, middle, 0.78, color=color, gid=_hint(f"{precision} {title}: {middle:.3f}"))
+            axes.bar(place, middle, 0.78, color=color)
             spots = [place + 0.09 * (i - (len(values) - 1) / 2) for i in range(len(values))]
             axes.plot(spots, values, "o", color=INK, markersize=3.2, markeredgecolor=CARD, markeredgewidth=0.6)
             target = targets.get(precision, {}).get(transport)
@@ -84,8 +80,6 @@ def split(rows: Sequence[tuple[str, Mapping[str, float]]], names: Mapping[str, s
     for (name, title), color in zip(names.items(), _PARTS, strict=True):
         shares = [parts[name] / total for (_, parts), total in zip(rows, totals, strict=True)]
         bars = axes.barh(range(len(rows)), shares, 0.72, left, color=color, label=title)
-        for bar, (label, parts) in zip(bars, rows, strict=True):
-            bar.set_gid(_hint(f"{label}: {title} {parts[name]:.3g} ms"))
         words = [f"{share:.0%}" if share > 0.09 else "" for share in shares]
         axes.bar_label(bars, words, label_type="center", color=CARD, fontsize=8)
         left = [start + share for start, share in zip(left, shares, strict=True)]
@@ -119,10 +113,9 @@ def sweep(rows: Sequence[dict[str, Any]], axis: str, label: str, floor: Mapping[
         first.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         first.plot(x, [each["median"] for each in y], marker=marker, color=color, label=name)
         if knee := saturation(points):
-            ring = first.scatter(knee["load"][axis], knee["throughput"]["median"], 170, "none", edgecolors=color)
-            ring.set_gid(_hint(f"{name}: saturates at {knee['label']}"))
-    for (name, value), color in zip(floor.items(), COLORS, strict=False):
-        first.axhline(value, color=color, linestyle=(0, (1, 2)), linewidth=1.2, gid=_hint(f"{name}: {value:.4g}/s"))
+            first.scatter(knee["load"][axis], knee["throughput"]["median"], 170, "none", edgecolors=color)
+    for value, color in zip(floor.values(), COLORS, strict=False):
+        first.axhline(value, color=color, linestyle=(0, (1, 2)), linewidth=1.2)
     first.set_ylim(0, 1.1 * max([*floor.values(), *(row["throughput"]["high"] for row in rows)]))
     first.margins(x=0.08)
     first.set(title="images per second", xlabel=label)

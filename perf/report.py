@@ -5,23 +5,11 @@ What a run did not measure has no section.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from perf.mlperf.measure import said
 from perf.page import Line, Report
 from perf.sections import OVERHEAD_MS, TARGETS, TRANSPORTS, Summary, figure, loadgen_results, sections
 
 BUSY = 0.15  # of the cores taken by other programs: above it figures say little
-
-
-def write(folder: Path, summary: Summary) -> list[Path]:
-    """Writes `report.md` and `report.html` into a run's folder and returns the two.
-
-    Args:
-        folder: of the run; it is there.
-        summary: as in its summary.json.
-    """
-    return report(summary).write(folder, "report")
 
 
 def report(summary: Summary) -> Report:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build.errors import ServeError, SSDError
-from build.files import ARTIFACTS, MODELS, write_json
-from perf import direct, report
+from build.files import ARTIFACTS, MODELS, relative, write_json
+from perf import direct
 from perf.bench import Bench, load_pictures, start_bench
 from perf.journal import Journal
 from perf.load import Load, PerfError
 from perf.mlperf import measure, peak, runs
 from perf.ratio import TRANSPORTS, served_ratio, single_stream
+from perf.report import BUSY, report
 from perf.sections import checked_answers, loadgen_results
 from perf.settings import Settings, check, keep, open_run, run_folder, same_model
 from perf.statistics import aggregate
@@ -78,7 +79,7 @@ def perf(
     spec = load(sources / settings.model / "spec.toml")
     images, pictures = load_pictures(spec, settings, artifacts)
     busy = facts["environment"]["other_load"]
-    if busy > report.BUSY:
+    if busy > BUSY:
         console.print(f"other programs take {busy:.0%} of this machine's cores: the figures will say little")
     keep(folder, settings, facts)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
@@ -93,13 +94,16 @@ def perf(
             run.problems.append("it was interrupted")
     summary = run.summary()
     write_json(folder / "summary.json", summary)
-    report.write(folder, summary)
-    for line in report.verdict(summary):
+    told = report(summary)
+    told.write(folder, "report")
+    for line in told.verdict:
         console.print({True: "ok  ", False: "MISS", None: " -- "}[line.good], line.text, markup=False)
     reused = f", {run.journal.reused} measurements from before" if run.journal.reused else ""
-    console.print(f"{short(folder)}: report.html, report.md, summary.json ({time.monotonic() - started:.0f} s{reused})")
+    console.print(
+        f"{relative(folder)}: report.html, report.md, summary.json ({time.monotonic() - started:.0f} s{reused})"
+    )
     if interrupted:
-        console.print(f"go on with: invoke perf --resume {short(folder)}")
+        console.print(f"go on with: invoke perf --resume {relative(folder)}")
         raise KeyboardInterrupt
     _require(summary, folder)
     return summary
@@ -316,7 +320,7 @@ def publish(spec: Spec, precision: str, artifacts: Path, sources: Path = MODELS)
 
 def _require(summary: dict[str, Any], folder: Path) -> None:
     """Raises where answers were wrong or missing, or something could not be measured."""
-    where = short(folder)
+    where = relative(folder)
     # A busy machine makes LoadGen call a run INVALID: that fails a run of LoadGen alone.
     invalid = [
         f"{precision}, {result['scenario']}: {problem}"
@@ -334,8 +338,3 @@ def _require(summary: dict[str, Any], folder: Path) -> None:
             "not everything was measured: " + "; ".join(summary["problems"]),
             fix=f"what was measured is in {where}/report.html; go on with: invoke perf --resume {where}",
         )
-
-
-def short(path: Path) -> str:
-    """A path as somebody in the current folder would type it."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -201,13 +201,11 @@ def complete(answers: Sequence[tuple[int, NDArray[np.float32] | None]]) -> None:
     """Hands answers to LoadGen, which copies what it logs; None is a response without data."""
     import mlperf_loadgen as loadgen
 
-    loadgen.QuerySamplesComplete(
-        [
-            loadgen.QuerySampleResponse(response, array.ctypes.data if array is not None and array.size else 0, size)
-            for response, array in answers
-            for size in [array.nbytes if array is not None else 0]
-        ]
-    )
+    responses = []
+    for response, array in answers:
+        size = 0 if array is None else array.nbytes
+        responses.append(loadgen.QuerySampleResponse(response, array.ctypes.data if size else 0, size))  # type: ignore[union-attr]
+    loadgen.QuerySamplesComplete(responses)
 
 
 def run(folder: Path, system: System, served: Served, settings: Mapping[str, Any]) -> float:

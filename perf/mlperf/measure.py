@@ -74,8 +74,8 @@ def stage(bench: Bench, pictures: Pictures, transport: str = "shm", floor: Mappi
     served = Served.of(config, bench.url(load.protocol), pictures.paths, CURVE_THRESHOLD, **how)
     values = direct.thresholds(config, served.score_threshold)
     data = write_input(bench.data.with_name("mlperf.json"), bench.images, values)
-    version = direct.served_version(bench.server, bench.model)
-    reference = answers.Reference(version, config, served.pictures, served.score_threshold)
+    path = direct.served_file(bench.server, bench.model)
+    reference = answers.Reference(path, config, served.pictures, served.score_threshold)
     floor = floor or measured_floor(bench)
     return Stage(replace(bench, data=data), served, pictures, reference, runs.pace(served), floor)
 

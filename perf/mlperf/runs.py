@@ -178,9 +178,8 @@ def run(
     batch = min(how.batch, served.max_batch_size)
     request = {"served": asdict(served), "settings": values, "workers": how.workers, "batch": batch}
     code, output = execute(request, folder, 3 * expected + served.timeout + _GRACE_S, program)
-    outcome: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):  # none of a child that died
-        outcome = json.loads((folder / OUTCOME).read_text())
+    outcome = json.loads(_text(folder / OUTCOME) or "{}")  # none of a child that died
+    head = _text(folder / SUMMARY).partition("Additional Stats")[0]
     entries = read_detail(folder / DETAIL)
     latest = {entry["key"]: entry["value"] for entry in entries}
     problems = _problems(code, output, outcome, entries, latest, mode)
@@ -194,7 +193,7 @@ def run(
         "failed": sum(outcome.get("errors", {}).values()),
         "exit_code": code,
         "seconds": outcome.get("seconds"),
-        "log": _log_lines(folder / SUMMARY),
+        "log": [line.rstrip() for line in head.splitlines() if ": " in line and "Recommend" not in line],
         "problems": problems,
         "valid": not problems,
     }
@@ -232,23 +231,18 @@ def execute(
         return None, output[-2000:]
 
 
+def _text(path: Path) -> str:
+    """A log as far as it was written; empty where there is none."""
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
 def read_detail(path: Path) -> list[dict[str, Any]]:
-    """The entries of a mlperf_log_detail.txt, as far as it was written: {key, value, metadata {is_error, …}}."""
+    """The entries of a mlperf_log_detail.txt: {key, value, metadata {is_error, …}}."""
     entries = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a run that was killed
-                entries.append(json.loads(line.partition(" ")[2]))
+    for line in _text(path).splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a run that was killed
+            entries.append(json.loads(line.partition(" ")[2]))
     return entries
-
-
-def _log_lines(path: Path) -> list[str]:
-    """What LoadGen's summary says first: scenario, mode, figure, VALID or INVALID and why."""
-    try:
-        head = path.read_text(errors="replace").partition("Additional Stats")[0]
-    except FileNotFoundError:
-        return []
-    return [line.rstrip() for line in head.splitlines() if ": " in line and "Recommend" not in line]
 
 
 def _figures(scenario: str, latest: Mapping[str, Any], bound_ms: float, values: Mapping[str, Any]) -> dict[str, float]:

@@ -101,7 +101,7 @@ def test_server_down(data: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(PerfError, match=r"(?s)no server answers there.*invoke serve"):
+    with pytest.raises(PerfError, match=r"(?s)gave no figures for model shapes at .*Connection refused"):
         run(f"127.0.0.1:{port}", "shapes", data, Load())
 
 
@@ -298,16 +298,9 @@ HEAD = (
 STARTED = "Failed to maintain requested inference load. Worker thread(s) failed to generate concurrent requests.\n"
 # What versions 2.51 (tritonserver 2.51 to 2.72 behind it) printed, its exit code, the cause that is named.
 CAUSES = {
-    "library": ("perf_analyzer: error while loading shared libraries: libfoo.so.1: cannot open", 127, "libfoo.so.1 is"),
     "memory": (HEAD + "terminate called after throwing an instance of 'std::bad_alloc'", -6, "no more memory"),
     "killed": (HEAD, -9, "no more memory"),
     "full /dev/shm": (" Successfully read data for 1 stream/streams with 16 step/steps.", -7, "/dev/shm is full"),
-    "gone, HTTP": (
-        HEAD + "  Pass [2] cb::Error: HTTP client failed: Couldn't connect to server\n" + STARTED,
-        99,
-        "the server went away",
-    ),
-    "gone, gRPC": (HEAD + STARTED + "Thread [0] had error: recvmsg:Connection reset by peer", 99, "went away"),
     "an error": (HEAD + STARTED + "Thread [0] had error: out of beans", 99, "request failed: out of beans"),
     "no report": ("all is well", 0, "exit code 0"),
     "another cause": ("all is lost", 99, "all is lost"),
@@ -330,7 +323,7 @@ def test_a_program_that_waits_for_a_server_that_went_away(
     monkeypatch.setattr(analyzer, "_GRACE", 0.1)
     gone = "  Pass [2] cb::Error: failed to connect to all addresses; last error: Connection refused"
     program.says(f"print({HEAD + gone!r}, flush=True); time.sleep(60)")
-    with pytest.raises(PerfError, match="the server went away"):
+    with pytest.raises(PerfError, match="Connection refused"):
         run("127.0.0.1:1", "shapes", data, Load(2, protocol="stream"))
 
 

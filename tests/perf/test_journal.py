@@ -77,11 +77,20 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
     assert Journal(path).measure({"series": "cut"}, lambda: {}) == {"throughput": 5.0}
 
 
-def test_a_file_that_is_no_journal(tmp_path: Path) -> None:
+def test_what_cannot_be_read_counts_as_not_measured(tmp_path: Path) -> None:
     path = tmp_path / "points.jsonl"
-    path.write_text("hello\n")
-    with pytest.raises(PerfError, match=r"(?s)line 1 is no measurement.*what to do"):
-        Journal(path)
+    path.write_text('hello\n[1]\n{"key": 3}\n')
+    assert Journal(path).measure(KEY, lambda: {"a": 1}) == {"a": 1}
+    assert Journal(path).measure(KEY, lambda: {"a": 2}) == {"a": 1}
+
+
+def test_a_result_that_does_not_count_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "points.jsonl"
+    Journal(path).measure(KEY, lambda: {"valid": False})
+    again = Journal(path)
+    assert again.measure(KEY, lambda: {"valid": True}, counts=lambda result: bool(result["valid"])) == {"valid": True}
+    assert again.reused == 0
+    assert Journal(path).measure(KEY, lambda: {}, counts=lambda result: bool(result["valid"])) == {"valid": True}
 
 
 def test_nothing_is_kept_without_a_file() -> None:

@@ -85,14 +85,15 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    assert report.write(folder, example_run.summary()) == [folder / "report.md", folder / "report.html"]
+    paths = report.report(example_run.summary()).write(folder, "report")
+    assert paths == [folder / "report.md", folder / "report.html"]
     return folder
 
 
 @pytest.fixture(scope="module")
 def broken_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("partial")
-    report.write(folder, example_run.partial())
+    report.report(example_run.partial()).write(folder, "report")
     return folder
 
 

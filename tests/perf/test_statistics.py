@@ -20,14 +20,7 @@ def repeats(rng: random.Random, count: int, middle: float, spread: float = 0.03)
 def test_equal_things_differ_in_less_than_one_case_of_twenty(count: int) -> None:
     rng = random.Random(count)
     cases = [verdict(repeats(rng, count, 100), repeats(rng, count, 100))["verdict"] for _ in range(300)]
-    assert cases.count("no difference shown") >= 0.95 * len(cases)
-
-
-def test_the_plain_bootstrap_would_see_too_much_in_three_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perf.statistics._student", lambda freedom: 1.96 / math.sqrt(1.5))
-    rng = random.Random(3)
-    cases = [verdict(repeats(rng, 3, 100), repeats(rng, 3, 100))["verdict"] for _ in range(300)]
-    assert cases.count("no difference shown") < 0.95 * len(cases)
+    assert cases.count("no difference shown") >= 0.96 * len(cases)
 
 
 @pytest.mark.parametrize("higher", [True, False])
@@ -51,7 +44,7 @@ def test_what_is_noise_free_is_judged_from_one_percent_on() -> None:
 def test_too_few_repeats_give_no_verdict() -> None:
     few = verdict([100.0, 101.0], [200.0, 201.0, 202.0])
     assert (few["verdict"], few["low"], few["high"]) == ("too few repeats", None, None)
-    assert few["ratio"] == pytest.approx(2.0)
+    assert few["ratio"] == pytest.approx(2.0, rel=1e-4)
     nothing = verdict([], [1.0, 2.0, 3.0])
     assert (nothing["verdict"], nothing["ratio"]) == ("too few repeats", None)
     # A repeat without a figure is none.
@@ -65,7 +58,7 @@ def test_the_interval_holds_the_ratio_and_is_the_same_every_time() -> None:
     assert low < 1.2 < high
     assert (low, high) == ratio_interval(a, b)
     inverse = ratio_interval(b, a)
-    assert inverse == pytest.approx((1 / high, 1 / low), rel=0.02)
+    assert inverse == pytest.approx((1 / high, 1 / low))
 
 
 def test_aggregate_takes_medians_and_sums() -> None:

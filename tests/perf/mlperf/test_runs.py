@@ -59,8 +59,8 @@ def served(triton_server: TritonServer, config: ModelConfig, pictures: Pictures)
 
 @pytest.fixture(scope="module")
 def reference(triton_server: TritonServer, config: ModelConfig, served: Served) -> answers.Reference:
-    version = direct.served_version(triton_server, "shapes")
-    return answers.Reference(version, config, served.pictures, served.score_threshold)
+    path = direct.served_file(triton_server, "shapes")
+    return answers.Reference(path, config, served.pictures, served.score_threshold)
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_a_payload_is_in_the_pictures_own_frame() -> None:
 
 @pytest.fixture
 def null(pictures: Pictures) -> Served:
-    rule = asdict(Preprocessing(64, 64, "stretch", "bilinear", 114))
+    rule = asdict(Preprocessing(64, 64, "stretch", "bilinear", 114, "RGB"))
     return Served("shapes", "", [str(path) for path in pictures.paths], rule, 8, 0.01, timeout=0.1)
 
 
@@ -237,7 +237,7 @@ def between(url: str, fault: Callable[[int, bytes], bytes | None]) -> Iterator[s
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_request_that_is_never_answered(served: Served, tmp_path: Path, scenario: str) -> None:
     with between(served.url, lambda number, data: None if number == 3 else data) as url:
-        asked = replace(served, url=url, timeout=0.6)
+        asked = replace(served, url=url, timeout=1.0)
         result = runs.run(asked, scenario, tmp_path, seconds=0.5, pace=PACE, bound_ms=5000)
     assert not result["valid"]
     assert 1 <= result["failed"] <= 8  # the pictures of one request
