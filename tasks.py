@@ -127,12 +127,12 @@ def build_engines(
 
 @task(
     help={
-        "quick": "a rough look in under a minute",
+        "quick": "a rough look in about a minute",
         "model": "folder of models/",
         "precision": "one or several, with commas (default: fp32 and int8; quick: fp32)",
         "slo": "search the highest rate whose p99 stays within so many ms",
         "images": "folder of pictures to send (default: the model's held-out ones)",
-        "resume": "folder of a run that did not come to its end",
+        "resume": "folder of a run to go on with, also one of mlperf: measures what is missing or was not VALID",
         "compare": "two runs, with a comma: is the second faster?",
         "publish_figures": "write the newest runs' figures into README.md and docs/perf.md",
     }

@@ -187,8 +187,6 @@ def _options(load: Load, seconds: float, folder: Path) -> list[str]:
     if load.rate is None:
         return [*options, "--concurrency-range", str(load.concurrency)]
     options.append("--async")  # its threads would otherwise wait for each answer, and the rate would bend to the server
-    if load.arrivals == "constant":
-        return [*options, "--request-rate-range", f"{load.rate:.6f}"]
     # Its own Poisson process is the same one every time, and begins slowly: 79 of the first 100 requests, 9 of 20.
     intervals = folder / "intervals.txt"
     intervals.write_text("".join(f"{interval}\n" for interval in _poisson(load.rate, seconds)))

@@ -1,8 +1,4 @@
-"""One running server with one model, and what a point of load on it needs: pictures, what they must give, a journal.
-
-with start_bench(repository, "shapes", images, journal) as bench:
-    record = bench.point("concurrency", Load(concurrency=4), seconds=2.0)
-"""
+"""One running server with one model, and what a point of load on it needs: pictures and a journal."""
 
 from __future__ import annotations
 
@@ -59,6 +55,11 @@ class Bench:
         """Of the served model."""
         return self.config.precision
 
+    def key(self, series: str, **more: Any) -> dict[str, Any]:
+        """Of a measurement in the journal; those of another model or server are others."""
+        served = f"{self.config.manifest_sha256[:12]} on tritonserver {self.server.version}"
+        return {"series": series, "precision": self.precision, "served": served, **more}
+
     def url(self, protocol: str) -> str:
         """`host:port` of the endpoint that belongs to a protocol."""
         return self.server.http_url if protocol == "http" else self.server.grpc_url
@@ -80,8 +81,8 @@ class Bench:
             PerfError: it could not be measured.
             ServeError: because the server is gone.
         """
-        key = {"series": series, "precision": self.precision, "load": asdict(load), "repeat": repeat}
-        return self.journal.measure({**key, "seconds": seconds}, lambda: self._measure(load, seconds))
+        key = self.key(series, load=asdict(load), repeat=repeat, seconds=seconds)
+        return self.journal.measure(key, lambda: self._measure(load, seconds))
 
     def _measure(self, load: Load, seconds: float) -> dict[str, Any]:
         try:

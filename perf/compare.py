@@ -17,7 +17,7 @@ from build.errors import OptionError, SSDError
 from build.files import ARTIFACTS
 from build.reports.html import Table
 from perf.page import Line, Report, Section
-from perf.sections import TRANSPORTS, all_rows, figure, flat, words
+from perf.report import TRANSPORTS, all_rows, figure, flat, words
 from perf.settings import run_folder
 from perf.statistics import verdict
 
@@ -56,9 +56,7 @@ def compare_runs(runs: Sequence[str], artifacts: Path = ARTIFACTS, console: Cons
     told = report(result)
     said = [line.text for line in told.verdict]
     said += [
-        f"{row['verdict']}: {row['what']}: {row['ratio']:.3f}"
-        for row in result["rows"]
-        if row["verdict"] in ("slower", "faster")
+        f"{row['verdict']}: {row['what']}: {row['ratio']:.3f}" for row in result["rows"] if row["verdict"] in _ORDER[:2]
     ]
     console.print("\n".join([*said, *map(str, told.write(folders[1], "compare"))]), markup=False)
 

@@ -18,24 +18,17 @@ _MORE = ("onnxscript", "pillow", "pycocotools", "mlcommons-loadgen", "onnxruntim
 
 
 def capture() -> dict[str, Any]:
-    """All of it, in half a second: `machine()`, load_average (1, 5, 15 minutes), other_load, gpus, versions, commit."""
-    gpu = find_gpu(Machine())
-    return {
-        **machine(),
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-        "other_load": other_load(),
-        "gpus": [{"name": gpu.name, "memory_mib": gpu.memory_mib, "driver": gpu.driver}] if gpu else [],
-        "versions": versions(),
-        "commit": commit(),
-    }
+    """All of it, in half a second.
 
-
-def machine() -> dict[str, Any]:
-    """CPU, its cores, those that this process may use, memory and operating system."""
+    Returns:
+        cpu, cores, cores_allowed (that this process may use), memory_gib, system, load_average (1, 5, 15 minutes),
+        other_load (share of all cores, 0..1, in use while this process waits), gpus, versions, commit.
+    """
     import psutil
 
     from build.publish.config import cores
 
+    gpu = find_gpu(Machine())
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "cpu": model[1] if model else platform.machine(),
@@ -43,14 +36,12 @@ def machine() -> dict[str, Any]:
         "cores_allowed": cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "other_load": psutil.cpu_percent(interval=0.5) / 100,
+        "gpus": [{"name": gpu.name, "memory_mib": gpu.memory_mib, "driver": gpu.driver}] if gpu else [],
+        "versions": versions(),
+        "commit": commit(),
     }
-
-
-def other_load(seconds: float = 0.5) -> float:
-    """Share of all cores, 0..1, that is in use while this process waits."""
-    import psutil
-
-    return float(psutil.cpu_percent(interval=seconds)) / 100
 
 
 def versions() -> dict[str, str]:

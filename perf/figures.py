@@ -19,7 +19,7 @@ from typing import Any
 from build import files
 from build.errors import DataError
 from build.reports.html import Table
-from perf.sections import TRANSPORTS, figure, loadgen_results, loadgen_table, served_table
+from perf.report import TRANSPORTS, figure, loadgen_results, loadgen_table, served_table
 
 DOCUMENTS = (files.ROOT / "README.md", files.ROOT / "docs" / "perf.md")
 RESULTS = files.ROOT / "perf" / "results" / "cpu.json"
@@ -43,12 +43,14 @@ def publish(
     """
     kept: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {}
     taken = []
-    for name, (pattern, fields) in RUNS.items():
+    for name, (pattern, *fields) in RUNS.items():
+        needed = ("run", "environment", *fields)
         for path in sorted(artifacts.glob(pattern), reverse=True):
             summary = json.loads(path.read_text())
             valid = all(result["valid"] for _, result in loadgen_results(summary)) or name != "loadgen"
-            if summary.get("complete", True) and valid and not summary.get("quick"):
-                kept[name] = {field: summary[field] for field in ("run", "environment", *fields)}
+            whole = all(field in summary for field in needed) and summary.get("complete", True)  # of this version
+            if whole and valid and not summary.get("quick"):
+                kept[name] = {field: summary[field] for field in needed}
                 taken.append(f"{name}: {files.relative(path.parent)}")
                 break
     if not taken:
@@ -108,9 +110,9 @@ def demo_rows(summary: Summary) -> list[tuple[str, str]]:
 
 # What is kept → the summaries of its runs in artifacts, and the fields of one that are kept.
 RUNS = {
-    "loadgen": ("mlperf/*/summary.json", ("mlperf", "peak")),
-    "served": ("perf/*/summary.json", ("precisions",)),
-    "demo": ("demo/summary.json", ("accuracy", "load")),
+    "loadgen": ("mlperf/*/summary.json", "mlperf", "peak"),
+    "served": ("perf/*/summary.json", "precisions"),
+    "demo": ("demo/summary.json", "accuracy", "load"),
 }
 # Block → what is kept for it, and its lines.
 BLOCKS: dict[str, tuple[str, Callable[[Summary], list[str]]]] = {

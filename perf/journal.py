@@ -10,6 +10,7 @@ measured next must depend on earlier results alone, as in a binary search.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -26,10 +27,17 @@ class Journal:
     Args:
         path: the JSON-lines file; made where it is not there. None = nothing is kept.
         before: called with the key of each measurement that is about to be made.
+        where: of all measurements, such as the machine and its versions: what was measured elsewhere does not count.
     """
 
-    def __init__(self, path: Path | None = None, before: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | None = None,
+        before: Callable[[Mapping[str, Any]], None] = lambda key: None,
+        where: Mapping[str, Any] | None = None,
+    ) -> None:
         self._path, self._before = path, before
+        self._where = hashlib.sha256(_name(where or {}).encode()).hexdigest()[:12]
         self._done: dict[str, dict[str, Any]] = {}
         self.reused = 0
         if path is None or not path.is_file():
@@ -38,7 +46,8 @@ class Journal:
         for line in whole.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                self._done[_name(entry["key"])] = entry["result"]
+                if entry["where"] == self._where:
+                    self._done[_name(entry["key"])] = entry["result"]
         if not whole.endswith("\n"):
             path.write_text(f"{whole}\n")
 
@@ -61,8 +70,7 @@ class Journal:
         if name in self._done and counts(self._done[name]):
             self.reused += 1
             return self._done[name]
-        if self._before is not None:
-            self._before(key)
+        self._before(key)
         started = time.monotonic()
         try:
             result = dict(function())
@@ -77,9 +85,9 @@ class Journal:
     def _append(self, entry: dict[str, Any], started: float) -> None:
         if self._path is None:
             return
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        entry |= {"where": self._where, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         with self._path.open("a") as file:
-            file.write(json.dumps({**entry, "at": now, "seconds": round(time.monotonic() - started, 3)}) + "\n")
+            file.write(json.dumps({**entry, "seconds": round(time.monotonic() - started, 3)}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

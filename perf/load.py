@@ -20,8 +20,7 @@ class Load:
 
     Attributes:
         concurrency: closed loop: clients that each have one request on the way. Without meaning where there is a rate.
-        rate: open loop: requests per second, sent whether or not earlier ones were answered.
-        arrivals: of a rate: evenly spaced, or a Poisson process, drawn anew for every run.
+        rate: open loop: requests per second as a Poisson process, sent whether or not earlier ones were answered.
         batch_size: images per request.
         protocol: stream is gRPC with one bidirectional stream per client.
         shared_memory: how pictures and detections are handed over, on one machine; None = inside the requests.
@@ -29,7 +28,6 @@ class Load:
 
     concurrency: int = 1
     rate: float | None = None
-    arrivals: Literal["constant", "poisson"] = "constant"
     batch_size: int = 1
     protocol: Literal["http", "grpc", "stream"] = "grpc"
     shared_memory: Literal["system", "cuda"] | None = None
@@ -38,7 +36,7 @@ class Load:
         if self.rate is None:
             amount = f"{self.concurrency} client{'s' if self.concurrency != 1 else ''}"
         else:
-            amount = f"{self.rate:g} requests/s" + (" (Poisson)" if self.arrivals == "poisson" else "")
+            amount = f"{self.rate:g} requests/s (Poisson)"
         memory = f", {self.shared_memory.replace('cuda', 'CUDA')} shared memory" if self.shared_memory else ""
         return f"{amount}, batch {self.batch_size}, {PROTOCOLS[self.protocol]}{memory}"
 

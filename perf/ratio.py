@@ -24,26 +24,20 @@ TRANSPORTS = {
     "http": Load(concurrency=CLIENTS, protocol="http"),
 }
 
+Run = Callable[[], dict[str, Any]]  # measures in process
 Pair = tuple[dict[str, Any], list[dict[str, Any]]]  # a served point, and the two direct measurements around it
+Rounds = tuple[dict[str, list[Pair]], list[dict[str, Any]]]
 
 
-def _in_turn(
-    bench: Bench,
-    series: str,
-    loads: Mapping[str, Load],
-    in_process: Callable[[], dict[str, Any]],
-    rounds: int,
-    seconds: float,
-) -> tuple[dict[str, list[Pair]], list[dict[str, Any]]]:
+def _in_turn(bench: Bench, series: str, loads: Mapping[str, Load], run: Run, rounds: int, seconds: float) -> Rounds:
     """Each load's pairs, and all direct measurements."""
-    key = {"series": series, "precision": bench.precision, "seconds": seconds}
-    key |= {"batch_size": next(iter(loads.values())).batch_size}
+    key = bench.key(series, seconds=seconds, batch_size=next(iter(loads.values())).batch_size)
     pairs: dict[str, list[Pair]] = {name: [] for name in loads}
-    direct = [bench.journal.measure({**key, "direct": 0}, in_process)]
+    direct = [bench.journal.measure({**key, "direct": 0}, run)]
     for repeat in range(rounds):
         for name, load in loads.items():
             record = bench.point(series, load, seconds=seconds, repeat=repeat)
-            direct.append(bench.journal.measure({**key, "direct": len(direct)}, in_process))
+            direct.append(bench.journal.measure({**key, "direct": len(direct)}, run))
             pairs[name].append((record["point"], direct[-2:]))
     return pairs, direct
 

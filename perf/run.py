@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from build.errors import ServeError, SSDError
 from build.files import ARTIFACTS, MODELS, relative, write_json
-from perf import direct
+from perf import direct, environment
 from perf.bench import Bench, load_pictures, start_bench
 from perf.journal import Journal
 from perf.load import Load, PerfError
 from perf.mlperf import measure, peak, runs
 from perf.ratio import TRANSPORTS, served_ratio, single_stream
-from perf.report import BUSY, report
-from perf.sections import checked_answers, loadgen_results
-from perf.settings import Settings, check, keep, open_run, run_folder, same_model
+from perf.report import BUSY, checked_answers, loadgen_results, report
+from perf.settings import SETTINGS, Settings, check, open_run
 from perf.statistics import aggregate
 
 if TYPE_CHECKING:
@@ -75,13 +74,13 @@ def perf(
     started = time.monotonic()
     if resume is None:
         check(settings, sources)
-    folder, settings, facts = open_run(settings, resume and run_folder(resume, artifacts), artifacts)
+    folder, settings = open_run(settings, resume, artifacts)
     spec = load(sources / settings.model / "spec.toml")
     images, pictures = load_pictures(spec, settings, artifacts)
-    busy = facts["environment"]["other_load"]
-    if busy > BUSY:
-        console.print(f"other programs take {busy:.0%} of this machine's cores: the figures will say little")
-    keep(folder, settings, facts)
+    facts = environment.capture()
+    if facts["other_load"] > BUSY:
+        console.print(f"other programs take {facts['other_load']:.0%} of the cores: the figures will say little")
+    write_json(folder / SETTINGS, asdict(settings))
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     interrupted = False
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -128,7 +127,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.task = self.bar.add_task("", total=None)
-        self.journal = Journal(self.folder / "points.jsonl", self._measuring)
+        where = {name: self.facts[name] for name in ("cpu", "cores_allowed", "gpus", "versions")}
+        self.journal = Journal(self.folder / "points.jsonl", self._measuring, where)
 
     def measure(self, precision: str) -> None:
         """Everything that needs a server of one precision; what goes wrong is noted and ends no more than it must."""
@@ -137,8 +137,7 @@ class _Run:
         try:
             repository = publish(self.spec, precision, self.artifacts, self.sources)
             with start_bench(repository, model, self.images, self.journal) as bench, contextlib.ExitStack() as closing:
-                same_model(self.facts, bench)
-                keep(self.folder, settings, self.facts)
+                self.facts["versions"]["tritonserver"] = bench.server.version
                 results = self.results["precisions"].setdefault(precision, {})
                 steps: list[Step] = []
                 if not settings.scenarios:
@@ -169,7 +168,7 @@ class _Run:
             "quick": self.settings.quick,
             "complete": not self.problems,
             "problems": self.problems,
-            "environment": self.facts["environment"],
+            "environment": self.facts,
             "settings": asdict(self.settings),
             "served_ratio": precisions.get(self.settings.precisions[0], {}).get("served_ratio", {}),
             "answers": checked_answers(self.results),
@@ -209,8 +208,7 @@ class _Run:
             if "served_ips" not in results:
                 raise PerfError("no rates without the throughput of 4 clients", why="it could not be measured")
             shares = [share * results["served_ips"]["shm"] for share in size.rates]
-            kinds: Any = size.arrivals
-            loads = [replace(base, rate=float(f"{rate:.3g}"), arrivals=kind) for kind in kinds for rate in shares]
+            loads = [replace(base, rate=float(f"{rate:.3g}")) for rate in shares]
             self._sweep(bench, "rate", loads)
 
         yield "served against in process", 6.5 * size.rounds * size.ratio_seconds, ratio
@@ -232,8 +230,7 @@ class _Run:
             if several:
                 seconds = size.repeats * len(several) * (size.seconds + _FIXED_S)
                 yield series, seconds, partial(self._sweep, bench, series, several)
-        count = len(size.arrivals) * len(size.rates)
-        yield "rate", size.repeats * count * (size.seconds + _FIXED_S), rates
+        yield "rate", size.repeats * len(size.rates) * (size.seconds + _FIXED_S), rates
         if size.whole:
             yield "served against in process, batches", 7.0 * size.rounds, batches
 
@@ -262,28 +259,23 @@ class _Run:
                 floor = None
                 if "single_stream" in results and "direct_ips" in results:
                     floor = {f"{name}_ms": value for name, value in results["single_stream"]["direct_ms"].items()}
-                    floor["images_per_second"] = results.get("batches", results)["direct_ips"]
+                    floor["samples_per_second"] = results.get("batches", results)["direct_ips"]
                 ready.append(measure.stage(bench, self.pictures, settings.transport, floor))
             return ready[0]
 
         def run(name: str) -> None:
             how: dict[str, Any] = {"seconds": seconds, "accuracy": settings.accuracy}
-            key = {"series": f"LoadGen, {name}", "precision": precision, **how, "transport": settings.transport}
-
-            def work() -> dict[str, Any]:
-                return measure.measure(stage(), name, folder / name, **how)
-
-            # A run that did not count is measured again when the whole is resumed.
-            result = self.journal.measure(key, work, counts=lambda result: bool(result["valid"]))
+            key = bench.key(f"LoadGen, {name}", **how, transport=settings.transport)
+            # A run that is not valid is measured again when the whole is resumed.
+            result = self.journal.measure(
+                key, lambda: measure.measure(stage(), name, folder / name, **how), lambda result: bool(result["valid"])
+            )
             self.results["mlperf"].setdefault(precision, {})[name] = result
             self.bar.console.print(f"{precision}, {measure.told(result)}", markup=False)
 
         def search(bound: float) -> None:
-            def work() -> dict[str, Any]:
-                return peak.find_peak(stage(), folder / "peak", bound or stage().own_bound_ms, seconds=seconds)
-
-            key = {"series": "highest rate", "precision": precision, "bound_ms": bound, "seconds": seconds}
-            result = self.journal.measure(key, work)
+            key = bench.key("highest rate", bound_ms=bound, seconds=seconds)
+            result = self.journal.measure(key, lambda: peak.find_peak(stage(), folder / "peak", bound, seconds=seconds))
             self.results["peak"].setdefault(precision, []).append(result)
             said = f"{precision}, p99 within {result['bound_ms']:g} ms: {result['rate']:g} queries/s"
             self.bar.console.print(said, markup=False)
@@ -321,11 +313,11 @@ def publish(spec: Spec, precision: str, artifacts: Path, sources: Path = MODELS)
 def _require(summary: dict[str, Any], folder: Path) -> None:
     """Raises where answers were wrong or missing, or something could not be measured."""
     where = relative(folder)
-    # A busy machine makes LoadGen call a run INVALID: that fails a run of LoadGen alone.
+    # A busy machine makes LoadGen call a run INVALID: that fails a run of LoadGen alone. Other faults fail any run.
     invalid = [
         f"{precision}, {result['scenario']}: {problem}"
         for precision, result in loadgen_results(summary)
-        if summary["settings"]["scenarios"] or result["wrong"] or result["failed"]
+        if summary["settings"]["scenarios"] or result["wrong"] or result["failed"] or result["exit_code"] != 0
         for problem in result["problems"]
     ]
     if invalid:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from build import contract
 from build.errors import OptionError
-from build.files import write_json
-from perf import environment
 from perf.load import PerfError
 from perf.mlperf.runs import SCENARIOS
 from perf.ratio import TRANSPORTS
-
-if TYPE_CHECKING:
-    from perf.bench import Bench
 
 SETTINGS = "settings.json"
 
@@ -32,7 +27,6 @@ class Size:
     repeats: int = 3
     concurrency: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 16)
     batch: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    arrivals: tuple[str, ...] = ("constant", "poisson")
     rates: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # of the throughput that 4 clients got
     whole: bool = True  # protocols, the ratio of batches, and the highest rate even where no bound is named
     scenarios: tuple[str, ...] = tuple(SCENARIOS)  # of LoadGen
@@ -40,9 +34,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size(
-    3, 0.6, 0.6, 1, (1, 2, 4, 8), (1, 4, 16), ("poisson",), (0.5, 0.8), False, ("single-stream", "offline"), 2.0
-)
+QUICK = Size(3, 0.6, 0.6, 1, (1, 2, 4, 8), (1, 4, 16), (0.5, 0.8), False, ("single-stream", "offline"), 2.0)
 
 
 @dataclass(frozen=True)
@@ -90,8 +82,6 @@ def check(settings: Settings, sources: Path) -> None:
         for value in given:
             if value not in known:
                 raise OptionError(f"{name} is {value!r}", fix=f"choose from {', '.join(known)}")
-    if not settings.precisions:
-        raise OptionError("no precision is named", fix=f"choose from {', '.join(contract.PRECISIONS)}")
     if not 0 < settings.seconds < 86400:
         raise OptionError(f"seconds is {settings.seconds!r}, but must be a number greater than 0")
     if not 0 <= settings.slo_ms < 86400e3:
@@ -109,59 +99,22 @@ def run_folder(run: Path, artifacts: Path) -> Path:
     return next((folder for folder in named if folder.is_dir()), run)
 
 
-def open_run(settings: Settings, resume: Path | None, artifacts: Path) -> tuple[Path, Settings, dict[str, Any]]:
-    """The run's folder, its settings, and the facts about the machine that it began with.
+def open_run(settings: Settings, resume: Path | None, artifacts: Path) -> tuple[Path, Settings]:
+    """The folder of a run and its settings; those of the resumed run count where there is one.
 
     Raises:
-        PerfError: the resumed run is none, or began on another machine or with other versions.
+        PerfError: the resumed run is none.
     """
-    now = environment.capture()
     if resume is None:
-        folder = artifacts / ("mlperf" if settings.scenarios else "perf") / time.strftime("%Y-%m-%dT%H-%M-%S")
-        return folder, settings, {"environment": now, "published": {}}
+        return artifacts / ("mlperf" if settings.scenarios else "perf") / time.strftime("%Y-%m-%dT%H-%M-%S"), settings
+    folder = run_folder(resume, artifacts)
     try:
-        kept = json.loads((resume / SETTINGS).read_text())
-        values: Any = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in kept["settings"].items()
-        }
-        settings, before = Settings(**values), kept["environment"]
-        # The server's version is known once it runs: `same_model`.
-        now["versions"] |= {name: version for name, version in before["versions"].items() if name == "tritonserver"}
-        names = [name for name in ("cpu", "cores_allowed", "gpus", "versions") if before[name] != now[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kept = json.loads((folder / SETTINGS).read_text())
+        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+        return folder, Settings(**values)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise PerfError(
             f"{resume} is no run that could be resumed: {error}",
             why=f"it holds no {SETTINGS} of this version",
             fix="name a folder below artifacts/perf, or start a new run",
         ) from None
-    if names:
-        changed = "; ".join(f"{name}: {before[name]} then, {now[name]} now" for name in names)
-        raise PerfError(
-            f"{resume} cannot be resumed: {changed}",
-            why="its figures and new ones would not be of one kind",
-            fix="start a new run, and compare the two: invoke perf --compare RUN_A,RUN_B",
-        )
-    return resume, settings, {"environment": before, "published": kept["published"]}
-
-
-def keep(folder: Path, settings: Settings, facts: dict[str, Any]) -> None:
-    """Writes settings and facts into the run's folder."""
-    write_json(folder / SETTINGS, {"settings": asdict(settings), **facts})
-
-
-def same_model(facts: dict[str, Any], bench: Bench) -> None:
-    """Notes which model is served by which server.
-
-    Raises:
-        PerfError: the run began with another model or server.
-    """
-    versions, published = facts["environment"]["versions"], facts["published"]
-    version, manifest = bench.server.version, bench.config.manifest_sha256
-    changed = []
-    if versions.setdefault("tritonserver", version) != version:
-        changed.append(f"tritonserver {versions['tritonserver']}, but this one is {version}")
-    if published.setdefault(bench.precision, manifest) != manifest:
-        changed.append(f"another {bench.precision} model than the one that is published now")
-    if changed:
-        why = "its figures and new ones would not be of one kind"
-        raise PerfError(f"this run began with {' and '.join(changed)}", why=why, fix="start a new run")

@@ -1,9 +1,4 @@
-"""What may be said of repeated measurements: medians, how sure a ratio of two is, where a load saturates.
-
-aggregate(records)                      the repeats of one point of load -> one row
-saturation(rows)                        the smallest load that gets (nearly) all there is
-verdict([98, 101, 100], [110, 112, 111])    "faster", "slower", "no difference shown" or "too few repeats"
-"""
+"""What may be said of repeated measurements: medians, how sure a ratio of two is, where a load saturates."""
 
 from __future__ import annotations
 
@@ -79,21 +74,10 @@ def saturation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str, Any]]]:
-    """Rows of a series as named curves, each in order of its loads.
-
-    Args:
-        rows: of one series.
-        axis: the field of a load that goes along a curve: concurrency, batch_size or rate.
-
-    Returns:
-        {name: rows}; the name is the precision and, where there are several, how requests arrive.
-    """
-    several = len({row["load"]["arrivals"] for row in rows}) > 1
-    names = {"constant": ", evenly spaced", "poisson": ", Poisson"}
+    """Rows of a series by their precision, in order of the field `axis` of their loads."""
     named: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["load"][axis] or 0):
-        name = row["precision"] + (names[row["load"]["arrivals"]] if several else "")
-        named.setdefault(name, []).append(row)
+        named.setdefault(row["precision"], []).append(row)
     return named
 
 

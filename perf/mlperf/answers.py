@@ -17,7 +17,6 @@ from perf.mlperf.child import OUTCOME, payload
 from perf.mlperf.runs import ACCURACY
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from ssd_client import ModelConfig
 
@@ -48,11 +47,15 @@ class Reference:
         self._within = tolerance(Target(config.runtime, config.precision))
         self._known: dict[int, Arrays] = {}
 
-    def wrong(self, folder: Path) -> list[str]:
-        """The answers of a run that are not the served file's within the gate's tolerance, a sentence each.
+    def check(self, folder: Path, result: dict[str, Any]) -> list[str]:
+        """Compares every answer of a run with the served file's, within the gate's tolerance.
 
         Args:
             folder: of the run, with its outcome.json.
+            result: of `runs.run`; `wrong` becomes how many answers are.
+
+        Returns:
+            What is wrong as one problem; empty where nothing is.
 
         Raises:
             EngineError: the plan cannot run here.
@@ -62,14 +65,15 @@ class Reference:
         self._learn(sorted({index for index, _, _ in answers} - self._known.keys()))
         sentences = []
         for index, data, count in answers:
-            answer = outputs_of(read(data))
+            answer = outputs_of(data)
             fault = difference(answer, self._known[index], self._within)
             if fault and len(answer["detection_scores"]):  # no detections look like every picture without any
                 others = (key for key, due in self._known.items() if not difference(answer, due, self._within))
                 owner = next(others, None)
                 fault += "" if owner is None else f"; this is picture {owner}'s answer: answers or rows were swapped"
             sentences += [f"picture {index}: {fault}"] * count if fault else []
-        return sentences
+        result["wrong"], told = len(sentences), "; ".join(sentences[:EXAMPLES])
+        return [f"{len(sentences)} of {result['answered']} answers were wrong: {told}"] if sentences else []
 
     def _learn(self, new: Sequence[int]) -> None:
         from ssd_client.preprocess import input_array
@@ -79,7 +83,7 @@ class Reference:
         loaded = [input_array(self._pictures[index], self._config.preprocessing) for index in new]
         requests = feeds([image for image, _ in loaded], self._thresholds)
         for index, outputs, (_, placement) in zip(new, self._run(requests), loaded, strict=True):
-            self._known[index] = outputs_of(payload(index, outputs, 0, placement))
+            self._known[index] = outputs_of(payload(index, outputs, 0, placement).tobytes().hex())
 
     def _run(self, requests: Sequence[dict[str, Any]]) -> Iterable[Arrays]:
         if self._path.suffix == ".onnx":
@@ -124,17 +128,11 @@ def difference(answer: Arrays, wanted: Arrays, within: Tolerance) -> str:
     return ""
 
 
-def read(data: str) -> NDArray[np.float32]:
-    """A payload in hexadecimal digits, as LoadGen logs it → FP32 [n,7]."""
+def outputs_of(data: str) -> dict[str, NDArray[Any]]:
+    """A payload as LoadGen logs it, in hexadecimal digits → detections, with boxes in 0..1 of the picture."""
     import numpy as np
 
-    return np.frombuffer(bytes.fromhex(data), np.float32).reshape(-1, 7)
-
-
-def outputs_of(rows: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """A payload FP32 [n,7] as a picture's detections, with boxes in 0..1 of the picture."""
-    import numpy as np
-
+    rows = np.frombuffer(bytes.fromhex(data), np.float32).reshape(-1, 7)
     classes = rows[:, 6].astype(np.int32) - 1
     return {"detection_boxes": rows[:, [2, 1, 4, 3]], "detection_scores": rows[:, 5], "detection_classes": classes}
 
@@ -163,7 +161,7 @@ def evaluate(folder: Path, pictures: Pictures) -> Accuracy:
     sizes = {image["id"]: (image["width"], image["height"]) for image in pictures.truth["images"]}
     detected = []
     for index, image_id in enumerate(pictures.image_ids):
-        outputs = outputs_of(read(rows[index]))
+        outputs = outputs_of(rows[index])
         boxes = outputs["detection_boxes"] * [*sizes[image_id], *sizes[image_id]]
         detected.append(Detected(boxes, outputs["detection_scores"], outputs["detection_classes"]))
     return accuracy.evaluate(pictures.truth, coco_results(pictures, detected))

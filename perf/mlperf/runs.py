@@ -182,7 +182,7 @@ def run(
     head = _text(folder / SUMMARY).partition("Additional Stats")[0]
     entries = read_detail(folder / DETAIL)
     latest = {entry["key"]: entry["value"] for entry in entries}
-    problems = _problems(code, output, outcome, entries, latest, mode)
+    problems = _problems(code, output, outcome, entries, mode)
     return {
         "scenario": scenario,
         "mode": mode,
@@ -265,12 +265,7 @@ def _figures(scenario: str, latest: Mapping[str, Any], bound_ms: float, values: 
 
 
 def _problems(
-    code: int | None,
-    output: str,
-    outcome: Mapping[str, Any],
-    entries: Sequence[Mapping[str, Any]],
-    latest: Mapping[str, Any],
-    mode: str,
+    code: int | None, output: str, outcome: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], mode: str
 ) -> list[str]:
     """Why a run does not count, a sentence each."""
     problems = []
@@ -286,6 +281,7 @@ def _problems(
         problems.append(f"{count} {'samples' if count > 1 else 'sample'} without an answer: {reason}")
     errors = [f"{entry['key']}: {entry['value']}" for entry in entries if entry.get("metadata", {}).get("is_error")]
     problems += [f"LoadGen logged {len(errors)} ERROR, the first: {errors[0]}"] if errors else []
+    latest = {entry["key"]: entry["value"] for entry in entries}
     if not problems and mode == "PerformanceOnly" and latest.get("result_validity") != "VALID":
         unmet = {
             "result_perf_constraints_met": "the latency is beyond its bound",

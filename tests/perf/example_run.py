@@ -15,7 +15,7 @@ _PARTS = ("client_send", "network", "server_queue", "server_input", "server_infe
 
 def load(**fields: Any) -> dict[str, Any]:
     """A load's dict."""
-    plain = {"concurrency": 1, "rate": None, "arrivals": "constant", "batch_size": 1, "protocol": "grpc"}
+    plain = {"concurrency": 1, "rate": None, "batch_size": 1, "protocol": "grpc"}
     return {**plain, "shared_memory": None, **fields}
 
 
@@ -32,9 +32,7 @@ def record(precision: str, asked: dict[str, Any], rng: random.Random) -> dict[st
     else:
         busy = min(asked["rate"] / most, 0.995)
         throughput = min(asked["rate"], most)
-        average = (
-            infer + sending + 0.3 + infer * busy**2 / (1 - busy) * (0.5 if asked["arrivals"] == "poisson" else 0.2)
-        )
+        average = infer + sending + 0.3 + infer * busy**2 / (1 - busy) * 0.5
     queue = max(0.02, average - infer - sending - 0.28)
     parts = (sending * 0.25, sending * 0.7 + 0.1, queue, 0.06 * size, infer, 0.05 * size, 0.07 + sending * 0.05)
     spread = {"avg": 1, "p50": 0.97, "p90": 1.12, "p95": 1.2, "p99": 1.45, "max": 2.6}
@@ -126,11 +124,7 @@ def summary(seed: int = 0) -> dict[str, Any]:
         "series": {
             "concurrency": concurrency,
             "batch": batch,
-            "rate": [
-                row("fp32", rng, rate=float(rate), arrivals=arrivals, **shm)
-                for arrivals in ("constant", "poisson")
-                for rate in (40, 80, 120, 150, 170, 185)
-            ],
+            "rate": [row("fp32", rng, rate=float(rate), **shm) for rate in (40, 80, 120, 150, 170, 185)],
             "protocol": [
                 row("fp32", rng, concurrency=4, protocol=protocol, shared_memory=memory)
                 for protocol, memory in protocols

@@ -97,3 +97,10 @@ def test_nothing_is_kept_without_a_file() -> None:
     journal = Journal()
     assert journal.measure(KEY, lambda: {"a": 1}) == {"a": 1}
     assert journal.measure(KEY, lambda: {"a": 2}) == {"a": 1}
+
+
+def test_what_was_measured_elsewhere_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "points.jsonl"
+    Journal(path, where={"cpu": "a"}).measure(KEY, lambda: {"a": 1})
+    assert Journal(path, where={"cpu": "b"}).measure(KEY, lambda: {"a": 2}) == {"a": 2}
+    assert Journal(path, where={"cpu": "a"}).measure(KEY, lambda: {"a": 3}) == {"a": 1}

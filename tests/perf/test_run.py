@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,11 +25,11 @@ from build.serve import TritonServer
 from perf import bench, direct, environment, run, settings
 from perf.load import Load, PerfError, Point
 from perf.mlperf import child, measure, runs
-from perf.sections import PARTS
-from perf.settings import Settings, Size, keep, open_run, same_model
+from perf.report import PARTS
+from perf.settings import Settings, Size
 from tests.perf import faulty
 
-TINY = Size(1, 0.3, 0.3, 1, (1, 4), (4,), ("poisson",), (0.5,), False, (), 0.5)
+TINY = Size(1, 0.3, 0.3, 1, (1, 4), (4,), (0.5,), False, (), 0.5)
 QUICK = Settings(quick=True)
 machine = functools.cache(environment.capture)
 
@@ -89,7 +88,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
         return direct.Direct([lambda feed: time.sleep(0.005)], requests)
 
     monkeypatch.setattr(direct, "fastest", sleeping)
-    floor = {"p50_ms": 5.0, "p90_ms": 5.0, "p99_ms": 5.0, "images_per_second": 200.0}
+    floor = {"p50_ms": 5.0, "p90_ms": 5.0, "p99_ms": 5.0, "samples_per_second": 200.0}
     monkeypatch.setattr(measure, "measured_floor", lambda bench: floor)
     monkeypatch.setattr(direct, "FEWEST", 2)
 
@@ -249,7 +248,7 @@ def test_an_invalid_run_of_loadgen_is_measured_again(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(runs.SCENARIOS, "server", dataclasses.replace(runs.SCENARIOS["server"], queries=20))
-    drive, bounds = runs.run, [0.001, 0.001, 1e4, 1e4]  # nobody holds the first; each run has one of the null system
+    drive, bounds = runs.run, [0.001, 1e4, 1e4, 1e4]  # nobody holds the first; each run has one of the null system
 
     def bounded(*what: Any, **how: Any) -> dict[str, Any]:
         result = drive(*what, **{**how, "bound_ms": bounds.pop(0)})
@@ -257,8 +256,7 @@ def test_an_invalid_run_of_loadgen_is_measured_again(
         return {**result, "problems": [] if result["problems"] == few else result["problems"]}
 
     monkeypatch.setattr(runs, "run", bounded)
-    asked = Settings(scenarios=("single-stream", "server"), seconds=0.4)
-    bounds[:0] = [1e4, 1e4]  # of the single stream, where there is none
+    asked = Settings(scenarios=("server",), seconds=0.4)
     with pytest.raises(PerfError, match=r"(?s)not every run of LoadGen is valid: fp32, server: .*INVALID: .*beyond"):
         run.perf(asked, artifacts=tmp_path, console=quiet())
     (folder,) = (tmp_path / "mlperf").iterdir()
@@ -266,7 +264,7 @@ def test_an_invalid_run_of_loadgen_is_measured_again(
     assert whole["mlperf"]["fp32"]["server"]["valid"]
     assert bounds == []
     keys = [json.loads(line)["key"]["series"] for line in (folder / "points.jsonl").read_text().splitlines()]
-    assert keys == ["LoadGen, single-stream", "LoadGen, server", "LoadGen, server"]
+    assert keys == ["LoadGen, server", "LoadGen, server"]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +272,6 @@ def test_an_invalid_run_of_loadgen_is_measured_again(
     [
         (Settings(model="nope"), r"no model 'nope'\n.*shapes"),
         (Settings(precisions=("fp32", "int3")), r"int3'\n.*choose from"),
-        (Settings(precisions=()), "no precision"),
         (Settings(slo_ms=-1), "-1 ms"),
         (Settings(scenarios=("bridge",)), r"scenario is 'bridge'\n.*single-stream"),
         (Settings(transport="pigeon"), r"transport is 'pigeon'\n.*shm, grpc, http"),
@@ -297,27 +294,3 @@ def test_a_folder_without_pictures(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(PerfError, match=r"no run that could be resumed"):
         run.perf(QUICK, resume=tmp_path, artifacts=tmp_path, console=quiet())
-
-
-def test_a_run_of_another_machine(tmp_path: Path) -> None:
-    folder, _, facts = open_run(QUICK, None, tmp_path)
-    facts["environment"]["cpu"] = "another one"
-    keep(folder, QUICK, facts)
-    with pytest.raises(PerfError, match=r"(?s)cannot be resumed: cpu: another one then.*start a new run"):
-        run.perf(QUICK, resume=folder, artifacts=tmp_path, console=quiet())
-
-
-def bench_of(version: str, manifest: str) -> Any:
-    return SimpleNamespace(
-        server=SimpleNamespace(version=version), config=SimpleNamespace(manifest_sha256=manifest), precision="fp32"
-    )
-
-
-def test_a_run_of_another_server_or_model() -> None:
-    facts: dict[str, Any] = {"environment": {"versions": {}}, "published": {}}
-    same_model(facts, bench_of("2.51.0", "ab"))
-    same_model(facts, bench_of("2.51.0", "ab"))
-    with pytest.raises(PerfError, match=r"(?s)began with tritonserver 2\.51\.0, but this one is 2\.60\.0.*new run"):
-        same_model(facts, bench_of("2.60.0", "ab"))
-    with pytest.raises(PerfError, match=r"began with another fp32 model"):
-        same_model(facts, bench_of("2.51.0", "cd"))

@@ -106,6 +106,5 @@ def test_curves_are_named_by_what_they_differ_in() -> None:
     assert list(curves(rows(1, 2), "concurrency")) == ["fp32"]
     mixed = example_run.summary()["series"]
     assert list(curves(mixed["concurrency"], "concurrency")) == ["fp32", "int8"]
-    assert list(curves(mixed["rate"], "rate")) == ["fp32, evenly spaced", "fp32, Poisson"]
     points = curves(mixed["batch"][::-1], "batch_size")["fp32"]
     assert [point["load"]["batch_size"] for point in points] == [1, 2, 4, 8, 16, 32, 64]

@@ -16,7 +16,7 @@ from perf.mlperf.runs import Pace
 
 @pytest.fixture
 def stage() -> Stage:
-    reference: Any = SimpleNamespace(wrong=lambda folder: [])
+    reference: Any = SimpleNamespace(check=lambda folder, result: [])
     return Stage(None, None, None, reference, Pace(13.0, 150.0), {})  # type: ignore[arg-type]
 
 
@@ -41,7 +41,7 @@ def test_the_highest_rate(stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert 94 < result["rate"] <= 100
     assert [probe["rate"] for probe in result["probes"]] == asked
     assert len(asked) == len(set(asked))  # what is plainly lost is not tried again
-    assert stage.own_bound_ms == 55.0
+    assert find_peak(stage, tmp_path, 0.0, seconds=1.0)["bound_ms"] == 55.0  # 4 × 13 ms, rounded up
 
 
 @pytest.mark.parametrize("stalls", range(6))
@@ -56,7 +56,7 @@ def test_one_stall_of_the_machine_changes_nothing(
 
 def test_wrong_answers_lose_a_rate(stage: Stage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     simulate(monkeypatch, 100)
-    monkeypatch.setattr(stage.reference, "wrong", lambda folder: ["picture 3: 2 detections instead of 5"])
+    monkeypatch.setattr(stage.reference, "check", lambda folder, result: ["1 of 1 answers were wrong: picture 3"])
     with pytest.raises(BoundError, match="1 of 1 answers were wrong: picture 3"):
         find_peak(stage, tmp_path, 100.0, seconds=1.0)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from ssd_client import ModelConfig, SSDClient
 from ssd_client.preprocess import Placement
@@ -29,7 +30,7 @@ from build.gate import datasets
 from build.gate.datasets import Pictures
 from build.serve import TritonServer
 from perf import direct
-from perf.mlperf import answers, child, measure, runs
+from perf.mlperf import answers, child, runs
 from perf.mlperf.child import Served
 from perf.mlperf.runs import SCENARIOS, Pace
 from perf.served_accuracy import evaluate_served
@@ -77,7 +78,7 @@ def test_a_valid_run(served: Served, reference: answers.Reference, tmp_path: Pat
         assert (result["valid"], result["problems"]) == (True, [])
     assert result["failed"] == 0
     assert result["answered"] >= 16
-    assert reference.wrong(tmp_path) == []
+    assert reference.check(tmp_path, result) == []
     assert all((tmp_path / name).is_file() for name in runs.LOGS)
     summary = (tmp_path / runs.SUMMARY).read_text()
     assert f"Result is : {result['loadgen']}" in summary
@@ -156,7 +157,7 @@ def test_a_payload_is_in_the_pictures_own_frame() -> None:
     (row,) = child.payload(7, outputs, 0, placement)
     # index, ymin, xmin, ymax, xmax, score, class + 1
     np.testing.assert_allclose(row, [7, 0, 0.25, 1, 0.5, 0.5, 4], atol=1e-6)
-    back = answers.outputs_of(row[None])
+    back = answers.outputs_of(row.tobytes().hex())
     assert back["detection_classes"].tolist() == [3]
     np.testing.assert_allclose(back["detection_boxes"], [[0.25, 0, 0.5, 1]], atol=1e-6)
 
@@ -237,7 +238,7 @@ def between(url: str, fault: Callable[[int, bytes], bytes | None]) -> Iterator[s
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_request_that_is_never_answered(served: Served, tmp_path: Path, scenario: str) -> None:
     with between(served.url, lambda number, data: None if number == 3 else data) as url:
-        asked = replace(served, url=url, timeout=1.0)
+        asked = replace(served, url=url, timeout=2.5 if scenario == "offline" else 1.0)  # batches of 8, 4 at a time
         result = runs.run(asked, scenario, tmp_path, seconds=0.5, pace=PACE, bound_ms=5000)
     assert not result["valid"]
     assert 1 <= result["failed"] <= 8  # the pictures of one request
@@ -257,8 +258,7 @@ def test_wrong_boxes_under_load(served: Served, reference: answers.Reference, tm
 
     with between(served.url, another_ones) as url:
         result = runs.run(replace(served, url=url), "single-stream", tmp_path, seconds=1.0, pace=PACE)
-    stage = measure.Stage(None, served, None, reference, PACE, {})  # type: ignore[arg-type]
-    (problem,) = stage.check_answers(tmp_path, result)
+    (problem,) = reference.check(tmp_path, result)
     assert result["loadgen"]  # it knows nothing of answers
     assert 0 < result["wrong"] <= result["answered"] / 10
     assert problem.startswith(f"{result['wrong']} of {result['answered']} answers were wrong: picture ")
@@ -338,8 +338,8 @@ def test_ctrl_c(served: Served, pictures: Pictures, tmp_path: Path, scenario: st
     assert all((tmp_path / name).is_file() for name in runs.LOGS)
     assert json.loads((tmp_path / child.OUTCOME).read_text())["stopped"]
     assert not list(tmp_path.glob("core*"))
-    left = {path.name for path in set(Path("/dev/shm").iterdir()) - regions}
-    assert not [name for name in left if name.startswith("ssd_client")], left
+    left = [path.name for path in set(Path("/dev/shm").iterdir()) - regions if path.name.startswith("ssd_client")]
+    assert not [name for name in left if not psutil.pid_exists(int(name.split("_")[3]))], left  # others may work here
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
