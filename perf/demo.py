@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 MODEL = "shapes"
 DRAWN = 24
 DRAW_THRESHOLD = 0.5
-COLUMNS = 6
 
 
 def demo(repository: Path, artifacts: Path, *, quick: bool = False) -> dict[str, Any]:
@@ -148,7 +147,7 @@ def _load(bench: Bench, *, quick: bool) -> dict[str, Any]:
     }
 
 
-def contact_sheet(pictures: Sequence[Image.Image], columns: int = COLUMNS, gap: int = 6) -> Image.Image:
+def contact_sheet(pictures: Sequence[Image.Image], columns: int = 6, gap: int = 6) -> Image.Image:
     """Pictures of one size in rows of `columns`, on white."""
     from PIL import Image
 

@@ -154,7 +154,8 @@ def svg(plot: Plot) -> str:
     # Matplotlib before 3.11 writes one `font`, later ones `font-size` and `font-family`: the page has its own family.
     text = re.sub(r"font-family: [^;\"]*;?", "", text)
     text = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", text)
-    text = re.sub(r"(\.\d\d)\d+", r"\1", text)  # coordinates to a hundredth
+    # Coordinates to a hundredth.
+    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), text)
     text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{plot.name}-", text)
     for stand_in, variable in _VARIABLES.items():
         text = text.replace(stand_in, f"var(--{variable})")

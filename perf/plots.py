@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from build.reports.html import number
 from perf.page import BAD, CARD, COLORS, DIM, INK
 from perf.statistics import curves, saturation
 
@@ -84,7 +85,7 @@ def split(rows: Sequence[tuple[str, Mapping[str, float]]], names: Mapping[str, s
         axes.bar_label(bars, words, label_type="center", color=CARD, fontsize=8)
         left = [start + share for start, share in zip(left, shares, strict=True)]
     for place, total in enumerate(totals):
-        axes.text(1.01, place, f"{total:.3g} ms", va="center", size=8.5)
+        axes.text(1.01, place, f"{number(total)} ms", va="center", size=8.5)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.1))

@@ -38,7 +38,7 @@ _SWEEPS = {
     "rate": ("Requests at a given rate", "rate", "requests/s asked for"),
 }
 # Of tritonserver with the model's own processes (the python backend has some).
-_USAGE = {"cores": "server, cores", "images_per_core": "images per core", "rss_mib": "server, MiB"}
+_USAGE = {"cores": "cores", "images_per_core": "images/core", "rss_mib": "MiB"}
 _PERCENTILES = ("p50", "p90", "p99")
 
 Summary = Mapping[str, Any]

@@ -18,9 +18,6 @@ CONFIDENCE = 0.98
 _Z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
-# -- one point of load, measured several times -------------------------------------------------------------------------
-
-
 def aggregate(records: Sequence[Mapping[str, Any]], precision: str) -> dict[str, Any]:
     """The repeats of one point of load as one row.
 
@@ -53,9 +50,6 @@ def _medians(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: statistics.median(known) if known else None for name, known in values.items()}
 
 
-# -- series ------------------------------------------------------------------------------------------------------------
-
-
 def saturation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The smallest load that reaches 95 % of the best throughput.
 
@@ -79,9 +73,6 @@ def curves(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, list[dict[str
     for row in sorted(rows, key=lambda row: row["load"][axis] or 0):
         named.setdefault(row["precision"], []).append(row)
     return named
-
-
-# -- two runs ----------------------------------------------------------------------------------------------------------
 
 
 def verdict(a: Sequence[float], b: Sequence[float], *, higher_is_better: bool = True) -> dict[str, Any]:

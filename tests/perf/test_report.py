@@ -182,6 +182,7 @@ def test_every_section_and_figure_is_there(whole: Path) -> None:
     assert headings(text) == list(SECTIONS)
     page = (whole / "report.html").read_text()
     assert tuple(re.findall(r'<svg[^>]*>.*?id="(\w+)-figure_1"', page, re.S)) == PLOTS
+    assert all(f">{figure}<" in page for figure in ("0.977", "0.936", "0.836", "10.1 ms"))  # on the bars
     for said in ("saturates at 4 clients", "150", "VALID", "AMD EPYC 7B13"):
         assert said in text
         assert said in page
