@@ -80,7 +80,7 @@ def verdict(summary: Summary) -> list[Line]:
     """LoadGen's figures, served against in-process, overhead, answers, a busy machine, and whether
     the run is whole; of a run for LoadGen alone the first and the last."""
     lines = _loadgen_line(summary)
-    if not lines or summary.get("series"):
+    if not (summary.get("settings") or {}).get("scenarios"):
         lines += [*_served_lines(summary), _answers_line(summary)]
     busy = (summary.get("environment") or {}).get("other_load") or 0
     if busy > BUSY:

@@ -306,8 +306,15 @@ def browse(
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: chromium, chromium-browser or google-chrome on PATH")
-@pytest.mark.parametrize("width", [1200, 420])
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        pytest.param(1200, False, id="light"),
+        pytest.param(420, True, id="telephone, dark"),
+        pytest.param(1200, True, id="dark", marks=pytest.mark.long),
+        pytest.param(420, False, id="telephone, light", marks=pytest.mark.long),
+    ],
+)
 def test_the_page_in_a_browser(whole: Path, tmp_path: Path, width: int, dark: bool) -> None:
     seen, picture, said = browse(whole / "report.html", tmp_path, width, dark=dark)
     assert seen["errors"] == []

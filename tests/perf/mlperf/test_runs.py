@@ -38,6 +38,10 @@ from perf.served_accuracy import evaluate_served
 ROOT = Path(__file__).resolve().parents[3]
 PACE = Pace(20.0, 80.0)  # optimistic is enough: what it does is plan queries
 COUNT = 24
+# One scenario that waits for each answer and one with several workers; the two others take the same ways.
+PLANTED = [
+    pytest.param(name, marks=[] if name in ("single-stream", "offline") else [pytest.mark.long]) for name in SCENARIOS
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def test_a_valid_run(served: Served, reference: answers.Reference, tmp_path: Pat
     if "too short" not in str(result["problems"]):  # a machine that became twice as fast meanwhile
         assert (result["valid"], result["problems"]) == (True, [])
     assert result["failed"] == 0
-    assert result["answered"] >= 16
+    assert result["answered"] >= 8
     assert reference.check(tmp_path, result) == []
     assert all((tmp_path / name).is_file() for name in runs.LOGS)
     summary = (tmp_path / runs.SUMMARY).read_text()
@@ -168,11 +172,8 @@ def null(pictures: Pictures) -> Served:
     return Served("shapes", "", [str(path) for path in pictures.paths], rule, 8, 0.01, timeout=0.1)
 
 
-@pytest.mark.parametrize(
-    "scenario", ["multi-stream", "server"]
-)  # the others: test_a_run_of_loadgen_alone, faults below
-def test_the_null_system_shows_what_loadgen_costs(scenario: str, null: Served, tmp_path: Path) -> None:
-    result = runs.run(null, scenario, tmp_path, seconds=0.2, pace=PACE, null=True)
+def test_the_null_system_shows_what_loadgen_costs(null: Served, tmp_path: Path) -> None:
+    result = runs.run(null, "multi-stream", tmp_path, seconds=0.2, pace=PACE, null=True)
     assert result["exit_code"] == 0
     assert result["failed"] == 0
     assert result["figures"]["p50_ms"] < 10
@@ -235,7 +236,7 @@ def between(url: str, fault: Callable[[int, bytes], bytes | None]) -> Iterator[s
 
 @pytest.mark.triton
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", PLANTED)
 def test_a_request_that_is_never_answered(served: Served, tmp_path: Path, scenario: str) -> None:
     with between(served.url, lambda number, data: None if number == 3 else data) as url:
         asked = replace(served, url=url, timeout=2.5 if scenario == "offline" else 1.0)  # batches of 8, 4 at a time
@@ -316,7 +317,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", PLANTED)
 def test_ctrl_c(served: Served, pictures: Pictures, tmp_path: Path, scenario: str) -> None:
     regions = set(Path("/dev/shm").iterdir())
     process = subprocess.Popen(
