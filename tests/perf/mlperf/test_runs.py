@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -255,13 +256,13 @@ def test_wrong_boxes_under_load(served: Served, reference: answers.Reference, tm
 
     def another_ones(number: int, data: bytes) -> bytes:
         answered.append(data)
-        return answered[0] if number % 10 == 0 else data
+        return answered[0] if number % 4 == 0 else data
 
     with between(served.url, another_ones) as url:
         result = runs.run(replace(served, url=url), "single-stream", tmp_path, seconds=1.0, pace=PACE)
     (problem,) = reference.check(tmp_path, result)
     assert result["loadgen"]  # it knows nothing of answers
-    assert 0 < result["wrong"] <= result["answered"] / 10
+    assert 0 < result["wrong"] <= result["answered"] / 4
     assert problem.startswith(f"{result['wrong']} of {result['answered']} answers were wrong: picture ")
     assert "'s answer: answers or rows were swapped" in problem
 
@@ -279,7 +280,10 @@ def program(tmp_path: Path, change: str) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ("complete = child.complete\nchild.complete = lambda answers: (complete(answers), complete(answers))", "ERROR"),
+        (
+            "complete = child.complete\nchild.complete = lambda answers: (complete(answers), complete(answers))",
+            "logged 1 ERROR|by signal",
+        ),
         ("child.complete = lambda answers: None", "did not end by its deadline: a request was never answered"),
         ("os.abort()", "was ended by signal 6"),
         ("raise SystemExit('oh')", "ended with exit code 1: oh"),
@@ -290,12 +294,13 @@ def program(tmp_path: Path, change: str) -> list[str]:
 def test_a_child_that_answers_twice_or_hangs_or_dies(
     null: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, problem: str
 ) -> None:
-    monkeypatch.setattr(runs, "_GRACE_S", 1.5)
+    if problem.startswith("did not end"):
+        monkeypatch.setattr(runs, "_GRACE_S", 1.5)
     how: dict[str, Any] = {"seconds": 0.1, "pace": PACE, "null": True, "program": program(tmp_path, change)}
     result = runs.run(null, "single-stream", tmp_path / "logs", **how)
     assert not result["valid"]
-    assert any(problem in said for said in result["problems"]), result["problems"]
-    if problem == "ERROR":
+    assert any(re.search(problem, said) for said in result["problems"]), result["problems"]
+    if "ERROR" in problem:
         assert (tmp_path / "logs" / runs.DETAIL).is_file()
 
 
