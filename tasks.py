@@ -466,6 +466,8 @@ def serve(
 def test(c: Context, path: str = "", keyword: str = "", marker: str = "") -> None:
     """All tests, those on a real Triton server included; what cannot run here is skipped with its reason."""
     options = [*(("-k", keyword) if keyword else ()), *(("-m", marker) if marker else ())]
+    if not (path or keyword or marker):  # tests of one file share servers and models, so a worker takes whole files
+        options += ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile", "--no-loadscope-reorder"]
     arguments = shlex.join(["--durations=30", *options, "--", _given_or_name(path) or "tests"])
     done = c.run(f"{PYTHON} -m pytest {arguments}", warn=True)
     if done.exited:
