@@ -54,7 +54,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Library:
     output = tmp_path_factory.mktemp("emulator") / "libssd_nms_emulated.so"
     source = PLUGINS / "ssd_nms"
     sanitizer = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    include = [f"-I{EMULATOR}", f"-I{source}", "-Wno-unknown-pragmas", "-shared"]
+    include = [f"-I{EMULATOR}", f"-I{source}", "-Wno-unknown-pragmas", "-shared", '-DSSD_NMS_ARCHITECTURES="75-real"']
     kernels = ["-x", "c++", source / "kernels.cu", source / "checks.cpp"]
     return Library(
         compile_host(output, *sanitizer, *include, *kernels, EMULATOR / "emulator.cpp", EMULATOR / "numerics.cpp")
