@@ -1,7 +1,7 @@
-"""The plugin library, loaded in every way that TensorRT's users have, by a program that knows TensorRT's headers alone.
+"""The plugin library, loaded in every way that TensorRT's users have, by a program compiled with its headers alone.
 
-For each set of headers at hand, over the CPU reference: with a stand-in of TensorRT's library, and with a real one where
-the running Python, or the one that SSD_TENSORRT_PYTHON names, has the `tensorrt` package of exactly these headers.
+For each set of headers at hand, over the CPU reference: with a stand-in of TensorRT's library, and with a real one
+where the running Python, or the one that SSD_TENSORRT_PYTHON names, has the `tensorrt` package of these very headers.
 """
 
 from __future__ import annotations
