@@ -253,6 +253,24 @@ def benchmark(
 
 @task(
     help={
+        "model": "folder of models/",
+        "only": "steps to run, with commas (default: all; the table names them)",
+        "site": "a folder of packages for this Python, read-only or not, for machines that reach no package index",
+        "force": "run again what passed before",
+    }
+)
+@_explained
+def gpu_check(c: Context, model: str = "shapes", only: str = "", site: str = "", force: bool = False) -> None:
+    """All that waits for an NVIDIA GPU, step by step; says what is missing; writes perf/results/gpu/."""
+    from perf.gpu.check import gpu_check as run
+
+    steps = tuple(filter(None, only.split(",")))
+    if run(model=model, only=steps, site=_path(site), force=force, artifacts=ARTIFACTS):
+        raise Exit("error: a step failed (see above)", code=1)
+
+
+@task(
+    help={
         "model": "the model to judge",
         "precision": "one precision (default: all of them)",
         "sensitivity": "rank the layers by what INT8 costs, find the smallest set to leave out, write it to spec.toml",
