@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from build.errors import SSDError
 from build.files import ROOT
+from build.tensorrt import system, toolchain
 
 PLUGINS = ROOT / "plugins"
 LIB = PLUGINS / "lib"
@@ -62,16 +64,20 @@ def build_plugins(
     stage: str = "",
     output: Path = LIB,
     work: Path = PLUGINS / "out",
+    bring: bool = False,
 ) -> PluginBuild:
     """Builds as far as nvcc and TensorRT's headers are at hand, with warnings as errors.
 
     Args:
         tensorrt_source: URL or path of a git repository with TensorRT's headers under include/ (default: NVIDIA's).
-        tensorrt_ref: its tag or branch; without it the headers are those of TENSORRT_ROOT or of the system.
-        architectures: such as "90" or "80,90-virtual"; empty: all from 7.5 to 12.0 that the compiler knows, and PTX.
+        tensorrt_ref: its tag or branch; without it the headers are those of TENSORRT_ROOT, of the system, or else, with
+            `bring`, those of the TensorRT whose library the system has.
+        architectures: such as "90" or "80,90-virtual"; empty: all from 7.5 to 12.1 that the compiler knows, and PTX.
         stage: `reference`, `core` or `plugin` if it must be that one; empty: the furthest that is possible.
         output: the folder for the libraries.
         work: the folder for CMake's own files.
+        bring: whether CMake and nvcc are installed from PyPI (build/tensorrt/toolchain.py) where they are not here and
+            the plugin, or a stage for the GPU, is what is built.
 
     Raises:
         PluginBuildError: no compiler or CMake, what `stage` asks for is not there, or the build failed.
@@ -87,23 +93,36 @@ def build_plugins(
         raise PluginBuildError(
             f"CMake cannot build in {PLUGINS}", why='the name of a folder has ", ; or \\ in it', fix="rename the folder"
         )
-    cmake = _need("cmake", "pip install cmake, or the system's package cmake")
     if not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise PluginBuildError("there is no C++ compiler", fix="install g++, or set CXX")
+    root = find_tensorrt(tensorrt_source, tensorrt_ref) if stage not in ("reference", "core") else None
+    if root is None and bring and stage not in ("reference", "core"):
+        root = _headers_of_the_server()
+    nvcc = find_nvcc() if stage != "reference" else None
+    cmake, ninja = shutil.which("cmake"), None
+    refusal = ""
+    if bring and (cmake is None or (nvcc is None and stage != "reference" and (root is not None or stage))):
+        refusal = "" if nvcc is not None or root is None else _unfit(root)
+        tools = toolchain.bring()
+        cmake, ninja = cmake or str(tools.cmake), str(tools.ninja)
+        nvcc = nvcc or (tools.nvcc if stage != "reference" and not refusal else None)
+    if cmake is None:
+        raise PluginBuildError("cmake is not on PATH", fix="pip install cmake, or the system's package cmake")
 
     settings = [f"-DSSD_NMS_OUTPUT={output}", f"-DSSD_NMS_ARCHITECTURES={architectures}"]
+    if ninja is not None:
+        settings += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     missing = []
     reached = "reference"
-    nvcc = find_nvcc() if stage != "reference" else None
     if nvcc is None:
         missing.append(
-            "the CUDA core: nvcc is not on PATH, in CUDA_HOME, in /usr/local/cuda or in this Python's packages "
-            "(pip install nvidia-cuda-nvcc nvidia-cuda-runtime)"
+            refusal
+            or "the CUDA core: nvcc is not on PATH, in CUDA_HOME, in /usr/local/cuda or in this Python's packages "
+            "(--stage core brings one)"
         )
     else:
         reached = "core"
         settings.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
-    root = find_tensorrt(tensorrt_source, tensorrt_ref) if stage not in ("reference", "core") else None
     if root is None:
         missing.append(
             "the TensorRT plugin: NvInfer.h is neither in TENSORRT_ROOT/include nor in the system's include folders "
@@ -131,8 +150,55 @@ def build_plugins(
     return PluginBuild(reached, tuple(output / name for name in names[:count]), tuple(missing))
 
 
+def _headers_of_the_server() -> Path | None:
+    """The headers of the TensorRT whose library the system has, fetched; None where it has none.
+
+    Raises:
+        PluginBuildError: the repository cannot be reached, or has no release of that version.
+    """
+    version = system.system_tensorrt()
+    if not version:
+        return None
+    git = _need("git", "install git, or set TENSORRT_ROOT to a folder with include/NvInfer.h")
+    listed = _run([git, "ls-remote", "--tags", "--refs", TENSORRT_REPOSITORY])
+    tag = system.tag_of(version, [line.rpartition("/")[2] for line in listed.splitlines()])
+    if not tag:
+        raise PluginBuildError(
+            f"this machine has TensorRT {version}, and {TENSORRT_REPOSITORY} has no headers of it",
+            fix="name the nearest release of the same version: --tensorrt-ref TAG, or set TENSORRT_ROOT",
+        )
+    return _fetched(TENSORRT_REPOSITORY, tag)
+
+
+def _unfit(root: Path) -> str:
+    """Why PyPI's nvcc is of the wrong CUDA for a TensorRT; empty where it is not.
+
+    CUDA's major version is that of the driver for which the TensorRT was made: code of a later one would not start.
+    """
+    version = headers_version(root)
+    cuda = system.cuda_of(version)
+    if not version or cuda.split(".")[0] == toolchain.CUDA_MAJOR:
+        return ""
+    return (
+        f"the CUDA core: TensorRT {version} is of CUDA {cuda}, of which PyPI has no nvcc: "
+        f"install the toolkit of CUDA {cuda} (NVIDIA's package cuda-nvcc-{cuda.replace('.', '-')} with "
+        "cuda-cudart-dev), or set CUDA_HOME"
+    )
+
+
+def headers_version(root: Path) -> str:
+    """The version of the TensorRT headers in a folder; empty where it cannot be read."""
+    for folder in (root / "include", *map(Path, _SYSTEM_INCLUDES)):
+        with contextlib.suppress(OSError):
+            text = (folder / "NvInferVersion.h").read_text()
+            parts = ("MAJOR", "MINOR", "PATCH")
+            found = [re.search(rf"define (?:NV_TENSORRT_{part}|TRT_{part}_ENTERPRISE) (\d+)", text) for part in parts]
+            return ".".join(match[1] for match in found if match)
+    return ""
+
+
 def find_nvcc() -> Path | None:
-    """CUDA's compiler: on PATH, in CUDA_HOME or CUDA_PATH, in /usr/local/cuda, or installed as a Python package."""
+    """CUDA's compiler: on PATH, in CUDA_HOME or CUDA_PATH, /usr/local/cuda, a Python package, or brought before."""
     on_path = shutil.which("nvcc")
     if on_path:
         return Path(on_path)
@@ -141,7 +207,9 @@ def find_nvcc() -> Path | None:
         _SYSTEM_CUDA,
         *sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*"), reverse=True),
     ]
-    return next((nvcc for folder in folders if os.access(nvcc := folder / "bin" / "nvcc", os.X_OK)), None)
+    tools = toolchain.tools()
+    brought = tools.nvcc if tools else None
+    return next((nvcc for folder in folders if os.access(nvcc := folder / "bin" / "nvcc", os.X_OK)), brought)
 
 
 def find_tensorrt(source: str = "", ref: str = "") -> Path | None:
