@@ -74,8 +74,8 @@ def test_without_a_server_it_says_where_to_run_it() -> None:
 
 @pytest.mark.parametrize(
     ("tensorrt", "tag"),
-    [("10.13.2", "v10.13.2"), ("10.13.1", "v10.13.0"), ("10.16.1", "v10.16"), ("10.11.0", "v10.11"),
-     ("11.1.0.106", "v11.1"), ("10.13.9", "v10.13.3"), ("8.6.1", "v8.6.1"), ("8.6.2", ""), ("10.7.0", ""), ("12.0", "")],
+    [("10.13.2", "v10.13.2"), ("10.13.1", "v10.13.0"), ("10.16.1", "v10.16"), ("10.11.0", "v10.11"), ("12.0", ""),
+     ("11.1.0.106", "v11.1"), ("10.13.9", "v10.13.3"), ("8.6.1", "v8.6.1"), ("8.6.2", ""), ("10.7.0", "")],
 )  # fmt: skip
 def test_headers_are_its_own_or_the_nearest_of_the_same_minor_version(tensorrt: str, tag: str) -> None:
     assert system.tag_of(tensorrt, TAGS) == tag

@@ -102,8 +102,6 @@ def brought(bare: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_a_build_takes_what_was_brought(brought: list[list[str]], bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORRT_ROOT", str(fake_tensorrt(bare / "TensorRT", "10.16.1")))
-        "".join(f"#define NV_TENSORRT_{part} {n}\n" for part, n in (("MAJOR", 10), ("MINOR", 16), ("PATCH", 1)))
-    )
     assert build_plugins(output=bare / "lib", work=bare / "out", bring=True).stage == "plugin"
     configure = next(command for command in brought if "--preset" in command)
     assert configure[0] == str(bare / "tools" / "cmake")
@@ -115,8 +113,6 @@ def test_nvcc_of_another_cuda_is_not_taken(
     brought: list[list[str]], bare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TENSORRT_ROOT", str(fake_tensorrt(bare / "TensorRT", "10.11.0")))
-        "".join(f"#define NV_TENSORRT_{part} {n}\n" for part, n in (("MAJOR", 10), ("MINOR", 11), ("PATCH", 0)))
-    )
     built = build_plugins(output=bare / "lib", work=bare / "out", bring=True)
     assert built.stage == "reference"
     assert "TensorRT 10.11.0 is of CUDA 12.9, of which PyPI has no nvcc" in built.missing[0]
@@ -137,9 +133,7 @@ def test_the_headers_are_those_of_the_servers_library(
     assert build_plugins(output=bare / "lib", work=bare / "out", bring=True).stage == "plugin"
     assert asked == [(plugins.TENSORRT_REPOSITORY, "v10.13.2")]
     monkeypatch.setattr(system, "system_tensorrt", lambda: "10.99.0")
-    with pytest.raises(
-        plugins.PluginBuildError, match=r"has TensorRT 10\.99\.0, and .* has no headers of it"
-    ):
+    with pytest.raises(plugins.PluginBuildError, match=r"has TensorRT 10\.99\.0, and .* has no headers of it"):
         build_plugins(output=bare / "lib", work=bare / "out", bring=True)
 
 
