@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +93,8 @@ def build_plugins(
         raise PluginBuildError(
             f"CMake cannot build in {PLUGINS}", why='the name of a folder has ", ; or \\ in it', fix="rename the folder"
         )
-    if not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
         raise PluginBuildError("there is no C++ compiler", fix="install g++, or set CXX")
     root = find_tensorrt(tensorrt_source, tensorrt_ref) if stage not in ("reference", "core") else None
     if root is None and bring and stage not in ("reference", "core"):
@@ -123,6 +124,8 @@ def build_plugins(
     else:
         reached = "core"
         settings.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+        if shutil.which("gcc") is None:  # which nvcc would ask for
+            settings.append(f"-DCMAKE_CUDA_HOST_COMPILER={compiler}")
     if root is None:
         missing.append(
             "the TensorRT plugin: NvInfer.h is neither in TENSORRT_ROOT/include nor in the system's include folders "
@@ -142,9 +145,10 @@ def build_plugins(
     if not stamp.is_file() or stamp.read_text() != state:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    _run([cmake, "-S", str(PLUGINS), "--preset", reached, "-B", str(folder), *settings])
+    libraries = _libraries_of(nvcc)
+    _run([cmake, "-S", str(PLUGINS), "--preset", reached, "-B", str(folder), *settings], libraries)
     stamp.write_text(state)
-    _run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)])
+    _run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], libraries)
     names = ["libssd_nms_reference.so", "libssd_nms_core.so", "libssd_nms.so"]
     count = ("reference", "core", "plugin").index(reached) + 1
     return PluginBuild(reached, tuple(output / name for name in names[:count]), tuple(missing))
@@ -280,8 +284,16 @@ def _need(tool: str, fix: str) -> str:
     return path
 
 
-def _run(command: Sequence[str]) -> str:
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+def _libraries_of(nvcc: Path | None) -> dict[str, str]:
+    """Where the linker finds CUDA's libraries: PyPI's packages have them in lib/, but nvcc looks in lib64/."""
+    folder = nvcc.resolve().parent.parent / "lib" if nvcc else None
+    if folder is None or not (folder / "libcudart_static.a").is_file():
+        return {}
+    return {"LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LIBRARY_PATH", "")]))}
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str] | None = None) -> str:
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C", **(variables or {})}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         lines = (done.stdout + done.stderr).strip().splitlines()

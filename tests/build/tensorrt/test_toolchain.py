@@ -92,7 +92,7 @@ def brought(bare: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr("shutil.which", lambda name: None if name in ("nvcc", "cmake") else f"/usr/bin/{name}")
     monkeypatch.setattr(system, "system_tensorrt", lambda: "")
 
-    def run(command: Any) -> str:
+    def run(command: Any, variables: Any = None) -> str:
         commands.append([str(word) for word in command])
         return "x\trefs/tags/v10.13.2\nx\trefs/tags/v10.16" if "ls-remote" in command else ""
 
