@@ -273,9 +273,10 @@ def container(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "invoke", root)
     shutil.copytree(ROOT / "requirements", root / "requirements")
     installs = f'echo "$*" >>{shlex.quote(str(tmp_path / "asked"))}'
-    # What an environment's python does: pip installs nothing, everything else runs in the real one.
+    # What an environment's python does: pip installs nothing.
     other = f'*) exec {shlex.quote(sys.executable)} "$@" ;;'
-    made = f"case $* in '-m pip'*) {installs} ;; '-m invoke'*) echo ran ;; {other} esac"
+    # It must not be the real one for anything else: the wrapper writes into the packages of what it made.
+    made = f"case $* in '-m pip'*) {installs} ;; '-m invoke'*) echo ran ;; esac"
     program(tmp_path / "made-python", made)
     copy = f'mkdir -p "$4/bin" && cp {shlex.quote(str(tmp_path / "made-python"))} "$4/bin/python"'
     program(

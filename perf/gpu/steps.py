@@ -71,14 +71,13 @@ class Step:
 
 
 def plugin(work: Work) -> dict[str, Any]:
-    """Builds for this GPU what can be built; without nvcc, takes what was built before."""
-    from build.machine import Machine, find_gpu
+    """Builds what can be built, for every GPU as it is shipped; without nvcc, takes what was built before."""
     from build.tensorrt import plugins
 
-    gpu = find_gpu(Machine())
-    if plugins.find_nvcc() is None and (plugins.LIB / "libssd_nms_core.so").is_file():
-        return {"built": "before", "plugin": plugins.plugin_info(plugins.PLUGIN) if plugins.PLUGIN.is_file() else None}
-    built = plugins.build_plugins(architectures=gpu.compute_capability.replace(".", "") if gpu else "")
+    if plugins.find_nvcc() is None:
+        info = plugins.plugin_info(plugins.PLUGIN) if plugins.PLUGIN.is_file() else None
+        return {"built": "before", "missing": [], "plugin": info}
+    built = plugins.build_plugins(bring=True)
     if built.stage == "reference":
         raise StepError("nothing for the GPU was built", why="; ".join(built.missing))
     info = plugins.plugin_info(plugins.PLUGIN) if built.stage == "plugin" else None
@@ -330,7 +329,7 @@ def _plan_step(precision: str) -> Step:
 _ORDER = ("fp32", "fp16", "int8", "tf32", "bf16", "fp8")
 RUN = (*BASE, "tensorrt", "plugin", "plan")
 STEPS = (
-    Step("plugin", "the plugin, built for this GPU", plugin, ("gpu", "nvcc", "compiler")),
+    Step("plugin", "the plugin, built as it is shipped", plugin, ("gpu", "nvcc", "compiler")),
     Step("core", "the kernels' bits against the reference's", core, BENCH),
     Step("sanitizers", "memcheck, racecheck, synccheck", sanitizers, (*BENCH, "compute-sanitizer")),
     Step("kernels", "the microbenchmark, beside its peers", kernels, BENCH, ("tensorrt", "onnx", "torchvision"), 3600),

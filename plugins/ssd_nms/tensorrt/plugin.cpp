@@ -49,7 +49,7 @@ class Registration
 {
 public:
     Registration()
-        : mIsRegistered{registry().registerCreator(mCreator, "")}
+        : mIsRegistered{getPluginRegistry() != nullptr && registry().registerCreator(mCreator, "")}
     {
         if (mIsRegistered && !isRegistryKnown()) // it stays there, so its code must stay, too
         {
