@@ -17,7 +17,8 @@ from build.errors import SSDError
 from build.files import ROOT, explained, relative, sha256
 
 LOCK = ROOT / "requirements" / "plugin_tools.lock"
-FOLDER = Path(sys.prefix) / "plugin_tools"
+# In .venv; a Python that is no environment's belongs to the system.
+FOLDER = (Path(sys.prefix) if sys.prefix != sys.base_prefix else ROOT / ".cache") / "plugin_tools"
 CUDA_MAJOR = "13"  # of the nvcc in the lock
 
 
