@@ -97,8 +97,9 @@ def build_plugins(
     if compiler is None:
         raise PluginBuildError("there is no C++ compiler", fix="install g++, or set CXX")
     root = find_tensorrt(tensorrt_source, tensorrt_ref) if stage not in ("reference", "core") else None
+    no_headers = ""
     if root is None and bring and stage not in ("reference", "core"):
-        root = _headers_of_the_server()
+        root, no_headers = _headers_of_the_server()
     nvcc = find_nvcc() if stage != "reference" else None
     cmake, ninja = shutil.which("cmake"), None
     refusal = ""
@@ -128,7 +129,8 @@ def build_plugins(
             settings.append(f"-DCMAKE_CUDA_HOST_COMPILER={compiler}")
     if root is None:
         missing.append(
-            "the TensorRT plugin: NvInfer.h is neither in TENSORRT_ROOT/include nor in the system's include folders "
+            no_headers
+            or "the TensorRT plugin: NvInfer.h is neither in TENSORRT_ROOT/include nor in the system's include folders "
             "(--tensorrt-ref v10.16 fetches the headers of that release from NVIDIA's public repository)"
         )
     elif nvcc is not None:
@@ -154,24 +156,27 @@ def build_plugins(
     return PluginBuild(reached, tuple(output / name for name in names[:count]), tuple(missing))
 
 
-def _headers_of_the_server() -> Path | None:
-    """The headers of the TensorRT whose library the system has, fetched; None where it has none.
-
-    Raises:
-        PluginBuildError: the repository cannot be reached, or has no release of that version.
-    """
+def _headers_of_the_server() -> tuple[Path | None, str]:
+    """The headers of the TensorRT whose library the system has: fetched before, or now; else None, and why."""
     version = system.system_tensorrt()
     if not version:
-        return None
-    git = _need("git", "install git, or set TENSORRT_ROOT to a folder with include/NvInfer.h")
-    listed = _run([git, "ls-remote", "--tags", "--refs", TENSORRT_REPOSITORY])
-    tag = system.tag_of(version, [line.rpartition("/")[2] for line in listed.splitlines()])
-    if not tag:
-        raise PluginBuildError(
-            f"this machine has TensorRT {version}, and {TENSORRT_REPOSITORY} has no headers of it",
-            fix="name the nearest release of the same version: --tensorrt-ref TAG, or set TENSORRT_ROOT",
-        )
-    return _fetched(TENSORRT_REPOSITORY, tag)
+        return None, ""
+    fetched = {headers_version(path.parent.parent): path.parent.parent for path in _cache().glob("*/include/NvInfer.h")}
+    known = system.tag_of(version, [f"v{number}" for number in fetched if number])
+    if known:
+        return fetched[known[1:]], ""
+    lacking = f"the TensorRT plugin: this machine has TensorRT {version} without its headers"
+    git = shutil.which("git")
+    if git is None:
+        return None, f"{lacking}, and no git to fetch them with"
+    try:
+        listed = _run([git, "ls-remote", "--tags", "--refs", TENSORRT_REPOSITORY])
+        tag = system.tag_of(version, [line.rpartition("/")[2] for line in listed.splitlines()])
+        if tag:
+            return _fetched(TENSORRT_REPOSITORY, tag), ""
+    except PluginBuildError as error:
+        return None, f"{lacking}, and they cannot be fetched: {error.why.splitlines()[0] if error.why else error.what}"
+    return None, f"{lacking}, and {TENSORRT_REPOSITORY} has none of it (--tensorrt-ref TAG takes another release's)"
 
 
 def _unfit(root: Path) -> str:
@@ -192,7 +197,8 @@ def _unfit(root: Path) -> str:
 
 def headers_version(root: Path) -> str:
     """The version of the TensorRT headers in a folder; empty where it cannot be read."""
-    for folder in (root / "include", *map(Path, _SYSTEM_INCLUDES)):
+    folders = [root / "include", *(map(Path, _SYSTEM_INCLUDES) if root == Path("/usr") else ())]
+    for folder in folders:
         with contextlib.suppress(OSError):
             text = (folder / "NvInferVersion.h").read_text()
             parts = ("MAJOR", "MINOR", "PATCH")
@@ -236,9 +242,14 @@ def find_tensorrt(source: str = "", ref: str = "") -> Path | None:
     return Path("/usr") if any(Path(folder, "NvInfer.h").is_file() for folder in _SYSTEM_INCLUDES) else None
 
 
+def _cache() -> Path:
+    """Where fetched headers are kept, one folder for each release."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd-on-triton" / "tensorrt"
+
+
 def _fetched(source: str, ref: str) -> Path:
     """The headers of a release, from the user's cache folder or else from the repository."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd-on-triton" / "tensorrt"
+    cache = _cache()
     name = re.sub(r"[^\w.-]", "_", ref)
     root = cache / f"{name}-{hashlib.sha256(f'{source} {ref}'.encode()).hexdigest()[:8]}"
     if (root / "include" / "NvInfer.h").is_file():

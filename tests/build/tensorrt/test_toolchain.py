@@ -133,8 +133,31 @@ def test_the_headers_are_those_of_the_servers_library(
     assert build_plugins(output=bare / "lib", work=bare / "out", bring=True).stage == "plugin"
     assert asked == [(plugins.TENSORRT_REPOSITORY, "v10.13.2")]
     monkeypatch.setattr(system, "system_tensorrt", lambda: "10.99.0")
-    with pytest.raises(plugins.PluginBuildError, match=r"has TensorRT 10\.99\.0, and .* has no headers of it"):
-        build_plugins(output=bare / "lib", work=bare / "out", bring=True)
+    built = build_plugins(output=bare / "lib", work=bare / "out", bring=True)
+    assert "has TensorRT 10.99.0 without its headers, and https://github.com/NVIDIA/TensorRT has none" in str(
+        built.missing
+    )
+    with pytest.raises(plugins.PluginBuildError, match="the stage plugin cannot be built here"):
+        build_plugins(stage="plugin", output=bare / "lib", work=bare / "out", bring=True)
+
+
+def test_headers_that_were_fetched_are_taken_without_a_network(
+    brought: list[list[str]], bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "system_tensorrt", lambda: "10.16.1")
+
+    def offline(command: Any, variables: Any = None) -> str:
+        if "ls-remote" in command:
+            raise plugins.PluginBuildError("git ended with 128", why="Could not resolve host\nmore")
+        return ""
+
+    monkeypatch.setattr(plugins, "_run", offline)
+    built = build_plugins(output=bare / "lib", work=bare / "out", bring=True)
+    assert built.stage == "core"
+    assert "cannot be fetched: Could not resolve host" in built.missing[-1]
+    fake_tensorrt(bare / "cache" / "ssd-on-triton" / "tensorrt" / "v10.13.2-x", "10.13.2")
+    fake_tensorrt(bare / "cache" / "ssd-on-triton" / "tensorrt" / "v10.16-x", "10.16.0")
+    assert build_plugins(output=bare / "lib", work=bare / "out", bring=True).stage == "plugin"
 
 
 def test_nothing_is_brought_for_what_is_not_built(
