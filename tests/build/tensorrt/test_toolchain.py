@@ -170,9 +170,8 @@ def test_nothing_is_brought_for_what_is_not_built(
 
 @pytest.mark.long
 def test_the_real_packages_build_the_core(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "tools"
-    monkeypatch.setattr(toolchain, "FOLDER", folder)
-    monkeypatch.setattr(toolchain, "bring", lambda bring=toolchain.bring: bring(folder))
+    brought = bring(tmp_path / "tools")
+    monkeypatch.setattr(toolchain, "bring", lambda: brought)
     monkeypatch.setattr(toolchain, "tools", lambda: None)
     monkeypatch.setattr("shutil.which", lambda name: None if name in ("nvcc", "cmake") else f"/usr/bin/{name}")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
