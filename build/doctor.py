@@ -167,7 +167,7 @@ def _tensorrt(machine: Machine) -> Iterator[Finding]:
             yield Finding("TensorRT", "Python package", "problem", text, "install it again, for this CUDA version")
     else:
         text = "not installed: plans cannot be built or checked here"
-        yield Finding("TensorRT", "Python package", "info", text, "only for plans: install the group tensorrt")
+        yield Finding("TensorRT", "Python package", "info", text, "only for plans: ./invoke install-tensorrt")
     for where, version in (("system libraries", system), ("container", container)):
         if version:
             yield Finding("TensorRT", where, "ok", version)

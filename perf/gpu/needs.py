@@ -186,8 +186,8 @@ def _server(here: Here) -> Found:
 _NEEDS: dict[str, Callable[[Here], Found]] = {
     "gpu": _gpu,
     "numpy": _package("numpy", "numpy", "./invoke installs it"),
-    "cuda-python": _package("cuda", "cuda-python", "pip install cuda-python"),
-    "tensorrt": _package("tensorrt", "tensorrt", "docs/tensorrt.md says which"),
+    "cuda-python": _package("cuda", "cuda-python", "./invoke install-tensorrt"),
+    "tensorrt": _package("tensorrt", "tensorrt", "./invoke install-tensorrt"),
     "onnx": _package("onnx", "onnx", "./invoke installs it"),
     "onnxruntime": _package("onnxruntime", "onnxruntime", "./invoke installs it"),
     "pycocotools": _package("pycocotools", "pycocotools", "./invoke installs it"),
