@@ -253,6 +253,24 @@ def benchmark(
 
 @task(
     help={
+        "model": "folder of models/",
+        "only": "steps to run, with commas (default: all; the table names them)",
+        "site": "a folder of packages for this Python, read-only or not, for machines that reach no package index",
+        "force": "run again what passed before",
+    }
+)
+@_explained
+def gpu_check(c: Context, model: str = "shapes", only: str = "", site: str = "", force: bool = False) -> None:
+    """All that waits for an NVIDIA GPU, step by step; says what is missing; writes perf/results/gpu/."""
+    from perf.gpu.check import gpu_check as run
+
+    steps = tuple(filter(None, only.split(",")))
+    if run(model=model, only=steps, site=_path(site), force=force, artifacts=ARTIFACTS):
+        raise Exit("error: a step failed (see above)", code=1)
+
+
+@task(
+    help={
         "model": "the model to judge",
         "precision": "one precision (default: all of them)",
         "sensitivity": "rank the layers by what INT8 costs, find the smallest set to leave out, write it to spec.toml",
@@ -411,8 +429,9 @@ def import_model(
 @task(
     help={
         "tensorrt_source": "URL or path of a git repository with TensorRT's headers under include/",
-        "tensorrt_ref": "its tag, for example v10.16.1; without it the headers of TENSORRT_ROOT or of the system",
-        "architectures": "such as 90 or 80,90-virtual (default: all from 7.5 to 12.0 that nvcc knows, and PTX)",
+        "tensorrt_ref": "its tag, for example v10.16; without it the headers of TENSORRT_ROOT, of the system, or those "
+        "that go with the system's libnvinfer",
+        "architectures": "such as 90 or 80,90-virtual (default: all from 7.5 to 12.1 that nvcc knows, and PTX)",
         "stage": "reference, core or plugin, if it must be that one (default: the furthest that is possible)",
     }
 )
@@ -420,14 +439,28 @@ def import_model(
 def build_plugins(
     c: Context, tensorrt_source: str = "", tensorrt_ref: str = "", architectures: str = "", stage: str = ""
 ) -> None:
-    """Build the NMS plugin as far as nvcc and TensorRT's headers are at hand; says what is missing."""
+    """Build the NMS plugin as far as TensorRT's headers are at hand; brings CMake and nvcc; says what is missing."""
     from build.tensorrt.plugins import build_plugins as run
 
     source = _given_or_name(tensorrt_source)
-    built = run(tensorrt_source=source, tensorrt_ref=tensorrt_ref, architectures=architectures, stage=stage)
+    built = run(tensorrt_source=source, tensorrt_ref=tensorrt_ref, architectures=architectures, stage=stage, bring=True)
     print(built)
     if built.stage == "plugin":
-        print("the plugin is ready; next, where there is a GPU: ./invoke build-engines --runtime tensorrt")
+        print("the plugin is ready; next, where there is a GPU: ./invoke install-tensorrt, then ./invoke gpu-check")
+
+
+@task(
+    help={"tensorrt": "a version, such as 10.13.2 (default: that of this machine's libnvinfer, which its server loads)"}
+)
+@_explained
+def install_tensorrt(c: Context, tensorrt: str = "") -> None:
+    """Install the Python packages tensorrt and cuda-python that go with the server here; they are large."""
+    from build.tensorrt.system import packages, system_tensorrt
+
+    wanted = packages(tensorrt or system_tensorrt())
+    print(f"installing {' '.join(wanted)} ...", flush=True)
+    c.run(f"{PYTHON} -m pip install --quiet {shlex.join(wanted)}")
+    print("installed; next: ./invoke gpu-check")
 
 
 @task
@@ -489,7 +522,7 @@ def lock(c: Context) -> None:
     """Resolve the groups of pyproject.toml into the hashed files under requirements/ (needs uv)."""
     if shutil.which("uv") is None:
         raise Exit("error: uv is not on PATH\nwhat to do: pipx install uv", code=1)
-    for group in ("runtime", "dev", "train", "convert_tensorflow"):
+    for group in ("runtime", "dev", "train", "convert_tensorflow", "plugin_tools"):
         c.run(
             f"uv pip compile pyproject.toml --group {group} --universal --generate-hashes --python-version 3.10 "
             f"--no-header --no-annotate --quiet -o requirements/{group}.lock"

@@ -30,7 +30,6 @@ from build.machine import (
     ask_plugin,
     find_gpu,
     package_version,
-    system_tensorrt,
     tensorrt_version,
     unresolvable,
     unused_regions,
@@ -39,6 +38,7 @@ from build.publish import backend, repository
 from build.releases import SUPPORT_MATRIX, numbers, release_of, same_minor
 from build.tensorrt import plan, plugins
 from build.tensorrt.cuda import Gpu, driver_version
+from build.tensorrt.system import system_tensorrt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,7 +156,7 @@ def _gpu(machine: Machine, gpu: Gpu | None) -> Iterator[Finding]:
 
 
 def _tensorrt(machine: Machine) -> Iterator[Finding]:
-    pip, system, container = tensorrt_version(), system_tensorrt(machine), os.environ.get("TENSORRT_VERSION", "")
+    pip, system, container = tensorrt_version(), system_tensorrt(machine.run), os.environ.get("TENSORRT_VERSION", "")
     container = container or os.environ.get("NV_TENSORRT_VERSION", "")
     if pip and importlib.util.find_spec("tensorrt") is not None:
         status, output = machine.run([sys.executable, "-c", "import tensorrt; print(tensorrt.__version__)"])
@@ -167,7 +167,7 @@ def _tensorrt(machine: Machine) -> Iterator[Finding]:
             yield Finding("TensorRT", "Python package", "problem", text, "install it again, for this CUDA version")
     else:
         text = "not installed: plans cannot be built or checked here"
-        yield Finding("TensorRT", "Python package", "info", text, "only for plans: install the group tensorrt")
+        yield Finding("TensorRT", "Python package", "info", text, "only for plans: ./invoke install-tensorrt")
     for where, version in (("system libraries", system), ("container", container)):
         if version:
             yield Finding("TensorRT", where, "ok", version)

@@ -164,7 +164,7 @@ char const* ssdNmsStatusString(SsdNmsStatus status)
     case SSD_NMS_WORKSPACE_TOO_SMALL:
         return "the workspace is smaller than ssdNmsWorkspaceSize() asks for";
     case SSD_NMS_LAUNCH_FAILED:
-        return "CUDA refused a kernel launch (cudaGetLastError says why)";
+        return "CUDA refused a kernel launch (ssdNmsLastError says why)";
     }
     return "unknown status";
 }

@@ -11,6 +11,7 @@
 //! different, then put everything in order.
 
 #include "find.cuh"
+#include "launch_error.cuh"
 #include "select.cuh"
 
 namespace ssd_nms
@@ -114,14 +115,26 @@ SsdNmsStatus ssdNmsLaunch(SsdNmsParams const* params, SsdNmsShape const* shape, 
     problem.seen = reinterpret_cast<int32_t*>(bytes + layout.seen);
 
     auto const cudaStream = static_cast<cudaStream_t>(stream);
+    char const* kernel = "findCandidates";
     // The counter of a tile, the tile, and what its alignment may cost.
     size_t const findBytes = sizeof(uint4) + static_cast<size_t>(problem.tiling.sharedBytes) + sizeof(uint4);
     cudaError_t error = launch(shape->logitsType == SSD_NMS_FLOAT16 ? findCandidates<Half> : findCandidates<float>,
         shape->batch * problem.tiling.tilesPerRow, kFindThreads, findBytes, problem, cudaStream);
     if (error == cudaSuccess)
     {
+        kernel = "selectDetections";
         error = launch(shape->deltasType == SSD_NMS_FLOAT16 ? selectDetections<Half> : selectDetections<float>,
             shape->batch, kSelectThreads, sizeof(SelectShared), problem, cudaStream);
     }
-    return error == cudaSuccess ? SSD_NMS_OK : SSD_NMS_LAUNCH_FAILED;
+    if (error != cudaSuccess)
+    {
+        keepLaunchError(error, kernel);
+        return SSD_NMS_LAUNCH_FAILED;
+    }
+    return SSD_NMS_OK;
+}
+
+char const* ssdNmsLastError()
+{
+    return ssd_nms::tLaunchError;
 }

@@ -63,7 +63,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Library:
     """ssd_nms/kernels.cu, its threads run one after the other; undefined behaviour ends the program."""
     source = PLUGINS / "ssd_nms"
     sanitizer = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    include = [f"-I{EMULATOR}", f"-I{source}", "-Wno-unknown-pragmas", "-shared"]
+    include = [f"-I{EMULATOR}", f"-I{source}", "-Wno-unknown-pragmas", "-shared", '-DSSD_NMS_ARCHITECTURES="75-real"']
     kernels = ["-x", "c++", source / "kernels.cu", source / "checks.cpp"]
     own = [EMULATOR / "emulator.cpp", EMULATOR / "numerics.cpp"]
 

@@ -130,7 +130,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
-        self.c.ssdNmsStatusString.restype = ctypes.c_char_p
+        self.c.ssdNmsStatusString.restype = self.c.ssdNmsLastError.restype = ctypes.c_char_p
         self.c.ssdNmsWorkspaceSize.restype = ctypes.c_size_t
         self.c.ssdNmsValidate.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import shutil
+import threading
 from typing import Any
 
 import numpy as np
@@ -120,6 +123,41 @@ def test_bad_pointers_are_refused_Negative(request: pytest.FixtureRequest, which
         assert launch(size=need - 1) == "workspace"
         assert launch(at=0) == "pointer"
         assert launch(at=workspace.ctypes.data + 8) == "pointer"
+
+
+def small_call(library: Library) -> str:
+    """Launches four anchors of three classes, on the host's memory."""
+    memory = [aligned(1 << 14, fill=0) for _ in range(len(Tensors._fields_) + 1)]
+    *tensors, workspace = (array.ctypes.data for array in memory)
+    return library.launch(params(), Shape(1, 4, 3, 0, 0, 0, 0), Tensors(*tensors), workspace, 1 << 14)
+
+
+def test_the_cuda_error_of_a_failed_launch_is_kept_and_worded(emulated: Library) -> None:
+    try:
+        emulated.c.emulatorRefuse(209, 0)
+        assert small_call(emulated) == "launch"
+        assert emulated.c.ssdNmsLastError().decode() == (
+            "findCandidates: no kernel image is available for execution on the device (cudaErrorNoKernelImageForDevice)"
+            "; the device is GPU 3, Emulated GPU, of compute capability 8.7, the library has code for 75-real"
+        )
+        emulated.c.emulatorRefuse(719, 1)  # the first launch passes
+        assert small_call(emulated) == "launch"
+        assert emulated.c.ssdNmsLastError() == b"selectDetections: another error (cudaErrorOther)"
+        texts = []  # each thread has its own
+        thread = threading.Thread(target=lambda: texts.append(emulated.c.ssdNmsLastError()))
+        thread.start()
+        thread.join()
+        assert texts == [b""]
+    finally:
+        emulated.c.emulatorRefuse(0, 0)
+
+
+def test_the_cuda_core_says_what_cuda_said(core: Library) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("there is a GPU, which takes no memory of the host: needs a machine without one")
+    assert core.c.ssdNmsLastError() == b""
+    assert small_call(core) == "launch"
+    assert re.fullmatch(r"findCandidates: .+ \(cudaError\w+\)", core.c.ssdNmsLastError().decode())
 
 
 def test_the_workspace_grows_with_what_can_pass(emulated: Library) -> None:

@@ -196,3 +196,8 @@ SsdNmsStatus ssdNmsLaunch(SsdNmsParams const* params, SsdNmsShape const* shape, 
     }
     return SSD_NMS_OK;
 }
+
+char const* ssdNmsLastError()
+{
+    return ""; // nothing is launched
+}

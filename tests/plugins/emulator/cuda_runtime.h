@@ -40,6 +40,18 @@ using cudaStream_t = void*;
 enum cudaError_t
 {
     cudaSuccess = 0,
+    cudaErrorInvalidDeviceFunction = 98,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorJitCompilerNotFound = 221,
+    cudaErrorUnsupportedPtxVersion = 222,
+    cudaErrorLaunchFailure = 719,
+};
+
+struct cudaDeviceProp
+{
+    char name[256];
+    int major;
+    int minor;
 };
 
 struct cudaLaunchConfig_t
@@ -61,6 +73,8 @@ void runGrid(cudaLaunchConfig_t const& config, std::function<void()> const& kern
 void blockBarrier();
 
 //! Waits for the lanes of the mask, gives each this lane's value, and returns theirs.
+//! What the next launch is refused with, or cudaSuccess.
+cudaError_t refusal();
 uint64_t const* exchange(uint32_t mask, uint64_t value);
 int32_t lane();
 
@@ -83,9 +97,21 @@ T fromSlot(uint64_t slot)
 
 } // namespace emulator
 
+// Errors of the device that is not there: those that a test asked for.
+
+cudaError_t cudaGetLastError();
+char const* cudaGetErrorName(cudaError_t error);
+char const* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
+
 template <typename Argument, typename Actual>
 cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t const* config, void (*kernel)(Argument), Actual const& argument)
 {
+    if (cudaError_t const error = emulator::refusal(); error != cudaSuccess)
+    {
+        return error;
+    }
     emulator::runGrid(*config, [&] { kernel(argument); });
     return cudaSuccess;
 }

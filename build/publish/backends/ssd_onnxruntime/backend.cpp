@@ -116,7 +116,10 @@ public:
     Runtime()
     {
         Dl_info self{};
-        dladdr(reinterpret_cast<void const*>(&caught), &self);
+        if (dladdr(reinterpret_cast<void const*>(&caught), &self) == 0 || self.dli_fname == nullptr)
+        {
+            throw Refused("the backend's own file cannot be found", TRITONSERVER_ERROR_NOT_FOUND);
+        }
         std::string path = self.dli_fname;
         path = path.substr(0, path.rfind('/') + 1) + kLibrary;
         // Never closed: it has threads and thread-local state of its own.
