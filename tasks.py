@@ -487,9 +487,10 @@ def lock(c: Context) -> None:
     """Resolve the groups of pyproject.toml into the hashed files under requirements/ (needs uv)."""
     if shutil.which("uv") is None:
         raise Exit("error: uv is not on PATH\nwhat to do: pipx install uv", code=1)
-    for group in ("runtime", "dev", "train", "convert_tensorflow"):
+    for group in ("runtime", "dev", "train", "convert_tensorflow", "video", "batch"):
+        beside = " --constraints requirements/runtime.lock" if group in ("video", "batch") else ""  # they run beside it
         c.run(
-            f"uv pip compile pyproject.toml --group {group} --universal --generate-hashes --python-version 3.10 "
+            f"uv pip compile pyproject.toml --group {group}{beside} --universal --generate-hashes --python-version 3.10 "
             f"--no-header --no-annotate --quiet -o requirements/{group}.lock"
         )
     print("requirements/ is locked; next: ./invoke test (.venv is made again where what it holds has changed)")
