@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from aiohttp import BodyPartReader, web
 from PIL import Image
@@ -133,7 +133,7 @@ class Gateway:
     def _admit(self, request: web.Request) -> None:
         """Refuse pages of other origins, names that are not ours, and callers without the token."""
         hosts = self._settings.hosts
-        name = urlsplit(f"//{request.host}").hostname or ""
+        name = _split(f"//{request.host}").hostname or ""
         if hosts and name not in hosts:
             raise ProblemError(
                 403,
@@ -141,7 +141,7 @@ class Gateway:
                 "what to do: use one of them, or start it with --allow-host",
             )
         origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != request.host:
+        if origin is not None and _split(origin).netloc != request.host:
             raise ProblemError(
                 403, f"pages of {origin} may not use this gateway\nwhat to do: open the gateway's own page"
             )
@@ -200,6 +200,8 @@ class Gateway:
             limit = 2 * self._settings.timeout + self._settings.read_timeout  # in the queue, and on its way
             try:
                 return await asyncio.wait_for(work, limit)
+            except SSDClientError:  # one of them is a TimeoutError, too
+                raise
             except asyncio.TimeoutError:
                 raise ProblemError(
                     504, f"no answer within {limit:.3g} s\nwhat to do: send fewer requests at once"
@@ -306,6 +308,13 @@ def policy_of(page: str) -> str:
         f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
         "img-src blob: data:; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # brackets that do not close
+        return urlsplit("")
 
 
 def _wish_of(request: web.Request) -> _Wish:

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model=options.model,
             shared_memory=options.shared_memory,
             timeout=options.timeout,
+            read_timeout=options.read_timeout,
             max_bytes=options.max_bytes,
             max_pixels=options.max_pixels,
             max_requests=options.max_requests,
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=defaults.threads, metavar="N", help="in each worker; default: %(default)s")
     add("--shared-memory", action="store_true", help="hand pictures over in shared memory (Triton on this machine)")
     add("--timeout", type=float, default=defaults.timeout, metavar="S", help="for Triton; default: %(default)s")
+    add("--read-timeout", type=float, default=defaults.read_timeout, metavar="S", help="for a request to be here")
     add("--max-bytes", type=int, default=defaults.max_bytes, metavar="N", help="of a body; default: %(default)s")
     add("--max-pixels", type=int, default=defaults.max_pixels, metavar="N", help="default: %(default)s")
     add("--max-requests", type=int, default=defaults.max_requests, metavar="N", help="at once; default: %(default)s")

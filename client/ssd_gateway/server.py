@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -152,6 +153,8 @@ async def _answer(settings: Settings, listener: socket.socket, parent: int | Non
     from .app import Gateway
 
     Image.MAX_IMAGE_PIXELS = None  # the limit is max_pixels
+    # It logs a traceback for every request that is not HTTP. Faults of our own are logged by ssd_gateway.app.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
