@@ -274,16 +274,7 @@ class Gateway:
             "version": model.version,
             "manifest_sha256": model.config.manifest_sha256,
             "image_size": list(detections.image_size),
-            "detections": [
-                {"box": box, "score": score, "class_id": class_id, "label": label}
-                for box, score, class_id, label in zip(
-                    detections.boxes.tolist(),
-                    detections.scores.tolist(),
-                    detections.class_ids.tolist(),
-                    detections.labels,
-                    strict=True,
-                )
-            ],
+            "detections": detections.to_dicts(),
             "timings_ms": {name: round(1000 * seconds, 3) for name, seconds in times.items()},
         }
         return web.json_response(answer)
