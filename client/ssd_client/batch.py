@@ -14,9 +14,9 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from PIL import Image
 
@@ -148,21 +148,23 @@ def pictures(daft: Any, patterns: Sequence[str]) -> list[str]:
     """
     found: set[str] = set()
     for pattern in patterns:
-        folder = "://" not in pattern and Path(pattern).is_dir()
-        place = f"{Path(pattern).resolve()}/**/*" if folder else pattern
-        if "://" not in place:
-            place = str(Path(place).absolute())
-        try:
-            listed = daft.from_glob_path(place).select("path").to_pydict()["path"]
-        except FileNotFoundError:
-            listed = []
-        except Exception as error:  # Daft raises many kinds for what a store answers
-            raise BatchError(f"{pattern} cannot be listed: {error}", fix="check the address and the rights") from None
-        if folder:
-            listed = [path for path in listed if path.lower().endswith(SUFFIXES)]
+        if "://" in pattern:
+            try:
+                listed = daft.from_glob_path(pattern).select("path").to_pydict()["path"]
+            except FileNotFoundError:
+                listed = []
+            except Exception as error:  # Daft raises many kinds for what a store answers
+                raise BatchError(
+                    f"{pattern} cannot be listed: {error}", fix="check the address and the rights"
+                ) from None
+        elif Path(pattern).is_dir():
+            held = (str(path) for path in Path(pattern).absolute().rglob("*") if path.is_file())
+            listed = [path for path in held if path.lower().endswith(SUFFIXES)]
+        else:
+            listed = [str(Path(path).absolute()) for path in glob(pattern, recursive=True) if Path(path).is_file()]
         if not listed:
             raise BatchError(f"no picture matches {pattern}", fix="check the pattern; quote it, so the shell keeps it")
-        found.update(unquote(path.removeprefix("file://")) if path.startswith("file://") else path for path in listed)
+        found.update(listed)
     return sorted(found)
 
 
@@ -190,6 +192,8 @@ def run(
     """
     with _held(out), SSDClient(**job.client) as client:
         config = client.model_config()
+        blank = Image.new("RGB", (8, 8))  # a wrong threshold is an error of the run, not of every picture
+        client.detect(blank, score_threshold=job.score_threshold, iou_threshold=job.iou_threshold)
         done = _done(daft, out, config)
         todo = [path for path in paths if path not in done]
         rows, failed = len(paths) - len(todo), sum(done[path] for path in paths if path in done)
