@@ -515,7 +515,7 @@ def lock(c: Context) -> None:
     """Resolve the groups of pyproject.toml into the hashed files under requirements/ (needs uv)."""
     if shutil.which("uv") is None:
         raise Exit("error: uv is not on PATH\nwhat to do: pipx install uv", code=1)
-    for group in ("runtime", "dev", "train", "convert_tensorflow", "video", "batch"):
+    for group in ("runtime", "dev", "train", "convert_tensorflow", "video", "batch", "clients"):
         # These two run beside what the first one holds.
         beside = "--constraints requirements/runtime.lock" if group in ("video", "batch") else ""
         c.run(

@@ -161,7 +161,8 @@ def pictures(daft: Any, patterns: Sequence[str]) -> list[str]:
             held = (str(path) for path in Path(pattern).absolute().rglob("*") if path.is_file())
             listed = [path for path in held if path.lower().endswith(SUFFIXES)]
         else:
-            listed = [str(Path(path).absolute()) for path in glob(pattern, recursive=True) if Path(path).is_file()]
+            names = glob(pattern, recursive=True)  # noqa: PTH207 - of any pattern, absolute ones, too
+            listed = [str(Path(path).absolute()) for path in names if Path(path).is_file()]
         if not listed:
             raise BatchError(f"no picture matches {pattern}", fix="check the pattern; quote it, so the shell keeps it")
         found.update(listed)

@@ -21,7 +21,7 @@ from ssd_client.cli import main
 from build.serve import TritonServer
 from tests.client.conftest import order, scene
 from tests.client.fake_model import RAISE
-from tests.client.test_video import optional
+from tests.optional import optional
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.triton
