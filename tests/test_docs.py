@@ -44,7 +44,7 @@ def to_run() -> Iterator[object]:
             yield pytest.param(block, marks=marks, id=" ".join(block.text.split()[:6]))
 
 
-@pytest.mark.parametrize("block", to_run())
+@pytest.mark.parametrize("block", list(to_run()))
 def test_block_runs(block: Block, triton_server: TritonServer, running: Running, tmp_path: Path) -> None:
     environment = dict(os.environ)
     if any(words in block.text for words in OTHERS):
