@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from PIL import Image
@@ -99,6 +100,19 @@ class Worker:
             return {**row, "error": str(error)}
         boxes, scores = found.boxes.tolist(), found.scores.tolist()
         return {**row, "boxes": boxes, "scores": scores, "labels": list(found.labels), "error": ""}
+
+
+_workers: dict[str, Worker] = {}
+_making = Lock()
+
+
+def worker_of(job: Job) -> Worker:
+    """This process's worker: however many the engine makes, they share its client, its threads and its limit."""
+    with _making:
+        key = repr(job)
+        if key not in _workers:
+            _workers[key] = Worker(job)
+        return _workers[key]
 
 
 def require(ray: str | None = None) -> Any:
@@ -252,10 +266,13 @@ def _frame(daft: Any, chunk: Sequence[str], job: Job, config: ModelConfig) -> An
         }
     )
 
-    @daft.cls(max_concurrency=job.workers, use_process=False if job.workers == 1 else None)
+    # A single worker is threads of this process; several are processes of their own.
+    engine = {"use_process": False} if job.workers == 1 else {"max_concurrency": job.workers, "use_process": True}
+
+    @daft.cls(**engine)
     class Detector:
         def __init__(self, job: Job) -> None:
-            self._worker = Worker(job)
+            self._worker = worker_of(job)
 
         @daft.method.batch(return_dtype=record, unnest=True, batch_size=_ROWS)  # type: ignore[untyped-decorator]
         def rows(self, paths: Any, contents: Any) -> list[dict[str, Any]]:
