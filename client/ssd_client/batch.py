@@ -101,6 +101,11 @@ class Worker:
         boxes, scores = found.boxes.tolist(), found.scores.tolist()
         return {**row, "boxes": boxes, "scores": scores, "labels": list(found.labels), "error": ""}
 
+    def close(self) -> None:
+        """End the threads and the connection: at the interpreter's end they would meet the engine's own threads."""
+        self._threads.shutdown()
+        self._client.close()
+
 
 _workers: dict[str, Worker] = {}
 _making = Lock()
@@ -213,11 +218,16 @@ def run(
         todo = [path for path in paths if path not in done]
         rows, failed = len(paths) - len(todo), sum(done[path] for path in paths if path in done)
         told(rows, failed)
-        for start in range(0, len(todo), job.chunk):
-            chunk = todo[start : start + job.chunk]
-            failed += _write(daft, chunk, out, job, config, client, warn)
-            rows += len(chunk)
-            told(rows, failed)
+        try:
+            for start in range(0, len(todo), job.chunk):
+                chunk = todo[start : start + job.chunk]
+                failed += _write(daft, chunk, out, job, config, client, warn)
+                rows += len(chunk)
+                told(rows, failed)
+        finally:
+            with _making:
+                while _workers:
+                    _workers.popitem()[1].close()
 
 
 def _write(
