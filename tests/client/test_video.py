@@ -229,7 +229,7 @@ def test_without_pyav(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 def test_memory_does_not_grow_with_the_film(environment: dict[str, str], server: TritonServer, tmp_path: Path) -> None:
     from tests.client import films
 
-    films.write(tmp_path / "in.mp4", [np.asarray(scene(1280, 720))] * 1500, audio="aac")
+    films.write(tmp_path / "in.mp4", [np.asarray(scene(1280, 720))] * 800, audio="aac")
     command = [sys.executable, "-m", "ssd_client", "video", "in.mp4", "--out", "out.mp4"]
     command += ["--url", server.grpc_url, "--model", "fake"]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment)

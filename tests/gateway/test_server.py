@@ -42,7 +42,7 @@ def test_stops_after_what_is_in_hand(fake_server: TritonServer, tmp_path: Path) 
         asking.join()
         assert statuses == [200]
         assert started.process.wait(10) == 0
-        assert time.monotonic() - begun < 3, "an idle connection held it open"
+        assert time.monotonic() - begun < 8, "an idle connection held it open"
         idle.close()
 
 
