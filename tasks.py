@@ -491,6 +491,34 @@ def serve(
 
 @task(
     help={
+        "triton": "host[:port] of a server's gRPC endpoint (default: the one on port 8001, else a new one)",
+        "model": "the model of requests that name none (default: the first by name)",
+        "host": "address to bind; 0.0.0.0 opens it to the network",
+        "port": "of the page (0 = any free one)",
+        "workers": "processes",
+    }
+)
+@_explained
+def page(
+    c: Context, triton: str = "", model: str = "", host: str = "127.0.0.1", port: int = 8080, workers: int = 1
+) -> None:
+    """A page for people, with a camera, and plain HTTP: a picture in, boxes out; starts a server where none runs."""
+    from ssd_client.exceptions import SSDClientError
+    from ssd_gateway.cli import TOKEN, run
+    from ssd_gateway.settings import Settings
+
+    from build.page import server_at
+
+    try:
+        with server_at(triton, REPOSITORY, artifacts=ARTIFACTS) as (address, started):
+            settings = Settings(address, model, shared_memory=started, token=os.environ.get(TOKEN, ""))
+            run(settings, host, port, workers)
+    except SSDClientError as error:
+        raise Exit(f"error: {error}", code=1) from None
+
+
+@task(
+    help={
         "path": "file or folder, relative to your folder or to the project's (default: tests)",
         "keyword": "pytest's -k",
         "marker": "pytest's -m, for example 'not slow'; 'long' runs the tests that take minutes",
@@ -522,9 +550,11 @@ def lock(c: Context) -> None:
     """Resolve the groups of pyproject.toml into the hashed files under requirements/ (needs uv)."""
     if shutil.which("uv") is None:
         raise Exit("error: uv is not on PATH\nwhat to do: pipx install uv", code=1)
-    for group in ("runtime", "dev", "train", "convert_tensorflow", "plugin_tools"):
+    for group in ("runtime", "dev", "train", "convert_tensorflow", "plugin_tools", "video", "batch", "clients"):
+        # These two run beside what the first one holds.
+        beside = "--constraints requirements/runtime.lock" if group in ("video", "batch") else ""
         c.run(
-            f"uv pip compile pyproject.toml --group {group} --universal --generate-hashes --python-version 3.10 "
-            f"--no-header --no-annotate --quiet -o requirements/{group}.lock"
+            f"uv pip compile pyproject.toml --group {group} {beside} --universal --generate-hashes "
+            f"--python-version 3.10 --no-header --no-annotate --quiet -o requirements/{group}.lock"
         )
     print("requirements/ is locked; next: ./invoke test (.venv is made again where what it holds has changed)")

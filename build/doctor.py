@@ -34,7 +34,7 @@ from build.machine import (
     unresolvable,
     unused_regions,
 )
-from build.publish import backend, repository
+from build.publish import backend, picture, repository
 from build.releases import SUPPORT_MATRIX, numbers, release_of, same_minor
 from build.tensorrt import plan, plugins
 from build.tensorrt.cuda import Gpu, driver_version
@@ -285,6 +285,8 @@ def _published(machine: Machine, gpu: Gpu | None, tensorrt: str) -> Iterator[Fin
         yield Finding("Published", "models", "info", text, "publish: ./invoke build-engines")
     for folder in folders:
         name = folder.name
+        if picture.owner(folder):
+            continue  # goes with its model
         served = repository.served_version(machine.repository, name)
         versions = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
         if served is None or served not in versions:

@@ -20,7 +20,7 @@ from build.gate import datasets, verify
 from build.gate.self_check import self_check
 from build.graph.attach import attach
 from build.graph.precision import runnable
-from build.publish import backend
+from build.publish import backend, picture
 from build.publish import repository as store
 from build.publish.config import instances_and_threads
 from build.quantization import audit, implicit
@@ -89,6 +89,7 @@ def rollback(model: str, repository: Path = REPOSITORY) -> int:
     if not model:
         raise OptionError("--rollback needs to know which model", fix="name it: --model shapes")
     version = store.rollback(repository, model)
+    picture.serve(repository, model, version)
     _console().print(f"{model}: version {version} is served again", markup=False)
     return version
 
@@ -303,6 +304,7 @@ def _build(
         digest = manifest["engine"]["onnx_sha256"] if plans else manifest["files"][store.MODEL_FILE[target.runtime]]
         if digest == files.sha256(artifact):
             version: int = manifest["version"]
+            picture.bring_about(spec, repository, version, target.runtime)
             show.print(f"{name}: nothing changed, version {version} stays ({target})", markup=False)
             return version
     # Where TensorRT calibrates, no graph is quantised: the gate judges the plan.
@@ -331,12 +333,15 @@ def _build(
     show.print(str(report.require()), markup=False)
     facts["verified"] = report.as_dict()
     version = store.publish(spec, built, repository, target, facts, served_by)
+    picture.bring_about(spec, repository, version, target.runtime)
     instances, threads = instances_and_threads(spec, target.runtime)
     show.print(
         f"{name}: published version {version} to {relative(repository / name)} "
         f"({target}, instances x threads: {instances} x {threads})",
         markup=False,
     )
+    if spec.serving.picture_input:
+        show.print(f"{name}: {picture.parts(name)[-1]} takes the files of pictures", markup=False)
     if served_by:
         show.print(f"{name}: served by Triton's backend {served_by.name}: {served_by.why}", markup=False)
         if served_by.name == backend.PYTHON and spec.serving.backend == "auto":

@@ -348,6 +348,8 @@ class TritonServer:
         try:
             with contextlib.closing(http.InferenceServerClient(self.http_url, network_timeout=60)) as client:
                 config, inputs = client.get_model_config(model), []
+                if any(-1 in map(int, entry["dims"]) for entry in config["input"]):
+                    return  # takes a picture's file, and a blank is none (build/publish/picture.py)
                 for entry in config["input"]:
                     kind = entry["data_type"].removeprefix("TYPE_")
                     blank = np.zeros([1, *map(int, entry["dims"])], utils.triton_to_np_dtype(kind))

@@ -80,6 +80,7 @@ class Serving(Table):
     queue_delay_us: int = key(0, low=0, high=10**6)
     cuda_graphs: bool = key(False)
     warmup: bool = key(True)
+    picture_input: bool = key(False)
 
 
 @dataclass(frozen=True)

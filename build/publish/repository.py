@@ -25,6 +25,7 @@ from build import contract, files
 from build.contract import Target
 from build.errors import PublishError
 from build.gate import datasets
+from build.publish import picture
 from build.publish.backend import Backend
 from build.publish.config import check_engine, config, instances_and_threads, text
 from build.spec import Spec
@@ -73,6 +74,8 @@ def recipe(spec: Spec, target: Target, served_by: Backend | None = None) -> dict
         builders += _OF_PICTURES
     if target.runtime == "tensorrt":
         builders += _OF_PLANS
+    if spec.serving.picture_input:
+        builders += picture.SOURCES
     settings = spec.quantization
     calibrator = settings.implicit_calibrator if target.implicit else settings.calibrator
     try:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +38,10 @@ _EPILOG = """\
   categories           [{id, name}]
   annotations          [{image_id, category_id, bbox: [x, y, width, height] in pixels, score}]: COCO results
   failed               [{file_name, error}]
+
+subcommands, with a --help of their own:
+  video                frames of a film, a camera or a stream
+  batch                a great many pictures, to Parquet
 
 exit status: 0 all pictures done, 1 some failed, 2 nothing could be done or the server went away
 """
@@ -70,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    options = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] in (["video"], ["batch"]):  # a picture of that name: ./video
+        module: Any = import_module(f"{__package__}.{arguments[0]}_cli")
+        return int(module.main(arguments[1:]))
+    options = _parser().parse_args(arguments)
     Image.MAX_IMAGE_PIXELS = None  # the limit is --max-pixels
     try:
         return _run(options)

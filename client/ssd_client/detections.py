@@ -69,6 +69,11 @@ class Detections:
             results.append({"image_id": image_id, "category_id": category, "bbox": bbox, "score": score})
         return results
 
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One {box: [x1, y1, x2, y2] in pixels, score, class_id, label} per detection, ready for JSON."""
+        rows = zip(self.boxes.tolist(), self.scores.tolist(), self.class_ids.tolist(), self.labels, strict=True)
+        return [{"box": box, "score": score, "class_id": number, "label": label} for box, score, number, label in rows]
+
     def draw(self, image: ImageSource | None = None) -> Image.Image:
         """The picture with boxes, labels and scores on it.
 

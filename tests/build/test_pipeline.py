@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ from onnx import numpy_helper
 from rich.console import Console
 
 from build import contract, pipeline, session
+from build import spec as specs
 from build.contract import Target
+from build.doctor import examine
 from build.errors import (
     DataError,
     GraphError,
@@ -34,7 +37,8 @@ from build.gate import verify
 from build.gate.self_check import self_check
 from build.graph.attach import attach
 from build.graph.precision import widened
-from build.publish import repository
+from build.machine import Machine
+from build.publish import picture, repository
 from build.session import runner
 from build.spec import Spec, load
 from build.tensorrt import compat, timing
@@ -126,6 +130,34 @@ def test_rollback(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert repository.served_version(place.repository, "tiny") == 1
     with pytest.raises(OptionError, match="which model"):
         pipeline.rollback("", place.repository)
+
+
+def test_the_picture_input_goes_with_its_model(place: Place) -> None:
+    spec = place.sources / "tiny" / "spec.toml"
+    specs.edit(spec, {"serving.picture_input": True})
+    _, said = place.build()
+    assert "tiny: tiny_picture takes the files of pictures" in said
+    names = {"tiny", *picture.parts("tiny")}
+
+    def served() -> dict[str, int | None]:
+        return {path.parent.name: repository.served_version(place.repository, path.parent.name) for path in configs()}
+
+    def configs() -> list[Path]:
+        return sorted(place.repository.glob("*/config.pbtxt"))
+
+    assert served() == dict.fromkeys(names, 1)
+    shutil.rmtree(place.repository / "tiny_picture")  # as if the first publish had been killed before it
+    assert place.build()[0] == {"tiny": 1}
+    assert served() == dict.fromkeys(names, 1)
+    place.build(force=True)
+    pipeline.rollback("tiny", place.repository)
+    assert served() == dict.fromkeys(names, 1)
+    machine = Machine(models=place.sources, repository=place.repository, ports=())
+    published = {finding.name for finding in examine(machine) if finding.area == "Published"}
+    assert not [name for name in published if "picture" in name]
+    specs.edit(spec, {"serving.picture_input": False})
+    place.build()
+    assert served() == {"tiny": 3}
 
 
 def test_auto_says_why(place: Place) -> None:
