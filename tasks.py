@@ -255,7 +255,7 @@ def benchmark(
     help={
         "model": "the model to judge",
         "precision": "one precision (default: all of them)",
-        "sensitivity": "rank the layers by what INT8 costs, find the smallest set to leave out, write it to spec.toml",
+        "sensitivity": "rank the layers by what INT8 costs; where the gate fails, find the few to leave out",
         "budget": "seconds that the sensitivity analysis may take (0 = all it needs); it goes on where it ended",
         "speed": "time FP32 and INT8 side by side instead: one thread, in turn, medians",
         "served": "judge what model_repository serves, through a real server, instead of graphs in process",

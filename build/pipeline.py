@@ -18,7 +18,7 @@ from build.errors import OptionError, RuntimeUnavailableError, SpecError, Verify
 from build.files import ARTIFACTS, MODELS, REPOSITORY, relative
 from build.gate import datasets, verify
 from build.gate.self_check import self_check
-from build.graph.attach import attach
+from build.graph.attach import attach, before_nms
 from build.graph.precision import runnable
 from build.publish import backend
 from build.publish import repository as store
@@ -230,12 +230,13 @@ def _gate(
     """
     import onnx
 
-    reference = runner(runnable(graph, target.precision), optimised=False)
+    written = runnable(graph, target.precision)
     check = functools.partial(
         verify.gate,
         spec,
         f"{spec.model.name} ({target})",
-        reference=reference,
+        reference=runner(written, optimised=False),
+        heads=runner(before_nms(written), optimised=False),
         within=verify.tolerance(target),
         baseline=runner(attach(spec)) if target.kind.typed else None,
         judge=judge,
@@ -307,6 +308,7 @@ def _build(
             return version
     # Where TensorRT calibrates, no graph is quantised: the gate judges the plan.
     chosen = audit.approved(spec, contract.BASELINE if target.implicit else target.precision, artifacts, show)
+    spec = load(spec.path)  # the audit may have written which layers stay unquantised
     graph = chosen.runs if artifact.name == "onnxruntime.onnx" else chosen.graph
     self_check(chosen.runs, spec, literal=chosen.kind.literal)
     for path, written in {artifact.with_name("model.onnx"): chosen.graph, artifact: graph}.items():

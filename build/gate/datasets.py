@@ -50,6 +50,11 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def spread(self, count: int) -> Pictures:
+        """At most `count` of them, spread evenly, without their labels."""
+        step = max(1, len(self.paths) // count)
+        return Pictures(self.name, self.paths[::step][:count])
+
     def digest(self) -> str:
         """SHA-256 over the files' contents, in order."""
         whole = hashlib.sha256()
