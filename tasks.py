@@ -259,6 +259,7 @@ def benchmark(
         "budget": "seconds that the sensitivity analysis may take (0 = all it needs); it goes on where it ended",
         "speed": "time FP32 and INT8 side by side instead: one thread, in turn, medians",
         "served": "judge what model_repository serves, through a real server, instead of graphs in process",
+        "labels_from": "files, or fp32: what FP32 itself detects in the held-out pictures (default: the spec's)",
     }
 )
 @_explained
@@ -270,14 +271,17 @@ def audit(
     budget: float = 0.0,
     speed: bool = False,
     served: bool = False,
+    labels_from: str = "",
 ) -> None:
     """What every precision and calibrator costs in mAP on held-out pictures; writes artifacts/audit/."""
     from build.quantization import audit as judged
     from build.quantization import sensitivity as layers
     from build.reports import speed as timed
-    from build.spec import load
+    from build.spec import load, with_labels_from
 
     spec = load(ROOT / "models" / model)
+    if labels_from:
+        spec = with_labels_from(spec, labels_from)
     if sensitivity:
         layers.search(spec, ARTIFACTS, budget=budget)
     elif speed:

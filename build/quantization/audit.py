@@ -124,8 +124,12 @@ def audit(
         rows.append(_row(name, calibrator, result, baseline, interval, forms))
         if worst is None or result.accuracy.map < worst[1].accuracy.map:
             worst = (f"{name} {calibrator}".strip(), result)
+    # A build takes the best of the calibrators that the spec allows, so a verdict counts these alone.
+    asked = spec.quantization.calibrator
     best: dict[str, dict[str, Any]] = {}
     for row in rows:
+        if row["calibrator"] not in (None, asked) and asked != "auto":
+            continue
         if row["precision"] not in best or row["map"] > best[row["precision"]]["map"]:
             best[row["precision"]] = row
     summary = {
@@ -136,6 +140,7 @@ def audit(
     prefix = "" if served is None else "served_"
     files.write_json(out / f"{prefix}summary.json", summary)
     about = {"model": spec.model.name, "pictures": len(pictures), "gate": spec.quantization.gate, "rows": rows}
+    about["labels"] = "FP32's own detections" if pictures.labelled_by else "of the pictures"
     files.write_json(out / f"{prefix}report.json", about)
     with files.explained(out):
         if worst is not None:
@@ -176,7 +181,10 @@ def _row(
 def _table(spec: Spec, rows: Iterable[dict[str, Any]], summary: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"{spec.model.name}: what each precision keeps (gate {spec.quantization.gate:g} of FP32's mAP)")
+    own = ", labelled by FP32's own detections" if spec.data.labels_from == datasets.FP32 else ""
+    table = Table(
+        title=f"{spec.model.name}: what each precision keeps (gate {spec.quantization.gate:g} of FP32's mAP{own})"
+    )
     for column in ("precision", "calibrator", "mAP", "mAP50", "of fp32", "95 % interval", "verdict"):
         table.add_column(column, justify="left" if column in ("precision", "calibrator", "verdict") else "right")
     for row in rows:

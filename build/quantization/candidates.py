@@ -117,6 +117,7 @@ class Quantiser:
         self.convs = tuple(conv.name for conv in qdq.convs(self.folded) if conv.input[1] in held)
         self._pictures = datasets.calibration(spec, artifacts / "datasets")
         self._calibration = calibrate(spec, self.folded, artifacts, console)
+        self._clips: dict[str, Mapping[str, float]] = {}
         self._errors: dict[str, Mapping[str, NDArray[np.float32]]] = {}
 
     def candidate(self, calibrator: str, exclude: Collection[str] | None = None) -> Candidate:
@@ -140,7 +141,9 @@ class Quantiser:
     def placed(self, calibrator: str, exclude: Collection[str] | None = None, *, sums: bool = False) -> qdq.Placed:
         """The quantised source alone; arguments as for `candidate` and `qdq.quantize`."""
         settings = self._spec.quantization
-        clips = self._calibration.clips(calibrator, settings.percentile)
+        if calibrator not in self._clips:
+            self._clips[calibrator] = self._calibration.clips(calibrator, settings.percentile)
+        clips = self._clips[calibrator]
         if self._name == "int8" and calibrator not in self._errors:
             everything = qdq.quantize(self.folded, clips, kind=self._name)
             self._errors[calibrator] = correction.mean_errors(self._spec, self.folded, everything, self._pictures)

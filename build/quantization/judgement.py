@@ -84,9 +84,10 @@ class Judgement:
         convs = len(qdq.convs(result.candidate.source))
         left = convs - len(result.candidate.quantised) if result.candidate.kind.quantised else 0
         rest = f" with {left} of {convs} convolutions left in {self._spec.quantization.rest.upper()}" if left else ""
+        own = ", labelled by FP32's own detections" if self.pictures.labelled_by else ""
         return (
             f"{self._spec.model.name}: {result.candidate.name}{rest} keeps {result.share:.2%} of FP32's mAP on "
-            f"{len(self.pictures)} held-out pictures ({result.score.accuracy.map:.4f} of "
+            f"{len(self.pictures)} held-out pictures{own} ({result.score.accuracy.map:.4f} of "
             f"{self.baseline.accuracy.map:.4f}; the gate asks for {self._spec.quantization.gate:.2%}): "
             f"{'passes' if result.passes else 'fails'}"
         )
