@@ -144,7 +144,7 @@ def _coco(file: Path, folder: Path, paths: Sequence[Path]) -> tuple[dict[str, An
         if image in ids:
             box = _box(file, i, row)
             try:
-                known: dict[str, Any] = {
+                sizes: dict[str, Any] = {
                     "area": float(row.get("area") or box[2] * box[3]),
                     "iscrowd": int(row.get("iscrowd") or 0),
                 }
@@ -155,7 +155,7 @@ def _coco(file: Path, folder: Path, paths: Sequence[Path]) -> tuple[dict[str, An
                 "image_id": ids[image],
                 "category_id": categories[category]["id"],
             }
-            annotations.append({**about, "bbox": box, **known})
+            annotations.append({**about, "bbox": box, **sizes})
     images = [{"id": number, "file_name": path.relative_to(folder).as_posix()} for number, path in enumerate(paths, 1)]
     truth = {"images": images, "annotations": annotations, "categories": list(categories.values())}
     return truth, tuple(range(1, len(paths) + 1))

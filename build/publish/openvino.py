@@ -97,8 +97,13 @@ def readable(model: onnx.ModelProto) -> onnx.ModelProto:
     return inliner.inline_local_functions(model)
 
 
-def runner(path: Path, threads: int = 1) -> Runner:
+def runner(path: Path, threads: int = 1, precision: str = "f32") -> Runner:
     """A session in this process, as an instance has it.
+
+    Args:
+        path: an ONNX file that `readable` made.
+        threads: of the session.
+        precision: f32, or bf16 on a CPU with its instructions (`has_bf16`).
 
     Raises:
         RuntimeUnavailableError: OpenVINO cannot be imported, or cannot run the file.
@@ -109,7 +114,7 @@ def runner(path: Path, threads: int = 1) -> Runner:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     try:
-        session = module.Session(path, threads, str(PACKAGES))
+        session = module.Session(path, threads, str(PACKAGES), precision)
     except Exception as error:  # OpenVINO's own exceptions have no common type
         raise RuntimeUnavailableError(
             f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1]}",
@@ -121,6 +126,14 @@ def runner(path: Path, threads: int = 1) -> Runner:
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
     return run
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies BF16 (AVX512-BF16 or AMX)."""
+    try:
+        return any(name in Path("/proc/cpuinfo").read_text() for name in ("avx512_bf16", "amx_bf16"))
+    except OSError:
+        return False
 
 
 def choose(files: Mapping[str, Path], feeds: Mapping[str, NDArray[Any]], threads: int) -> Choice:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MOST_LEFT_OUT = 0.1  # of the Convs; beyond that another precision is the better answer
+_METHOD = "noise over signal, both heads added, weighted by score"
 PICTURES = 4  # of the calibration's, for the ranking
 
 
@@ -170,7 +171,7 @@ class _Measured:
     def __init__(self, file: Path, start: Judged, judgement: Judgement) -> None:
         self.file = file
         whole = hashlib.sha256(start.candidate.source.SerializeToString(deterministic=True))
-        whole.update(judgement.pictures.digest().encode())
+        whole.update(f"{_METHOD} {judgement.pictures.digest()}".encode())
         self._key = whole.hexdigest()
         try:
             stored = json.loads(file.read_text())

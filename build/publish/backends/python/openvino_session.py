@@ -20,21 +20,22 @@ class Session:
         path: an ONNX file without functions of its own.
         threads: of the stream.
         packages: the folder with the package openvino; empty where Python finds it by itself.
+        precision: in which it computes what is not quantised: f32 or bf16.
 
     Raises:
         ImportError: there is no such package.
         RuntimeError: OpenVINO cannot read or compile the model.
     """
 
-    def __init__(self, path, threads, packages=""):
+    def __init__(self, path, threads, packages="", precision="f32"):
         if packages and packages not in sys.path:
             sys.path.append(packages)  # last: NumPy and the rest stay those that are installed
         import openvino
 
         core = openvino.Core()
         settings = {
-            # Else a CPU with AVX512-BF16 or AMX computes in BF16.
-            "INFERENCE_PRECISION_HINT": "f32",
+            # Without it a CPU with AVX512-BF16 or AMX computes in BF16.
+            "INFERENCE_PRECISION_HINT": precision,
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
             # Instances are processes: each would pin itself to the first core.
