@@ -19,13 +19,13 @@ _WHOLE = "frames.txt"
 
 
 def extract(video: Path, count: int, cache: Path, *, between: bool = False) -> list[Path]:
-    """Every n-th frame of a video as a PNG file, spread over its whole length; says how many and how far apart.
+    """Frames of a video as PNG files, spread evenly over its whole length; says how many and how far apart.
 
     Args:
         video: the file.
         count: how many at most.
         cache: where a folder of them is kept for the next time, by the file's contents.
-        between: the frames half-way between those that `between=False` gives: another set of the same video.
+        between: odd frames, where `between=False` takes even ones: another set of the same video.
 
     Returns:
         Their paths, in order.
@@ -44,12 +44,12 @@ def extract(video: Path, count: int, cache: Path, *, between: bool = False) -> l
     try:
         with av.open(str(video)) as opened:
             total = sum(1 for _ in opened.decode(video=0))
-        step = max(1, total // count)
-        start = step // 2 if between else 0
+        # Even frames for one set and odd ones for the other: no frame is in both, whatever their counts.
+        chosen = {2 * (place * total // (2 * count)) + between for place in range(count)}
         with av.open(str(video)) as opened:
             rate = float(opened.streams.video[0].average_rate or 0)
             for number, frame in enumerate(opened.decode(video=0)):
-                if number >= start and (number - start) % step == 0 and (number - start) // step < count:
+                if number in chosen:
                     frame.to_image().save(folder / f"{number:06d}.png")
     except (av.FFmpegError, IndexError, OSError) as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -57,8 +57,12 @@ def extract(video: Path, count: int, cache: Path, *, between: bool = False) -> l
     paths = sorted(folder.glob("*.png"))
     if not paths:
         raise DataError(f"{video}: has no frames")
-    seconds = f", {step / rate:.2f} s apart" if rate else ""
-    text = f"{video.name}: {len(paths)} of {total} frames, every {step}th from frame {start} on{seconds}"
+    first, last = int(paths[0].stem), int(paths[-1].stem)
+    length = f" of {total / rate:.0f} s" if rate else ""
+    text = (
+        f"{video.name}: {len(paths)} of {total} frames{length}, from frame {first} to {last}, "
+        f"one in {total / len(paths):.1f}"
+    )
     (folder / _WHOLE).write_text(text + "\n")
     Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
     return paths
