@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from build import files
 from build.errors import DataError, RuntimeUnavailableError
 
@@ -38,6 +36,8 @@ def extract(video: Path, count: int, cache: Path, *, between: bool = False) -> l
     folder = cache / f"{video.stem}-{about}"
     if (folder / _WHOLE).is_file():
         return sorted(folder.glob("*.png"))
+    from rich.console import Console
+
     av = _pyav()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

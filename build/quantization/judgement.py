@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from build import contract
 from build.gate import datasets
@@ -15,6 +14,9 @@ from build.quantization import qdq
 from build.quantization.candidates import Candidate, candidates
 from build.session import runner
 from build.spec import Spec
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,11 @@ def test_intervals() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda truth: truth["categories"].pop(), r"the model alone has \['dog'\]"),
+        (lambda truth: truth["categories"].pop(), r"annotations\[\d+\] category_id is 2, but no category has it"),
+        (
+            lambda truth: truth.update(categories=truth["categories"][:1], annotations=[]),
+            r"the model alone has \['dog'\]",
+        ),
         (lambda truth: truth["categories"][0].update(name="cow"), r"the pictures alone \['cow'\]"),
         (lambda truth: truth["images"].pop(), "1 pictures have no labels, like 0039"),
         (lambda truth: truth.pop("annotations"), "no COCO instances file"),
