@@ -336,6 +336,7 @@ def _build(
     if served_by and spec.serving.engine != openvino.OTHER:
         choice = _engine(spec, target, chosen.graph, artifact, artifacts, show)
         facts["engine_choice"] = choice.as_dict()
+        show.print(f"{name}: engine {choice.engine}: {choice.why}", markup=False)
         if choice.engine == openvino.NAME:
             served_by, graph = backend.with_openvino(choice.why), chosen.graph
             built = artifact.with_name(_FOR_OPENVINO)
