@@ -273,10 +273,11 @@ def gpu_check(c: Context, model: str = "shapes", only: str = "", site: str = "",
     help={
         "model": "the model to judge",
         "precision": "one precision (default: all of them)",
-        "sensitivity": "rank the layers by what INT8 costs, find the smallest set to leave out, write it to spec.toml",
+        "sensitivity": "rank the layers by what INT8 costs; where the gate fails, find the few to leave out",
         "budget": "seconds that the sensitivity analysis may take (0 = all it needs); it goes on where it ended",
         "speed": "time FP32 and INT8 side by side instead: one thread, in turn, medians",
         "served": "judge what model_repository serves, through a real server, instead of graphs in process",
+        "labels_from": "files, or fp32: what FP32 itself detects in the held-out pictures (default: the spec's)",
     }
 )
 @_explained
@@ -288,14 +289,17 @@ def audit(
     budget: float = 0.0,
     speed: bool = False,
     served: bool = False,
+    labels_from: str = "",
 ) -> None:
     """What every precision and calibrator costs in mAP on held-out pictures; writes artifacts/audit/."""
     from build.quantization import audit as judged
     from build.quantization import sensitivity as layers
     from build.reports import speed as timed
-    from build.spec import load
+    from build.spec import load, with_labels_from
 
     spec = load(ROOT / "models" / model)
+    if labels_from:
+        spec = with_labels_from(spec, labels_from)
     if sensitivity:
         layers.search(spec, ARTIFACTS, budget=budget)
     elif speed:
@@ -550,9 +554,9 @@ def lock(c: Context) -> None:
     """Resolve the groups of pyproject.toml into the hashed files under requirements/ (needs uv)."""
     if shutil.which("uv") is None:
         raise Exit("error: uv is not on PATH\nwhat to do: pipx install uv", code=1)
-    for group in ("runtime", "dev", "train", "convert_tensorflow", "plugin_tools", "video", "batch", "clients"):
-        # These two run beside what the first one holds.
-        beside = "--constraints requirements/runtime.lock" if group in ("video", "batch") else ""
+    for group in ("runtime", "dev", "train", "convert_tensorflow", "plugin_tools", "video", "batch", "openvino", "clients"):
+        # These run beside what the first one holds.
+        beside = "--constraints requirements/runtime.lock" if group in ("video", "batch", "openvino") else ""
         c.run(
             f"uv pip compile pyproject.toml --group {group} {beside} --universal --generate-hashes "
             f"--python-version 3.10 --no-header --no-annotate --quiet -o requirements/{group}.lock"

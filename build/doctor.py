@@ -332,7 +332,8 @@ def _stale(machine: Machine, name: str, manifest: Mapping[str, Any]) -> Iterator
         served_by = backend.of(manifest)
         if served_by:
             today = backend.look(source.serving.backend, machine.backends)
-            served_by = today if today.files else served_by  # without files, only a build can tell which it will be
+            keeps = today.files and served_by.engine == today.engine
+            served_by = today if keeps else served_by  # without files, only a build can tell which it will be
         changed = repository.changed(manifest, repository.recipe(source, target, served_by))
     except SSDError as error:
         fix = error.fix or f"see {relative(machine.models / name)}"

@@ -73,6 +73,7 @@ class Serving(Table):
     max_batch_size: int = key(32, low=1, high=4096)
     instances: int = key(0, low=0, high=1024)
     threads: int = key(0, low=0, high=1024)
+    engine: str = key("onnxruntime", choices=("auto", "onnxruntime", "openvino"))
     backend: str = key("auto", choices=("auto", "ssd_onnxruntime", "python"))
     dynamic_batching: str = key("auto", choices=("auto", "on", "off"))
     max_queue_size: int = key(256, low=0, high=INT32_MAX)
@@ -126,7 +127,7 @@ class TensorRT(Table):
 class Data(Table):
     """[data]: the pictures that INT8 and FP8 are calibrated on, and those that every precision is audited on.
 
-    Each is a folder with an `instances.json`, or a split of `generator`; an empty text is none (build/datasets.py).
+    Each is a folder, a video or a split of `generator`; an empty text is none (build/gate/datasets.py).
     """
 
     generator: str = key("")
@@ -134,6 +135,7 @@ class Data(Table):
     calibration_count: int = key(500, low=1, high=10**6)
     held_out: str = key("")
     held_out_count: int = key(500, low=1, high=10**6)
+    labels_from: str = key("files", choices=("files", "fp32"))
 
 
 @dataclass(frozen=True)
@@ -304,6 +306,17 @@ def load(path: str | Path) -> Spec:
         )
     _check_profiles(spec)
     return spec
+
+
+def with_labels_from(spec: Spec, labels_from: str) -> Spec:
+    """The spec with another [data] labels_from.
+
+    Raises:
+        SpecError: there is no such choice.
+    """
+    return dataclasses.replace(
+        spec, data=_table(spec.path, "data", Data, {**dataclasses.asdict(spec.data), "labels_from": labels_from})
+    )
 
 
 def _check_profiles(spec: Spec) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from build.errors import RuntimeUnavailableError, WriteError
 from build.files import ARTIFACTS, replacing
+from build.publish import openvino
 
 NATIVE, PYTHON = "ssd_onnxruntime", "python"
 LIBRARIES = ARTIFACTS / "backend"
@@ -42,12 +43,14 @@ class Backend:
         why: the reason for choosing it.
         files: the files beside model.onnx in a version folder, by their name there; empty until it is compiled.
         sources: the files of this project that those are built from.
+        engine: what runs the file in it: onnxruntime or openvino.
     """
 
     name: str
     why: str
     files: Mapping[str, Path]
     sources: tuple[Path, ...]
+    engine: str = openvino.OTHER
 
 
 def look(wanted: str = "auto", libraries: Path = LIBRARIES) -> Backend:
@@ -99,7 +102,15 @@ def of(manifest: Mapping[str, Any]) -> Backend | None:
     name = manifest.get("serving", {}).get("backend")
     if name is None:
         return None
+    if manifest["serving"].get("engine") == openvino.NAME:
+        return with_openvino("published")
     return _python("published") if name == PYTHON else Backend(name, "published", {}, _native_sources())
+
+
+def with_openvino(why: str) -> Backend:
+    """The python backend with OpenVINO in it."""
+    files = {source.name: source for source in (_SOURCES / PYTHON / "model.py", openvino.SESSION)}
+    return Backend(PYTHON, why, files, tuple(files.values()), openvino.NAME)
 
 
 def _python(why: str) -> Backend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from build import contract
 from build.contract import Target
 from build.errors import PublishError
+from build.publish import openvino
 from build.publish.backend import Backend
 from build.spec import Spec
 
@@ -71,6 +73,8 @@ def config(
         result.backend = served_by.name
         result.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances)
         parameters["threads"] = str(threads)
+        if served_by.engine == openvino.NAME:
+            parameters |= {"engine": served_by.engine, "engine_packages": str(openvino.PACKAGES)}
     for name, value in parameters.items():
         result.parameters[name].string_value = value
     return result
@@ -138,6 +142,15 @@ def text(message: ModelConfig) -> str:
     from google.protobuf import text_format
 
     return f"# Written by build/publish/; ./invoke build-engines makes it anew.\n{text_format.MessageToString(message)}"
+
+
+def cpu_name() -> str:
+    """The processor's model, as Linux names it; empty elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return ""
 
 
 def cores() -> int:

@@ -25,9 +25,9 @@ from build import contract, files
 from build.contract import Target
 from build.errors import PublishError
 from build.gate import datasets
-from build.publish import picture
+from build.publish import openvino, picture
 from build.publish.backend import Backend
-from build.publish.config import check_engine, config, instances_and_threads, text
+from build.publish.config import check_engine, config, cpu_name, instances_and_threads, text
 from build.spec import Spec
 
 CONFIG, MANIFEST, LABELS = "config.pbtxt", "manifest.json", "labels.txt"
@@ -38,7 +38,7 @@ _BUILDERS = ("build/contract.py", "build/graph/attach.py", "build/graph/ssd_nms.
 _OF_PLANS = ("build/tensorrt/engine.py", "build/tensorrt/compat.py")
 _OF_TYPED = (
     "build/graph/precision.py",
-    *(f"build/quantization/{name}.py" for name in ("calibration", "candidates", "qdq")),
+    *(f"build/quantization/{name}.py" for name in ("calibration", "candidates", "correction", "qdq")),
 )
 _OF_IMPLICIT = ("build/quantization/implicit.py",)
 _OF_PICTURES = ("build/gate/datasets.py", "client/ssd_client/preprocess.py")
@@ -86,6 +86,9 @@ def recipe(spec: Spec, target: Target, served_by: Backend | None = None) -> dict
                 inputs[str(files.relative(source))] = files.sha256(source)
         if served_by is not None:
             serving["backend"] = served_by.name
+            if spec.serving.engine != openvino.OTHER:  # which one is faster depends on the CPU and on both versions
+                serving |= {"engine": served_by.engine, "cpu": cpu_name()}
+                inputs[openvino.LOCK.name] = files.sha256(openvino.LOCK)
             inputs |= {str(files.relative(source)): files.sha256(source) for source in served_by.sources}
         if target.kind.quantised:
             inputs |= datasets.digest(spec)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build.errors import GraphError, ImportModelError
+from build.gate.matching import ious
 from build.gate.scoring import Detected
-from build.gate.verify import ious
 from build.graph.attach import attach
 from build.session import runner
 from build.sources.decoding import CORNERS, to_corners

@@ -452,7 +452,8 @@ def test_implicit_and_explicit_plans_are_not_taken_for_each_other(
     manifest = json.loads((place.repository / "tiny" / "2" / "manifest.json").read_text())
     assert manifest["calibration"] == {"way": "implicit", "method": "minmax"}
 
-    monkeypatch.setattr(pipeline.audit, "judged", lambda *_: (SimpleNamespace(accuracy=SimpleNamespace(map=0.5)), None))
+    half = SimpleNamespace(accuracy=SimpleNamespace(map=0.5))
+    monkeypatch.setattr(pipeline.audit.Judgement, "of_forms", lambda *_: (half, {}))
     assert place.build(**kind)[0] == {"tiny": 3}
     manifest = json.loads((place.repository / "tiny" / "3" / "manifest.json").read_text())
     assert manifest["calibration"] == {"way": "explicit", "method": "minmax"}
@@ -496,7 +497,8 @@ def test_every_precision_reaches_the_repository_and_a_wrong_plan_does_not(
     """Up to the plan's runner, whose stand-in computes the graph's own types; the gate compares with the same graph."""
     in_place_of_tensorrt(monkeypatch)
     with_pictures(place)
-    monkeypatch.setattr(pipeline.audit, "judged", lambda *_: (SimpleNamespace(accuracy=SimpleNamespace(map=0.5)), None))
+    half = SimpleNamespace(accuracy=SimpleNamespace(map=0.5))
+    monkeypatch.setattr(pipeline.audit.Judgement, "of_forms", lambda *_: (half, {}))
     kind: dict[str, Any] = {"runtime": "tensorrt", "precision": precision, "judge": lambda *_: 0.5}
     assert place.build(**kind)[0] == {"tiny": 1}
     manifest = json.loads((place.repository / "tiny" / "1" / "manifest.json").read_text())
@@ -518,7 +520,8 @@ def test_a_plan_of_other_numbers_is_refused(place: Place, monkeypatch: pytest.Mo
     """A plan whose weights are a tenth off fails parity in the precisions whose reference is not the graph as it is."""
     in_place_of_tensorrt(monkeypatch)
     with_pictures(place)
-    monkeypatch.setattr(pipeline.audit, "judged", lambda *_: (SimpleNamespace(accuracy=SimpleNamespace(map=0.5)), None))
+    half = SimpleNamespace(accuracy=SimpleNamespace(map=0.5))
+    monkeypatch.setattr(pipeline.audit.Judgement, "of_forms", lambda *_: (half, {}))
     right = pipeline.engine.build
 
     def off(spec: Spec, model: onnx.ModelProto, target: Target, plan: Path, **options: Any) -> dict[str, Any]:

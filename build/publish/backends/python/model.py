@@ -1,8 +1,9 @@
-"""Triton `python` backend model: one ONNX Runtime session on the CPU behind the contract of docs/design.md.
+"""Triton `python` backend model: one session on the CPU behind the contract of docs/design.md.
 
 Published as `<version>/model.py` beside `<version>/model.onnx`; it reads nothing but that folder and config.pbtxt.
 Every request runs alone: the session reads the request's own memory (no concatenation, no copy), so that a row's bits
 never depend on its neighbours, and one bad request is answered with its own error while the others of the call go on.
+The session is ONNX Runtime's, or OpenVINO's where config.pbtxt's parameter `engine` says so.
 """
 
 import ctypes
@@ -106,6 +107,10 @@ def _failed(message, code):
 
 def _session(path, config):
     """The session of one instance, with as many threads as config.pbtxt's parameter `threads` gives each instance."""
+    if not path.is_file():
+        raise _RefusedError(f"{path} is missing: publish the model again")
+    if _parameter(config, "engine") == "openvino":
+        return _openvino(path, config)
     try:
         import onnxruntime
     except ImportError as error:
@@ -113,8 +118,6 @@ def _session(path, config):
             f"the Python that the server runs models with ({sys.prefix}) cannot import onnxruntime ({error}): install "
             "it there, or put the bin folder of the environment that has it first on PATH"
         ) from error
-    if not path.is_file():
-        raise _RefusedError(f"{path} is missing: publish the model again")
     threads = _threads(config)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -127,8 +130,27 @@ def _session(path, config):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+def _openvino(path, config):
+    """The same on OpenVINO, whose packages config.pbtxt names."""
+    sys.path.insert(0, str(path.parent))  # of openvino_session.py
+    from openvino_session import Session
+
+    packages = _parameter(config, "engine_packages")
+    try:
+        return Session(path, _threads(config), packages)
+    except ImportError as error:
+        raise _RefusedError(
+            f"OpenVINO cannot be imported from {packages or sys.prefix} ({error}): publish again on this machine with "
+            'engine = "openvino", or with engine = "onnxruntime"'
+        ) from error
+
+
+def _parameter(config, name, default=""):
+    return config.get("parameters", {}).get(name, {}).get("string_value", default)
+
+
 def _threads(config):
-    text = config.get("parameters", {}).get("threads", {}).get("string_value", "1")
+    text = _parameter(config, "threads", "1")
     if not text.isdigit() or int(text) < 1:
         raise _RefusedError(f"parameter threads is {text!r}, expected a whole number of at least 1")
     return int(text)
@@ -140,7 +162,7 @@ def _check_contract(session, config):
     Raises:
         _RefusedError: naming the first difference.
     """
-    contract = config.get("parameters", {}).get("contract", {}).get("string_value", "")
+    contract = _parameter(config, "contract")
     if contract != CONTRACT:
         raise _RefusedError(
             f"config.pbtxt speaks contract {contract!r}, this model.py speaks {CONTRACT!r}: publish again"
