@@ -24,9 +24,9 @@ from PIL import Image
 from .client import SSDClient
 from .config import ModelConfig
 from .detections import Detections
+from .endpoint import TLS
 from .exceptions import ImageError, InferenceError, SSDClientError
 from .preprocess import MAX_PIXELS, SUFFIXES, load_image
-from .transport import TLS
 
 _IN_FLIGHT = 4
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from .exceptions import InvalidInputError
-from .preprocess import ImageSource, load_image
+from .preprocess import MAX_PIXELS, ImageSource, load_image
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,7 @@ class Detections:
         labels: the classes' names, n of them.
         image_size: (width, height) of the picture in pixels.
         source: what was given to `detect`, for `draw`.
+        max_pixels: `draw` refuses picture files with more pixels than this.
     """
 
     boxes: NDArray[np.float32]
@@ -34,6 +35,7 @@ class Detections:
     labels: tuple[str, ...]
     image_size: tuple[int, int]
     source: ImageSource | None = field(default=None, repr=False)
+    max_pixels: int = field(default=MAX_PIXELS, repr=False)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -85,7 +87,7 @@ class Detections:
         source = self.source if image is None else image
         if source is None:
             raise InvalidInputError("these detections do not know their picture", fix="give it: draw(image)")
-        canvas = load_image(source)
+        canvas = load_image(source, max_pixels=self.max_pixels)
         if canvas.size != self.image_size:
             raise InvalidInputError(
                 f"the picture has {canvas.width} x {canvas.height} pixels, the detections are of one with "

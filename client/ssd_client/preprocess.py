@@ -30,7 +30,9 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from .exceptions import ImageError
 from .rule import BILINEAR_PLAIN, PAD, Preprocessing
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]"
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | NDArray[Any]"
+)
 
 # Pillow's own limit, 89 megapixels: an RGB picture of a quarter of a gigabyte.
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
@@ -100,7 +102,8 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     """Read a picture and bring it to 8-bit RGB, upright.
 
     Args:
-        source: a path, the bytes of an image file, a Pillow image, or an array UINT8 [H,W,3] (RGB) or [H,W].
+        source: a path, the bytes of an image file, such a file opened for reading bytes, a Pillow image, or an array
+            UINT8 [H,W,3] (RGB) or [H,W].
         max_pixels: refuse files that would decode to more pixels than this.
 
     Returns:
@@ -111,6 +114,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
+    source = whole(source)
     name = _name(source)
     try:
         if isinstance(source, Image.Image):
@@ -136,6 +140,11 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
             f"{name}: {error}",
             fix="if you trust it, raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS (the command line: --max-pixels)",
         ) from None
+    except MemoryError:
+        raise ImageError(
+            f"{name} needs more memory than there is",
+            fix="free some, look at fewer pictures at once, or lower max_pixels",
+        ) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise ImageError(
             f"{name} cannot be decoded: {error or type(error).__name__}",
@@ -144,8 +153,29 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         ) from error
     raise ImageError(
         f"cannot read a picture from {type(source).__name__}",
-        fix="give a path, the bytes of an image file, a Pillow image, or a UINT8 array [H,W,3] or [H,W]",
+        fix="give a path, the bytes of an image file, a file opened for reading bytes, a Pillow image, or an array "
+        "UINT8 [H,W,3] or [H,W]",
     )
+
+
+def whole(source: Any) -> Any:
+    """What is left to read of an open file, as bytes; anything else as it is.
+
+    Raises:
+        ImageError: the file cannot be read, or was opened for reading text.
+    """
+    if isinstance(source, (str, os.PathLike, Image.Image)) or not hasattr(source, "read"):
+        return source
+    name = f"the open file {getattr(source, 'name', type(source).__name__)!s}"
+    try:
+        content = source.read()
+    except (OSError, ValueError) as error:  # ValueError: closed, or text that is not UTF-8
+        raise ImageError(f"{name} cannot be read: {error}", fix="open it for reading bytes: open(path, 'rb')") from None
+    if not isinstance(content, (bytes, bytearray, memoryview)):
+        raise ImageError(
+            f"{name} gives {type(content).__name__}, not bytes", fix="open it for reading bytes: open(path, 'rb')"
+        )
+    return bytes(content)
 
 
 def place(image_size: tuple[int, int], rule: Preprocessing) -> Placement:

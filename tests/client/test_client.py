@@ -343,7 +343,7 @@ def test_an_error_of_the_model(client: SSDClient) -> None:
     ("options", "named"),
     [
         ({"protocol": "rest"}, "rest"),
-        ({"url": "http://localhost:8000"}, "http://localhost:8000"),
+        ({"url": "ftp://localhost:8000"}, "ftp://localhost:8000"),
         ({"url": "localhost:99999"}, "99999"),
         ({"url": ""}, "url"),
         ({"model": ""}, "model"),
@@ -573,7 +573,9 @@ def test_a_finaliser_opens_no_connection(client_type: Any, monkeypatch: pytest.M
 
         collect(monkeypatch, make)
         time.sleep(0.2)
-    assert [request.split()[0] for request in requests] == [b"GET", b"POST", b"POST"], "configuration, region, images"
+    assert [request.split()[0] for request in requests] == [b"GET", b"GET", b"POST", b"POST"], (
+        "configuration, regions of killed clients, region, images"
+    )
     assert own_regions() == []
 
 

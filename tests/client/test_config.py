@@ -29,6 +29,7 @@ def test_reads_every_parameter() -> None:
         "precision": "fp32",
         "runtime": "onnxruntime",
         "manifest_sha256": "0" * 64,
+        "version": "",
     }
 
 

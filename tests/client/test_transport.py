@@ -21,7 +21,8 @@ from ssd_client import (
     ServerUnavailableError,
     SSDClient,
     SSDClientError,
-    transport,
+    grpc_transport,
+    http_transport,
 )
 
 from build.serve import TritonServer
@@ -150,10 +151,10 @@ def test_a_server_that_hangs_up_is_asked_again(client_type: Any, protocol: Any) 
 def test_a_deadline_is_not_retried(client_type: Any, protocol: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for kind in (
-        transport.GrpcTransport,
-        transport.AsyncGrpcTransport,
-        transport.HttpTransport,
-        transport.AsyncHttpTransport,
+        grpc_transport.GrpcTransport,
+        grpc_transport.AsyncGrpcTransport,
+        http_transport.HttpTransport,
+        http_transport.AsyncHttpTransport,
     ):
 
         def counted(self: Any, *arguments: Any, send: Any = kind.send) -> Any:
