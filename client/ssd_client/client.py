@@ -199,7 +199,7 @@ class SSDClient(_Client):
             `try_timeout`.
         ssl: encrypt; None = do not.
         max_in_flight: how many requests `detect` has on the way at once for a list of pictures.
-        max_pixels: refuse picture files that decode to more pixels than this.
+        max_pixels: refuse picture files that decode to more pixels than this, and decode no more than this at once.
         headers: sent with every request, such as {"Authorization": "Bearer ..."}; with gRPC as metadata.
         try_timeout: seconds for one try; None = `timeout`, or with several servers its part for each try.
 

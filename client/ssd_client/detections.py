@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .exceptions import InvalidInputError
+from .fonts import fitting
 from .preprocess import MAX_PIXELS, ImageSource, load_image
 
 
@@ -108,7 +109,7 @@ def _draw(canvas: Image.Image, detections: Detections) -> None:
     pen = ImageDraw.Draw(canvas)
     width, height = canvas.size
     line = max(1, round(min(width, height) / 200))
-    font = ImageFont.load_default(size=max(10, round(min(width, height) / 32)))
+    size = max(10, round(min(width, height) / 32))
     worst_first = range(len(detections) - 1, -1, -1)
     for k in worst_first:
         x1, y1, x2, y2 = _corners(detections.boxes[k], canvas.size)
@@ -116,7 +117,7 @@ def _draw(canvas: Image.Image, detections: Detections) -> None:
     for k in worst_first:  # labels lie over every box
         x1, y1, _, _ = _corners(detections.boxes[k], canvas.size)
         color = color_of(int(detections.class_ids[k]))
-        text = f"{detections.labels[k]} {detections.scores[k]:.2f}"
+        font, text = fitting(f"{detections.labels[k]} {detections.scores[k]:.2f}", size)
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
         label_width, label_height = right - left + 2 * line + 2, bottom - top + 2 * line + 2
         x = max(0, min(x1, width - label_width))

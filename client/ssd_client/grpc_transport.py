@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import os
 import socket
+import threading
 from typing import Any
 
 from .config import MAX_ANSWER
@@ -25,6 +27,46 @@ _OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 
+_LONGEST_PAUSE = 5.0  # seconds for which a fork waits for requests, and a request for a fork
+
+
+class _Gate:
+    """Keeps requests out of gRPC while this process forks.
+
+    gRPC survives a fork, but not one in the middle of another thread's request: the child then hangs now and then.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._inside, self._forking = 0, False
+
+    def enter(self) -> None:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._forking, _LONGEST_PAUSE)
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._condition:
+            self._inside -= 1
+            self._condition.notify_all()
+
+    def close(self) -> None:
+        """Before a fork: let nothing in, and wait for what is inside, but not for ever."""
+        with self._condition:
+            self._forking = True
+            self._condition.wait_for(lambda: self._inside == 0, _LONGEST_PAUSE)
+
+    def open(self) -> None:
+        with self._condition:
+            self._forking = False
+            self._condition.notify_all()
+
+
+_gate = _Gate()
+# In the child nobody else is inside, and another thread may have held the lock.
+os.register_at_fork(before=_gate.close, after_in_parent=_gate.open, after_in_child=_gate.__init__)  # type: ignore[misc]
+
+
 class GrpcTransport:
     """A gRPC channel. Safe from several threads."""
 
@@ -39,6 +81,7 @@ class GrpcTransport:
         self.connected = False  # as far as the last message tells
 
     def send(self, message: Message, timeout: float) -> Any:
+        _gate.enter()
         try:
             answer = getattr(self._stub, message.target)(message.body, timeout=timeout, metadata=self._metadata)
             self.connected = True
@@ -47,12 +90,18 @@ class GrpcTransport:
             raise self._failed(error, timeout) from None
         except ValueError as error:  # the channel was closed meanwhile
             raise self._endpoint.unavailable(str(error)) from None
+        finally:
+            _gate.leave()
 
     def begin(self, message: Message, timeout: float) -> Any:
         """Send the message; the result is gRPC's future of its answer."""
+        _gate.enter()
         try:
-            return getattr(self._stub, message.target).future(message.body, timeout=timeout, metadata=self._metadata)
+            call = getattr(self._stub, message.target).future(message.body, timeout=timeout, metadata=self._metadata)
+            call.add_done_callback(lambda _: _gate.leave())
+            return call
         except ValueError as error:  # the channel was closed meanwhile
+            _gate.leave()
             raise self._endpoint.unavailable(str(error)) from None
 
     def result(self, call: Any, timeout: float) -> Any:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -98,13 +98,16 @@ class Placement:
         return np.clip(points, 0, self.image_size).astype(np.float32).reshape(-1, 4)
 
 
-def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    source: ImageSource, *, max_pixels: int = MAX_PIXELS, before_decoding: Callable[[int], None] | None = None
+) -> Image.Image:
     """Read a picture and bring it to 8-bit RGB, upright.
 
     Args:
         source: a path, the bytes of an image file, such a file opened for reading bytes, a Pillow image, or an array
             UINT8 [H,W,3] (RGB) or [H,W].
         max_pixels: refuse files that would decode to more pixels than this.
+        before_decoding: called with a file's number of pixels before they take memory.
 
     Returns:
         An RGB image that carries no metadata.
@@ -121,10 +124,10 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
             return _to_rgb(source, name)
         if isinstance(source, (bytes, bytearray, memoryview)):
             with io.BytesIO(source) as stream:
-                return _decode(stream, name, max_pixels)
+                return _decode(stream, name, max_pixels, before_decoding)
         if isinstance(source, (str, os.PathLike)):
             with Path(source).open("rb") as stream:
-                return _decode(stream, name, max_pixels)
+                return _decode(stream, name, max_pixels, before_decoding)
     except ImageError:
         raise
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
@@ -141,11 +144,10 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
             fix="if you trust it, raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS (the command line: --max-pixels)",
         ) from None
     except MemoryError:
-        raise ImageError(
-            f"{name} needs more memory than there is",
-            fix="free some, look at fewer pictures at once, or lower max_pixels",
-        ) from None
+        raise out_of_memory(source) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        if "out of memory" in str(error):  # a decoder that could not get any
+            raise out_of_memory(source) from None
         raise ImageError(
             f"{name} cannot be decoded: {error or type(error).__name__}",
             why="the file is damaged or was cut off on its way",
@@ -155,6 +157,14 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         f"cannot read a picture from {type(source).__name__}",
         fix="give a path, the bytes of an image file, a file opened for reading bytes, a Pillow image, or an array "
         "UINT8 [H,W,3] or [H,W]",
+    )
+
+
+def out_of_memory(source: ImageSource) -> ImageError:
+    """The error for a picture that is too large for this machine's memory; nothing is wrong with the picture."""
+    return ImageError(
+        f"{_name(source)} needs more memory than there is",
+        fix="free some, look at fewer pictures at once, or make the picture smaller",
     )
 
 
@@ -330,7 +340,9 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _decode(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+def _decode(
+    stream: IO[bytes], name: str, max_pixels: int, before_decoding: Callable[[int], None] | None
+) -> Image.Image:
     try:
         image = Image.open(stream, formats=_formats())
     except UnidentifiedImageError:
@@ -345,6 +357,8 @@ def _decode(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
                 why="it is a very large picture, or a small file made to fill the memory",
                 fix="make it smaller, or raise max_pixels (the command line: --max-pixels)",
             )
+        if before_decoding is not None:
+            before_decoding(width * height)
         return _to_rgb(image, name)
 
 

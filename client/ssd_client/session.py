@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import answers
+from .budget import PixelBudget
 from .config import ModelConfig
 from .detections import Detections
 from .endpoint import Endpoint
@@ -35,7 +36,7 @@ from .exceptions import (
     SSDClientError,
 )
 from .messages import Input, Message, codec_for
-from .preprocess import ImageSource, Placement, load_image, preprocess
+from .preprocess import ImageSource, Placement, load_image, out_of_memory, preprocess
 from .shared_memory import Region, RegionPool, is_abandoned
 
 Arrays: TypeAlias = "dict[str, NDArray[Any]]"
@@ -128,6 +129,7 @@ class Session:
     def start(self) -> None:
         """Begin in this process: regions of the one that it was forked from are that one's business."""
         self._regions = RegionPool()
+        self._pixels = PixelBudget(self._max_pixels)
         self._swept = False  # whether regions of killed processes were looked for
         self.process = os.getpid()
 
@@ -277,7 +279,11 @@ class Session:
         self, source: ImageSource, config: ModelConfig, out: NDArray[np.uint8], k: int, first: int | None
     ) -> Placement:
         try:
-            return preprocess(load_image(source, max_pixels=self._max_pixels), config.preprocessing, out[k])
+            with self._pixels.share() as take:
+                image = load_image(source, max_pixels=self._max_pixels, before_decoding=take)
+                return preprocess(image, config.preprocessing, out[k])
+        except MemoryError:
+            raise out_of_memory(source) from None
         except ImageError as error:
             if first is None:
                 raise
