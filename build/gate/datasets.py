@@ -240,7 +240,7 @@ def _generated(path: Path, split: str, count: int, cache: Path) -> tuple[list[Pa
 
 def _labels(path: Path) -> dict[str, Any]:
     try:
-        truth = json.loads(path.read_text(encoding="utf-8"))
+        truth = json.loads(path.read_text(encoding="utf-8-sig"))
         if not all(isinstance(truth[key], list) for key in ("images", "annotations", "categories")):
             raise ValueError("images, annotations or categories is no list")
     except OSError as error:

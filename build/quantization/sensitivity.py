@@ -163,7 +163,7 @@ def _first(pictures: datasets.Pictures, count: int) -> datasets.Pictures:
 
 def _resume(file: Path, key: str) -> dict[str, dict[str, float]]:
     try:
-        stored = json.loads(file.read_text())
+        stored = json.loads(file.read_text(encoding="utf-8-sig"))
         return dict(stored["measured"]) if stored["key"] == key else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
