@@ -130,7 +130,7 @@ class Endpoint:
             raise InvalidInputError(f"protocol is {protocol!r}", fix="give 'grpc' or 'http'")
         if not isinstance(model, str) or not model:
             raise InvalidInputError(f"model is {model!r}", fix="give the name of a model on the server")
-        urls = url.split(",") if isinstance(url, str) else list(url)
+        urls = url.split(",") if isinstance(url, str) else list(url) if isinstance(url, Sequence) else [url]
         parts = [_Place.parse(each, protocol) for each in urls]
         if not parts:
             raise InvalidInputError(f"url is {url!r}", fix="give host:port")
@@ -273,7 +273,7 @@ class _Place:
         url = url.strip() if isinstance(url, str) else url
         chosen = protocol or ("http" if str(url).startswith(("http:", "https:")) else "grpc")
         wrong = InvalidInputError(
-            f"url is {_without_password(url) if isinstance(url, str) else url!r}",
+            f"url is {_without_password(url) if isinstance(url, str) else repr(url)}",
             fix=f"give host:port, such as localhost:{DEFAULT_PORTS[chosen]}, or https://host:port/prefix; "
             "tokens and passwords: headers={...}; TLS without a scheme: ssl=TLS()",
         )

@@ -122,6 +122,16 @@ def listening(handle: Callable[[socket.socket], None]) -> Iterator[int]:
             listener.shutdown(socket.SHUT_RDWR)
 
 
+def pump(source: socket.socket, target: socket.socket) -> None:
+    """Hands on what comes until one side ends, then ends the other."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    for end in (source, target):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+
+
 @functools.cache
 def event_loop() -> asyncio.AbstractEventLoop:
     """One that runs in a thread of its own until the tests end."""
