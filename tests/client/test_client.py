@@ -579,21 +579,6 @@ def test_a_finaliser_opens_no_connection(client_type: Any, monkeypatch: pytest.M
     assert own_regions() == []
 
 
-def test_a_client_that_is_killed_leaves_nothing_in_dev_shm(server: TritonServer) -> None:
-    code = f"""
-        import os, numpy as np
-        from ssd_client import SSDClient
-        client = SSDClient("{server.grpc_url}", model="fake", shared_memory="system")
-        client.infer(np.zeros((2, {HEIGHT}, {WIDTH}, 3), np.uint8))
-        os.kill(os.getpid(), 9)
-    """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, timeout=60)
-    assert done.returncode == -9
-    assert own_regions() == []
-    forget_regions(server, 1)
-
-
 # -- many at once ------------------------------------------------------------------------------------------------------
 
 
