@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf import text_format
-from ssd_client import InvalidInputError
+from ssd_client import InvalidInputError, SSDClient
 
 from build.serve import TritonServer
 from tests.client.conftest import CLIENTS, HEIGHT, LETTERBOX, PARAMETERS, WIDTH, config_proto, scene, server_on, url_of
@@ -43,9 +43,9 @@ class Model:
         urllib.request.urlopen(urllib.request.Request(url, data=b"{}")).close()
 
 
-@pytest.fixture
-def model(repository: Path, tmp_path: Path) -> Iterator[tuple[Model, TritonServer]]:
-    folder = shutil.copytree(repository, tmp_path / "repository")
+@pytest.fixture(scope="module")
+def model(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Model, TritonServer]]:
+    folder = shutil.copytree(repository, tmp_path_factory.mktemp("replaced") / "repository")
     with server_on(folder, "--model-control-mode=explicit", "--load-model=fake") as server:
         yield Model(folder, server), server
 
@@ -86,18 +86,16 @@ def test_every_client_sees_every_version(model: tuple[Model, TritonServer]) -> N
 def test_images_made_by_the_rules_before(model: tuple[Model, TritonServer]) -> None:
     """Nobody but the caller of infer() can make them again."""
     control, server = model
-    control.serve(1, PARAMETERS)
     images = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8)
-    for protocol in ("grpc", "http"):
-        with CLIENTS[0](url_of(server, protocol), model="fake", protocol=protocol) as client:  # type: ignore[arg-type]
-            control.serve(1, PARAMETERS)
+    control.serve(1, PARAMETERS)
+    with SSDClient(server.grpc_url, model="fake") as client:
+        client.infer(images)
+        control.serve(5, {**PARAMETERS, "iou_threshold": "0.5"})
+        assert client.infer(images)["detection_scores"][0, 0] == np.float32(0.5), "asked again by itself"
+        control.serve(6, OTHER)
+        with pytest.raises(InvalidInputError, match=r"was replaced by one whose input is made by .*letterbox"):
             client.infer(images)
-            control.serve(2, {**PARAMETERS, "iou_threshold": "0.5"})
-            assert client.infer(images)["detection_scores"][0, 0] == np.float32(0.5), "asked again by itself"
-            control.serve(3, OTHER)
-            with pytest.raises(InvalidInputError, match=r"was replaced by one whose input is made by .*letterbox"):
-                client.infer(images)
-            assert client.infer(images)["detection_scores"][0, 0] == np.float32(0.5)
-            control.serve(4, LARGER)
-            with pytest.raises(InvalidInputError, match=r"takes uint8\[batch, 90, 100, 3\]"):
-                client.infer(images)
+        assert client.infer(images)["detection_scores"][0, 0] == np.float32(0.5)
+        control.serve(7, LARGER)
+        with pytest.raises(InvalidInputError, match=r"takes uint8\[batch, 90, 100, 3\]"):
+            client.infer(images)

@@ -30,7 +30,7 @@ from tests.client.conftest import CLIENTS, HEIGHT, WIDTH, listening, pump, scene
 pytestmark = pytest.mark.triton
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def second(repository: Path) -> Iterator[TritonServer]:
     with server_on(repository) as running:
         yield running
@@ -40,30 +40,6 @@ def requests_of(server: TritonServer) -> int:
     """How many inference requests a server has answered."""
     with urllib.request.urlopen(f"http://{server.http_url}/v2/models/fake/stats") as answer:
         return int(json.load(answer)["model_stats"][0]["inference_count"])
-
-
-def test_one_of_two_hangs_and_dies(server: TritonServer, second: TritonServer) -> None:
-    """Both share the work; nothing fails while one stands still (SIGSTOP), nor after it was killed."""
-    urls = [server.grpc_url, second.grpc_url]
-    with contextlib.ExitStack() as stack:
-        clients: list[Any] = [
-            stack.enter_context(kind(urls, model="fake", timeout=20, try_timeout=0.7)) for kind in CLIENTS
-        ]
-        before = requests_of(server), requests_of(second)
-        for client in clients:
-            deadline = time.monotonic() + 10  # a channel uses a server once it is connected
-            while min(requests_of(server) - before[0], requests_of(second) - before[1]) < 3:
-                client.detect(scene())
-                assert time.monotonic() < deadline
-        os.killpg(second.pid, signal.SIGSTOP)
-        try:
-            for client in clients:
-                assert [len(client.detect(scene())) for _ in range(4)] == [3] * 4
-        finally:
-            os.killpg(second.pid, signal.SIGCONT)
-        os.killpg(second.pid, signal.SIGKILL)
-        for client in clients:
-            assert [len(each) for each in client.detect([scene()] * 30)] == [3] * 30
 
 
 def test_a_hanging_server_costs_its_tries_only(repository: Path) -> None:
@@ -123,8 +99,9 @@ def test_shared_memory_behind_a_balancer(server: TritonServer, second: TritonSer
         urllib.request.urlopen(urllib.request.Request(url, data=b"")).close()
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-@pytest.mark.parametrize("client_type", CLIENTS, ids=["sync", "asyncio"])
+@pytest.mark.parametrize(
+    ("protocol", "client_type"), list(zip(("grpc", "http"), CLIENTS, strict=True)), ids=("grpc", "http")
+)
 def test_regions_of_killed_clients_go_with_the_next_client(
     server: TritonServer, protocol: Any, client_type: Any
 ) -> None:
@@ -163,3 +140,27 @@ def test_whose_region() -> None:
     assert not is_abandoned(f"{prefix}_{int(namespace) + 1}_{2**22 + 1}_{started}_{rest}"), "in another container"
     assert not is_abandoned("someone_elses_region")
     assert not is_abandoned(f"{prefix}_{namespace}_1_0_{rest}x")
+
+
+def test_one_of_two_hangs_and_dies(server: TritonServer, second: TritonServer) -> None:
+    """Both share the work; nothing fails while one stands still (SIGSTOP), nor after it was killed."""
+    urls = [server.grpc_url, second.grpc_url]
+    with contextlib.ExitStack() as stack:
+        clients: list[Any] = [
+            stack.enter_context(kind(urls, model="fake", timeout=20, try_timeout=0.7)) for kind in CLIENTS
+        ]
+        before = requests_of(server), requests_of(second)
+        for client in clients:
+            deadline = time.monotonic() + 10  # a channel uses a server once it is connected
+            while min(requests_of(server) - before[0], requests_of(second) - before[1]) < 3:
+                client.detect(scene())
+                assert time.monotonic() < deadline
+        os.killpg(second.pid, signal.SIGSTOP)
+        try:
+            for client in clients:
+                assert [len(client.detect(scene())) for _ in range(4)] == [3] * 4
+        finally:
+            os.killpg(second.pid, signal.SIGCONT)
+        os.killpg(second.pid, signal.SIGKILL)
+        for client in clients:
+            assert [len(each) for each in client.detect([scene()] * 30)] == [3] * 30
