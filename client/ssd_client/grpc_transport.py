@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import os
 import socket
 import threading
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 from .config import MAX_ANSWER
 from .endpoint import Endpoint
@@ -27,6 +29,7 @@ _OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 
+_CAREFUL = 10.0  # seconds after a deadline
 _LONGEST_PAUSE = 5.0  # seconds for which a fork waits for requests, and a request for a fork
 
 
@@ -67,66 +70,101 @@ _gate = _Gate()
 os.register_at_fork(before=_gate.close, after_in_parent=_gate.open, after_in_child=_gate.__init__)  # type: ignore[misc]
 
 
+class _Lane(NamedTuple):
+    """A channel and its stub: to all addresses, or to `address` alone."""
+
+    channel: Any
+    stub: Any
+    address: str = ""
+
+
 class GrpcTransport:
-    """A gRPC channel. Safe from several threads."""
+    """A gRPC channel. Safe from several threads.
+
+    With several addresses it is gRPC's round robin, which knows dead servers and not those that hang. So for some
+    seconds after a deadline the addresses are asked one by one, those last that let a deadline pass.
+    """
 
     def __init__(self, endpoint: Endpoint) -> None:
         import grpc  # type: ignore[import-untyped]
-        from tritonclient.grpc import service_pb2_grpc
 
         self._endpoint, self._error = endpoint, grpc.RpcError
         self._metadata = endpoint.headers or None
-        self._channel = _channel(grpc, endpoint)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._all = _lane(endpoint)
+        self._each: dict[str, _Lane] = {}
+        self._slow: dict[str, float] = {}  # address -> when it is trusted again
+        self._careful_until, self._turn = 0.0, 0
+        self._lock = threading.Lock()
         self.connected = False  # as far as the last message tells
 
     def send(self, message: Message, timeout: float) -> Any:
+        lane = self._pick()
         _gate.enter()
         try:
-            answer = getattr(self._stub, message.target)(message.body, timeout=timeout, metadata=self._metadata)
+            answer = getattr(lane.stub, message.target)(message.body, timeout=timeout, metadata=self._metadata)
             self.connected = True
             return answer
         except self._error as error:
-            raise self._failed(error, timeout) from None
+            raise self._failed(error, timeout, lane) from None
         except ValueError as error:  # the channel was closed meanwhile
             raise self._endpoint.unavailable(str(error)) from None
         finally:
             _gate.leave()
 
-    def begin(self, message: Message, timeout: float) -> Any:
-        """Send the message; the result is gRPC's future of its answer."""
+    def begin(self, message: Message, timeout: float) -> tuple[Any, _Lane]:
+        """Send the message; gRPC's future of its answer, and the lane for `result`."""
+        lane = self._pick()
         _gate.enter()
         try:
-            call = getattr(self._stub, message.target).future(message.body, timeout=timeout, metadata=self._metadata)
+            call = getattr(lane.stub, message.target).future(message.body, timeout=timeout, metadata=self._metadata)
             call.add_done_callback(lambda _: _gate.leave())
-            return call
+            return call, lane
         except ValueError as error:  # the channel was closed meanwhile
             _gate.leave()
             raise self._endpoint.unavailable(str(error)) from None
 
-    def result(self, call: Any, timeout: float) -> Any:
+    def result(self, call: Any, lane: _Lane, timeout: float) -> Any:
         """The answer of a call that is done."""
         try:
             return call.result()
         except self._error as error:
-            raise self._failed(error, timeout) from None
+            raise self._failed(error, timeout, lane) from None
 
-    def _failed(self, error: Any, timeout: float) -> SSDClientError:
+    def close(self) -> None:
+        for lane in (self._all, *self._each.values()):
+            lane.channel.close()
+
+    def abandon(self) -> None:
+        """Never delete a channel: that would end the connection of the process that this one was forked from."""
+        for lane in (self._all, *self._each.values()):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(lane))
+
+    def _pick(self) -> _Lane:
+        addresses = self._endpoint.addresses
+        if len(addresses) == 1 or time.monotonic() >= self._careful_until:
+            return self._all
+        with self._lock:
+            self._turn += 1
+            first, now = self._turn % len(addresses), time.monotonic()
+            in_turn = addresses[first:] + addresses[:first]
+            address = min(in_turn, key=lambda each: max(self._slow.get(each, now), now))
+            if address not in self._each:
+                self._each[address] = _lane(dataclasses.replace(self._endpoint, addresses=(address,)), address)
+            return self._each[address]
+
+    def _failed(self, error: Any, timeout: float, lane: _Lane) -> SSDClientError:
         code, details = error.code().name, error.details() or error.code().name
         self.connected = code != "UNAVAILABLE"
+        if code == "DEADLINE_EXCEEDED" or (code == "UNAVAILABLE" and lane.address):
+            self._careful_until = self._slow[lane.address] = time.monotonic() + _CAREFUL
+        if "all addresses" in details and lane is self._all and len(self._endpoint.addresses) > 1:
+            with contextlib.suppress(SSDClientError):  # their names may mean other numbers by now
+                self._all = _lane(self._endpoint)
         if code == "DEADLINE_EXCEEDED":
             return self._endpoint.timed_out(timeout)
         if code == "RESOURCE_EXHAUSTED" and "larger than max" in details:
             return self._endpoint.broken(details)
         return self._endpoint.refused(code, details)
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def abandon(self) -> None:
-        """Never delete the channel: that would end the connection of the process that this one was forked from."""
-        for each in (self._channel, self._stub):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
 
 
 class AsyncGrpcTransport:
@@ -150,14 +188,14 @@ class AsyncGrpcTransport:
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(finish)
 
-        call = self._inner.begin(message, timeout)
+        call, lane = self._inner.begin(message, timeout)
         call.add_done_callback(tell)
         try:
             await done
         except asyncio.CancelledError:
             call.cancel()
             raise
-        return self._inner.result(call, timeout)
+        return self._inner.result(call, lane, timeout)
 
     async def close(self) -> None:
         self._inner.close()
@@ -169,7 +207,10 @@ class AsyncGrpcTransport:
         self._inner.abandon()
 
 
-def _channel(grpc: Any, endpoint: Endpoint) -> Any:
+def _lane(endpoint: Endpoint, address: str = "") -> _Lane:
+    import grpc
+    from tritonclient.grpc import service_pb2_grpc
+
     options = [*_OPTIONS, ("grpc.enable_http_proxy", int(endpoint.proxy is not None))]
     target = endpoint.addresses[0]
     if endpoint.is_balanced:
@@ -179,9 +220,11 @@ def _channel(grpc: Any, endpoint: Endpoint) -> Any:
         host = endpoint.addresses[0].rpartition(":")[0]
         options += [("grpc.default_authority", endpoint.addresses[0]), ("grpc.ssl_target_name_override", host)]
     if endpoint.tls is None:
-        return grpc.insecure_channel(target, options=options)
-    root, key, chain = endpoint.tls.read()
-    return grpc.secure_channel(target, grpc.ssl_channel_credentials(root, key, chain), options=options)
+        channel = grpc.insecure_channel(target, options=options)
+    else:
+        root, key, chain = endpoint.tls.read()
+        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(root, key, chain), options=options)
+    return _Lane(channel, service_pb2_grpc.GRPCInferenceServiceStub(channel), address)
 
 
 def _target(endpoint: Endpoint) -> str:

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from ssd_client import TLS, AccessDeniedError, InvalidInputError, ServerUnavailableError
+from ssd_client import (
+    TLS,
+    AccessDeniedError,
+    InferenceError,
+    InvalidInputError,
+    ModelNotReadyError,
+    ServerUnavailableError,
+)
 from ssd_client.endpoint import Endpoint
 
 from build.serve import TritonServer
@@ -135,6 +142,33 @@ def test_proxies_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidInputError, match="several addresses cannot go through the proxy"):
         Endpoint.parse(["h1", "h2"], None, "m", None)
     Endpoint.parse(["localhost:1", "localhost:2"], None, "m", None)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "kind", "says"),
+    [
+        ("UNAVAILABLE", "failed to connect to all addresses", ServerUnavailableError, "no server answers"),
+        ("UNAVAILABLE", "Socket closed", ServerUnavailableError, "no server answers"),
+        (
+            "UNAVAILABLE",
+            "[request id: <id>] Exceeds maximum queue size",
+            ServerUnavailableError,
+            "cannot take the request",
+        ),
+        ("UNAVAILABLE", "Request timeout expired", ServerUnavailableError, "cannot take the request"),
+        ("UNAVAILABLE", "This protocol is restricted, expecting header 'x'", AccessDeniedError, "does not let this"),
+        ("PERMISSION_DENIED", "RBAC: access denied", AccessDeniedError, "does not let this"),
+        ("UNAUTHENTICATED", "no token", AccessDeniedError, "does not let this"),
+        ("UNAVAILABLE", "Request for model 'm' has no available versions", ModelNotReadyError, "no version of model"),
+        ("UNIMPLEMENTED", "", InferenceError, "UNIMPLEMENTED"),
+        ("HTTP 413", "too large", InferenceError, "HTTP 413"),
+    ],
+)
+def test_refusals(code: str, reason: str, kind: type[Exception], says: str) -> None:
+    error = Endpoint.parse("triton", None, "m", None).refused(code, reason)
+    assert type(error) is kind
+    assert says in str(error)
+    assert ("not running" in str(error)) == (says == "no server answers")
 
 
 @contextlib.contextmanager
