@@ -331,8 +331,11 @@ def _write_json(target: str, document: dict[str, Any]) -> None:
     data = _NOT_PLAIN.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode()
     if target == "-":
         sys.stdout.flush()
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        if hasattr(sys.stdout, "buffer"):  # UTF-8, whatever the terminal's encoding
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        else:
+            sys.stdout.write(data.decode())
         return
     try:
         Path(target).parent.mkdir(parents=True, exist_ok=True)

@@ -438,10 +438,10 @@ class AsyncSSDClient(_Client):
             if transport is not None:
                 await transport.close()
             for loop, other in loops.items():
-                if loop.is_closed():
-                    other.drop()
-                else:
+                if loop.is_running():  # in another thread
                     asyncio.run_coroutine_threadsafe(other.close(), loop)
+                else:
+                    other.drop()
 
     async def __aenter__(self) -> AsyncSSDClient:
         return self

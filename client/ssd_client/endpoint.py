@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -307,9 +308,9 @@ class _Place:
             bypass = next((os.environ[name] for name in ("no_grpc_proxy", "no_proxy") if os.environ.get(name)), "")
             names = ("grpc_proxy", "https_proxy", "http_proxy")
             proxy = next((os.environ[name] for name in names if os.environ.get(name)), None)
-            return None if proxy_bypass_environment(self.host.strip("[]"), {"no": bypass}) else proxy
+            return None if _is_bypassed(self.host, bypass) else proxy
         proxy = proxies.get("https" if encrypted else "http") or proxies.get("all")
-        if not proxy or proxy_bypass_environment(self.host.strip("[]")):
+        if not proxy or _is_bypassed(self.host, proxies.get("no", "")):
             return None
         proxy = proxy if "://" in proxy else f"http://{proxy}"
         if urlsplit(proxy).scheme != "http" or not urlsplit(proxy).hostname:
@@ -331,6 +332,20 @@ def _is_here(host: str) -> bool:
         return False
     address = getattr(address, "ipv4_mapped", None) or address
     return address.is_loopback or address.is_unspecified
+
+
+def _is_bypassed(host: str, bypass: str) -> bool:
+    """Whether `no_proxy` names the host: by its name, the end of its name, its number, or a network like 10.0.0.0/8."""
+    host = host.strip("[]")
+    if proxy_bypass_environment(host, {"no": bypass}):
+        return True
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        for each in bypass.split(","):
+            with contextlib.suppress(ValueError):
+                if "/" in each and address in ipaddress.ip_network(each.strip(), strict=False):
+                    return True
+    return False
 
 
 def _without_password(url: str) -> str:

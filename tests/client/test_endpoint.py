@@ -121,6 +121,9 @@ def test_headers_are_secrets() -> None:
         ("http://triton", {"http_proxy": "p:1"}, "http://p:1"),
         ("http://triton", {"https_proxy": "http://p:1"}, None),
         ("https://triton", {"HTTPS_PROXY": "http://p:1"}, "http://p:1"),
+        ("10.1.2.3", {"http_proxy": "http://p:1", "no_proxy": "x, 10.0.0.0/8"}, None),
+        ("http://10.1.2.3", {"http_proxy": "http://p:1", "no_proxy": "10.0.0.0/8"}, None),
+        ("http://11.1.2.3", {"http_proxy": "http://p:1", "no_proxy": "10.0.0.0/8"}, "http://p:1"),
         ("http://a.triton", {"http_proxy": "http://p:1", "no_proxy": ".triton"}, None),
         *((url, dict.fromkeys(PROXIES[:4], "http://p:1"), None) for url in (
             "localhost", "127.0.0.1", "127.8.9.1:5", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "LOCALHOST.",
