@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
@@ -28,7 +29,7 @@ from .exceptions import (
 DEFAULT_PORTS = {"grpc": 8001, "http": 8000}
 _SCHEME_PORTS = {"http": 80, "https": 443}
 _HOST = r"\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]@?#,\\%]+"
-_URL = re.compile(rf"(?:(https?)://)?({_HOST})(?::(\d{{1,5}}))?(/[^\s?#]*)?")
+_URL = re.compile(rf"(?:(https?)://)?({_HOST})(?::(\d{{1,5}}))?(/[^\s?#]*)?", re.ASCII)
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _OWN_HEADERS = ("content-length", "inference-header-content-length", "transfer-encoding", "host")
 _MOST_REASON = 1000  # characters of a server's words in an error
@@ -131,7 +132,10 @@ class Endpoint:
             raise InvalidInputError(f"protocol is {protocol!r}", fix="give 'grpc' or 'http'")
         if not isinstance(model, str) or not model:
             raise InvalidInputError(f"model is {model!r}", fix="give the name of a model on the server")
-        urls = url.split(",") if isinstance(url, str) else list(url) if isinstance(url, Sequence) else [url]
+        if tls is not None and not isinstance(tls, TLS):
+            raise InvalidInputError(f"ssl is {tls!r}", fix="give TLS(), or None")
+        several = isinstance(url, Sequence) and not isinstance(url, (str, bytes))
+        urls: list[Any] = url.split(",") if isinstance(url, str) else list(url) if several else [url]
         parts = [_Place.parse(each, protocol) for each in urls]
         if not parts:
             raise InvalidInputError(f"url is {url!r}", fix="give host:port")
@@ -354,6 +358,8 @@ def _without_password(url: str) -> str:
 
 def _headers(headers: Mapping[str, str], protocol: str) -> tuple[tuple[str, str], ...]:
     """The headers, checked. Their values are secrets and never part of a message."""
+    if not isinstance(headers, Mapping):
+        raise InvalidInputError(f"headers is of type {type(headers).__name__}", fix="give {name: value}")
     checked: Iterable[tuple[str, str]] = headers.items()
     for name, value in checked:
         if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name) or name.lower() in _OWN_HEADERS:

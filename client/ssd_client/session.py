@@ -107,12 +107,13 @@ class Session:
                 fix="give the one address of the server on this machine, or use shared_memory=None",
             )
         for name, seconds in (("timeout", timeout), ("try_timeout", timeout if try_timeout is None else try_timeout)):
-            if not 0 < seconds < math.inf:
+            if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
                 raise InvalidInputError(f"{name} is {seconds!r}", fix="give seconds, more than 0")
-        if retries < 0 or max_in_flight < 1 or max_pixels < 1:
+        whole = all(isinstance(number, int) for number in (retries, max_in_flight, max_pixels))
+        if not whole or retries < 0 or max_in_flight < 1 or max_pixels < 1:
             raise InvalidInputError(
-                f"retries is {retries}, max_in_flight {max_in_flight}, max_pixels {max_pixels}",
-                fix="give retries of at least 0, and at least 1 for the others",
+                f"retries is {retries!r}, max_in_flight {max_in_flight!r}, max_pixels {max_pixels!r}",
+                fix="give whole numbers: retries of at least 0, and at least 1 for the others",
             )
         self.endpoint = endpoint
         self.max_in_flight = max_in_flight

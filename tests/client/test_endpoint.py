@@ -80,6 +80,8 @@ def test_several_addresses(urls: Any) -> None:
         (["a", ""], None, None, "host:port"),
         (["a", None], None, None, "url is None"),
         (7, None, None, "url is 7"),
+        (b"triton", None, None, "url is b'triton'"),
+        ("triton:８００１", None, None, "host:port"),
         ("triton:0", None, None, "host:port"),
         ("h\x1b[31m:1", None, None, r"url is 'h\\x1b"),
     ],
