@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from .endpoint import Endpoint
+from .endpoint import TLS as TLS  # re-exported: they were here, and others import them from here
+from .endpoint import Endpoint as Endpoint
 from .messages import Message
 
 
