@@ -224,7 +224,7 @@ class Endpoint:
                 fix="give headers={name: token} (the command line: --header 'NAME: TOKEN'); Triton's restricted APIs "
                 "want the name that its message gives",
             )
-        if "has no available versions" in reason:
+        if "has no available versions" in reason or "is not at ready state" in reason:
             return ModelNotReadyError(
                 f"the server at {self} has no version of model {self.model!r} ready: {reason}",
                 why="it is being loaded, or did not load",

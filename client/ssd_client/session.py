@@ -148,7 +148,7 @@ class Session:
 
     def _read_config(self, version: str) -> Steps[ModelConfig]:
         """The configuration of a version; without a number, of the newest."""
-        answer = yield from self._call(self._codec.config(version))
+        answer = yield from self._call(self._codec.config(version), wait_for_model=not version)
         config = answers.checked(self.endpoint, self._codec.read_config, answer)
         if version:
             config = dataclasses.replace(config, version=version)
@@ -399,7 +399,7 @@ class Session:
             for name in filter(is_abandoned, names):
                 yield Send(self._codec.unregister(name), self._try_timeout)
 
-    def _call(self, message: Message) -> Steps[Any]:
+    def _call(self, message: Message, wait_for_model: bool = True) -> Steps[Any]:
         """Send, and send again while the server is away and there is time; inference may be repeated without harm."""
         if self.closed:
             raise SSDClientError("the client is closed", fix="make a new one")
@@ -413,7 +413,9 @@ class Session:
                     raise self.endpoint.timed_out(self._timeout) from None
                 if attempt == self._retries:
                     raise
-            except (ServerUnavailableError, ModelNotReadyError):
+            except (ServerUnavailableError, ModelNotReadyError) as error:
+                if isinstance(error, ModelNotReadyError) and not wait_for_model:
+                    raise  # that version was replaced, and does not come back
                 self._config = None  # whatever comes back may be another model
                 backoff = min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2**attempt) * random.uniform(0.5, 1.0)
                 if attempt == self._retries or time.monotonic() + backoff >= deadline:

@@ -165,6 +165,7 @@ def test_proxies_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         ("PERMISSION_DENIED", "RBAC: access denied", AccessDeniedError, "does not let this"),
         ("UNAUTHENTICATED", "no token", AccessDeniedError, "does not let this"),
         ("UNAVAILABLE", "Request for model 'm' has no available versions", ModelNotReadyError, "no version of model"),
+        ("UNAVAILABLE", "Request for unknown model: 'm' version 2 is not at ready state", ModelNotReadyError, "ready"),
         ("UNIMPLEMENTED", "", InferenceError, "UNIMPLEMENTED"),
         ("HTTP 413", "too large", InferenceError, "HTTP 413"),
     ],
