@@ -42,7 +42,7 @@ from .shared_memory import Region, RegionPool, is_abandoned
 Arrays: TypeAlias = "dict[str, NDArray[Any]]"
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.1, 2.0  # seconds
 _CLOSE_TIMEOUT = 2.0  # seconds for making the server let go of shared memory
-_MOST_REPLACEMENTS = 5  # of the model while one request is made
+_MOST_REPLACEMENTS = 10  # of the model while one request is made
 
 T = TypeVar("T")
 

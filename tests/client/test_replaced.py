@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
+import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +102,40 @@ def test_images_made_by_the_rules_before(model: tuple[Model, TritonServer]) -> N
         control.serve(7, LARGER)
         with pytest.raises(InvalidInputError, match=r"takes uint8\[batch, 90, 100, 3\]"):
             client.infer(images)
+
+
+@pytest.mark.long
+def test_versions_that_take_turns(model: tuple[Model, TritonServer]) -> None:
+    """Eight clients ask without pause for half a minute; three versions that want different requests take turns."""
+    control, server = model
+    control.serve(1, PARAMETERS)
+    labels = {("red", "blue", "checksum"), ("circle", "square", "sum"), ("a", "b", "c")}
+    picture, end = scene(1000, 250), time.monotonic() + 30
+
+    def ask(client: Any) -> int:
+        count = 0
+        while time.monotonic() < end:
+            detections = client.detect(picture)
+            assert detections.labels in labels
+            assert np.abs(detections.boxes[0] - [200, 50, 400, 150]).max() < 1.5 * 1000 / WIDTH
+            count += 1
+        return count
+
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as threads:
+        answers = [
+            threads.submit(
+                ask,
+                stack.enter_context(
+                    kind(url_of(server, protocol), model="fake", protocol=protocol, shared_memory=memory, retries=6)
+                ),
+            )
+            for kind in CLIENTS
+            for protocol in ("grpc", "http")
+            for memory in (None, "system")
+        ]
+        for turn in itertools.count():
+            if time.monotonic() > end - 2:
+                break
+            control.serve(*((1, PARAMETERS), (2, OTHER), (3, LARGER))[turn % 3])
+            time.sleep(0.5)
+        assert all(answer.result() > 10 for answer in answers)
