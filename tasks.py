@@ -554,9 +554,10 @@ def lock(c: Context) -> None:
     """Resolve the groups of pyproject.toml into the hashed files under requirements/ (needs uv)."""
     if shutil.which("uv") is None:
         raise Exit("error: uv is not on PATH\nwhat to do: pipx install uv", code=1)
-    for group in ("runtime", "dev", "train", "convert_tensorflow", "plugin_tools", "video", "batch", "openvino", "clients"):
-        # These run beside what the first one holds.
-        beside = "--constraints requirements/runtime.lock" if group in ("video", "batch", "openvino") else ""
+    beside_runtime = ("video", "batch", "openvino")  # they run with what .venv holds, NumPy first of all
+    apart = ("runtime", "dev", "train", "convert_tensorflow", "plugin_tools", "clients")
+    for group in (*apart, *beside_runtime):
+        beside = "--constraints requirements/runtime.lock --no-emit-package numpy" if group in beside_runtime else ""
         c.run(
             f"uv pip compile pyproject.toml --group {group} {beside} --universal --generate-hashes "
             f"--python-version 3.10 --no-header --no-annotate --quiet -o requirements/{group}.lock"

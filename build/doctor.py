@@ -262,7 +262,7 @@ def _models(machine: Machine) -> Iterator[Finding]:
     """Imported models: whether each was compared with its original."""
     for path in sorted(machine.models.glob(f"*/{IMPORT_FILE}")):
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
+            about = json.loads(path.read_text(encoding="utf-8-sig"))
             proof = about["proof"]
             text = f"imported from {about['source']} ({about['family']}): "
             if proof["proven"]:

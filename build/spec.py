@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ssd_client.rule import COLOR_ORDERS, RESAMPLES, RESIZES, Preprocessing
+from ssd_client.text import has_hidden
 
 from build import contract
 from build.contract import SpecNms as Nms
@@ -274,7 +275,7 @@ def load(path: str | Path) -> Spec:
     if path.is_dir():
         path /= "spec.toml"
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}", fix="give the path of a spec.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -378,17 +379,23 @@ def _nearest(wrong: str, known: list[str], form: str) -> str:
 
 def _labels(spec: Spec) -> tuple[str, ...]:
     try:
-        labels = spec.labels_path.read_text(encoding="utf-8").splitlines()
+        labels = spec.labels_path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(
             f"{spec.path}: [model] labels names {spec.labels_path}, which cannot be read: {error}",
             fix="write one foreground label per line, UTF-8, without the background",
         ) from None
-    if not labels:
+    if labels == [""]:
         raise SpecError(f"{spec.labels_path}: has no labels", fix="write one foreground label per line")
     for number, label in enumerate(labels, 1):
         if not label.strip() or label != label.strip():
             raise SpecError(f"{spec.labels_path}: line {number} is {label!r}", fix="a text without spaces around it")
+        if has_hidden(label):
+            raise SpecError(
+                f"{spec.labels_path}: line {number} is {label!r}",
+                why="it has control characters or marks of writing direction, which nobody sees",
+                fix="write the label without them",
+            )
         if label in labels[: number - 1]:
             raise SpecError(f"{spec.labels_path}: line {number} repeats the label {label!r}")
     return tuple(labels)
@@ -409,7 +416,7 @@ def edit(path: Path, settings: Mapping[str, Any]) -> None:
     from tomlkit.exceptions import TOMLKitError
 
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
         document, wanted = tomlkit.parse(text), tomllib.loads(text)
     except (OSError, ValueError) as error:  # neither UTF-8 nor TOML
         raise SpecError(f"{path}: cannot be read: {error}") from None

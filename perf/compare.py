@@ -71,7 +71,7 @@ def _load(run: Path) -> dict[str, Any]:
     path = run / "summary.json"
     resume = f"finish it: invoke perf --resume {run}"
     try:
-        summary: Any = json.loads(path.read_text(encoding="utf-8"))
+        summary: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         if (run / "points.jsonl").exists():
             raise CompareError(f"{run} has no summary.json", why="that run was broken off", fix=resume) from None

@@ -269,7 +269,7 @@ def _by_fp32(spec: Spec, pictures: Pictures, cache: Path) -> Pictures:
     key = hashlib.sha256(model.SerializeToString(deterministic=True) + pictures.digest().encode()).hexdigest()[:16]
     file = cache / spec.model.name / f"labels-fp32-{key}.json"
     try:
-        rows = json.loads(file.read_text())
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         run, rows = runner(model), []
         for path in pictures.paths:

@@ -239,7 +239,7 @@ def _yolo_classes(folder: Path) -> list[str]:
     for place in (folder, folder / "labels", folder.parent):
         file = place / "classes.txt"
         if file.is_file():
-            return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     return []
 
 
@@ -255,7 +255,7 @@ def _yolo(file: Path, picture: Path, names: Sequence[str]) -> list[tuple[str, li
     except OSError:
         return []  # whoever reads the picture says so
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -132,7 +132,7 @@ def tolerance(target: contract.Target, path: Path = TOLERANCES) -> Tolerance:
         VerifyError: there is none for this target, or the file is damaged.
     """
     try:
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
         row = table[target.runtime].get(target.precision)
         if row is not None and set(row) != {item.name for item in fields(Tolerance)}:
             raise ValueError(f"{target.runtime} {target.precision} has the keys {sorted(row)}")

@@ -174,7 +174,7 @@ class _Measured:
         whole.update(f"{_METHOD} {judgement.pictures.digest()}".encode())
         self._key = whole.hexdigest()
         try:
-            stored = json.loads(file.read_text())
+            stored = json.loads(file.read_text(encoding="utf-8-sig"))
             self.values: dict[str, float] = dict(stored["sqnr_db"]) if stored["key"] == self._key else {}
         except (OSError, ValueError, KeyError, TypeError):
             self.values = {}
