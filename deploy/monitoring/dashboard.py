@@ -165,7 +165,7 @@ def build() -> str:
             query = prometheus.Dataquery().ref_id(letter).expr(expression).legend_format(legend)
             graph.with_target(query.datasource(_SOURCE))
         board.with_panel(graph)
-    return JSONEncoder(sort_keys=True, indent=2).encode(board.build())
+    return str(JSONEncoder(sort_keys=True, indent=2).encode(board.build()))
 
 
 if __name__ == "__main__":
