@@ -492,6 +492,22 @@ def test(c: Context, path: str = "", keyword: str = "", marker: str = "") -> Non
 
 
 @task
+@_explained
+def deploy_check(c: Context) -> None:
+    """Check deploy/ with helm, promtool, Envoy and others (1 GB, into .cache/deploy), live tests included."""
+    from build.publish import s3
+    from deploy import tools
+
+    tools.install()
+    s3.program()
+    tests = "tests/deploy tests/build/publish/test_s3.py"
+    done = c.run(f"{PYTHON} -m pytest --durations=20 -m '' {tests}", warn=True)
+    if done.exited:
+        raise Exit("deploy/ is not right, or a tool failed (see above)", code=done.exited)
+    print("deploy/ passed; docs/fleet.md says how to use it")
+
+
+@task
 def lint(c: Context) -> None:
     """ruff (lint and format) and mypy --strict."""
     _need(c, "ruff", "dev")

@@ -5,8 +5,8 @@
     python deploy/schemas.py json FILE...         the YAML documents as one JSON list
 
 `kubernetes-validate` knows Kubernetes' own kinds and only warns about these. Their schemas come from packages that are
-generated from the same Go types as the custom resource definitions: cloudcoil's for the Prometheus operator and KEDA, and
-KServe's own Python SDK. SSD_CRDS names a folder of custom resource definitions (*.yaml) to use instead.
+generated from the same Go types as the custom resource definitions: cloudcoil's for the Prometheus operator and KEDA,
+and KServe's own Python SDK. SSD_CRDS names a folder of custom resource definitions (*.yaml) to use instead.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Publishes models to S3 and fetches them from it: the version folder first, checked, `config.pbtxt` last.
 
-S3 has no rename, but putting one object is atomic. So `config.pbtxt` is the publish here, too. It names the version that
-is served, and it is put after everything that it names was read back and found whole. A cut upload changes nothing.
+S3 has no rename, but putting one object is atomic. So `config.pbtxt` is the publish here, too. It names the version
+that is served. It is put after everything that it names was read back and found whole. A cut upload changes nothing.
 
     python -m build.publish.s3 sync s3://bucket/prefix FOLDER SECONDS      keeps FOLDER/current equal to the bucket
 

@@ -1,10 +1,10 @@
 #!/opt/ssd/project/.venv/bin/python
-"""Builds and checks TensorRT plans on this node's GPU, in a cache that is keyed by GPU and TensorRT. Never run on a GPU.
+"""Builds and checks TensorRT plans on this node's GPU, in a cache keyed by GPU and TensorRT. Never run on a GPU.
 
     build-plan --cache /cache --into /models [--precision fp16] [MODEL ...]
 
-`--into`/current becomes a link to the repository in the cache. What is fresh there is not built again, and only a plan that
-passes the gate is published; two pods of one node do not publish at the same time (the repository's lock).
+`--into`/current becomes a link to the repository in the cache. What is fresh there is not built again, and only a plan
+that passes the gate is published; two pods of one node do not publish at the same time (the repository's lock).
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ PANELS = (
     Panel(
         "Versions served",
         "short",
-        "Servers by version; two lines of one model for longer than a rollout mean that some did not take up the new one.",
+        "Servers by version; two lines of one model after a rollout: some lack the new one.",
         ((f"count by (job, model, version) (nv_inference_count{_OURS})", "{{model}} version {{version}}"),),
     ),
     Panel(
@@ -161,7 +161,7 @@ def build() -> str:
             .height(8)
             .span(12)
         )
-        for letter, (expression, legend) in zip("ABC", panel.queries):
+        for letter, (expression, legend) in zip("ABC", panel.queries, strict=False):
             query = prometheus.Dataquery().ref_id(letter).expr(expression).legend_format(legend)
             graph.with_target(query.datasource(_SOURCE))
         board.with_panel(graph)

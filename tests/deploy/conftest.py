@@ -119,8 +119,8 @@ class Server:
     def metrics(self) -> str:
         return f"127.0.0.1:{self.ports[2]}"
 
-    def start(self) -> Server:
-        """Starts it; it is ready when this returns."""
+    def start(self, ready: bool = True) -> Server:
+        """Starts it; when this returns it is ready, or only alive where its models cannot load."""
         names = ("SSD_HTTP_PORT", "SSD_GRPC_PORT", "SSD_METRICS_PORT")
         variables = {
             **tritonserver.environment(),
@@ -135,7 +135,7 @@ class Server:
             self.process = subprocess.Popen(
                 [str(DOCKER / "serve.sh"), *self.extra], env=variables, stdout=log, stderr=log
             )
-        wait(f"{self.http} is ready, see {self.log}", lambda: self.alive() and self.ready(), 60)
+        wait(f"{self.http} is ready, see {self.log}", lambda: self.alive() and self.up(ready), 60)
         return self
 
     def alive(self) -> bool:
@@ -143,8 +143,8 @@ class Server:
         assert self.process.poll() is None, self.log.read_text()[-3000:]
         return True
 
-    def ready(self) -> bool:
-        return get(f"http://{self.http}/v2/health/ready") == ""
+    def up(self, ready: bool = True) -> bool:
+        return get(f"http://{self.http}/v2/health/{'ready' if ready else 'live'}") == ""
 
     def send(self, number: signal.Signals) -> None:
         assert self.process is not None

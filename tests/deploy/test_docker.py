@@ -1,4 +1,4 @@
-"""The images' files: the Dockerfile by hadolint, serve.sh and canary.py with a real server, the build's steps in a folder.
+"""The images' files: Dockerfile by hadolint, serve.sh and canary.py with a real server, the build's steps in a folder.
 
 No Docker engine runs any of this.
 """

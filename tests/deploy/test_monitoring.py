@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
-import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ssd_client import SSDClient
 
-from models.shapes.scenes import scene
+from deploy.monitoring import picture
+from tests.deploy.balancing import clients, envoy
 from tests.deploy.conftest import CHART, ROOT, RULES, Server, free_ports, get, need, parsed, python, run, running, wait
 
 RULES_TEST = ROOT / "deploy" / "monitoring" / "rules_test.yml"
+PICTURE = ROOT / "artifacts" / "fleet" / "dashboard.png"
 DASHBOARD = CHART / "files" / "dashboard.json"
 
 
@@ -140,36 +142,15 @@ def prometheus(folder: Path, servers: list[Server]) -> Iterator[Prometheus]:
         yield own
 
 
-@contextmanager
-def load(servers: list[Server]) -> Iterator[None]:
-    """One client per server sends pictures until the end of the block."""
-    stopped = threading.Event()
-    picture = scene("held_out", 0).image
-
-    def send(server: Server) -> None:
-        while not stopped.is_set():
-            try:
-                with SSDClient(server.grpc, model="shapes", timeout=5) as client:
-                    while not stopped.is_set():
-                        client.detect(picture)
-            except Exception:  # the server of this thread may be the one that the test kills
-                stopped.wait(0.2)
-
-    threads = [threading.Thread(target=send, args=(server,)) for server in servers]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        for thread in threads:
-            thread.join()
-
-
 @pytest.mark.triton
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_panel_has_data_and_the_right_alert_fires_and_clears(servers: list[Server], tmp_path: Path) -> None:
-    with prometheus(tmp_path, servers) as own, load(servers):
+    began = time.time()
+    with (
+        prometheus(tmp_path, servers) as own,
+        envoy(servers, tmp_path) as balancer,
+        clients(balancer.grpc, "grpc", retries=3) as count,
+    ):
         missing: dict[str, str] = {}
 
         def complete() -> bool:
@@ -177,7 +158,7 @@ def test_every_panel_has_data_and_the_right_alert_fires_and_clears(servers: list
             missing.update({name: text for name, text in expressions().items() if not own.query(text)})
             return not missing
 
-        wait("every panel's expression returns data", complete, 40, 0.5)
+        wait("every panel's expression returns data", complete, 60, 0.5)
         wait("both servers are seen", lambda: len(own.query("ssd:server_queue_ms:mean1m")) == 2, 20, 0.5)
         assert own.query("sum(ssd:requests:rate1m)")[0]["value"][1] != "0"
         metrics = set(re.findall(r"\bnv_\w+", RULES.read_text()))
@@ -190,3 +171,36 @@ def test_every_panel_has_data_and_the_right_alert_fires_and_clears(servers: list
         servers[1].stop()
         servers[1].start()
         wait("the alert clears", lambda: "SSDServerDown" not in own.firing(), 30, 0.3)
+        before = count.answered
+        wait("both servers answer again", lambda: count.answered > before + 100, 60)
+        picture.draw(own.url, json.loads(DASHBOARD.read_text()), began, time.time(), PICTURE)
+    print(f"{count.answered} answered, {len(count.failed)} failed, one of two servers killed and started again")
+    assert count.failed == []
+    assert PICTURE.stat().st_size > 10_000
+
+
+@pytest.mark.triton
+@pytest.mark.long
+def test_servers_with_different_versions_and_a_server_without_a_model_are_seen(
+    data_repository: Path, backend_folder: Path, tmp_path: Path
+) -> None:
+    """The alerts about versions and missing models, from real servers' metrics."""
+    other = Path(shutil.copytree(data_repository, tmp_path / "other"))
+    (other / "shapes" / "1").rename(other / "shapes" / "2")
+    config = other / "shapes" / "config.pbtxt"
+    config.write_text(config.read_text().replace("versions: 1", "versions: 2"))
+    broken = Path(shutil.copytree(other, tmp_path / "broken"))
+    (broken / "shapes" / "2" / "model.onnx").write_bytes(b"damaged")
+    own = [
+        Server(str(path), backend_folder, tmp_path / f"{path.name}.log") for path in (data_repository, other, broken)
+    ]
+    try:
+        for server in own[:2]:
+            server.start()
+        own[2].start(ready=False)
+        with prometheus(tmp_path, own) as seen:
+            wait("both alerts fire", lambda: {"SSDVersionSkew", "SSDModelNotReady"} <= seen.firing(), 60, 0.5)
+            assert seen.firing() == {"SSDVersionSkew", "SSDModelNotReady"}
+    finally:
+        for server in own:
+            server.stop()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +19,9 @@ from build.contract import Target
 from build.errors import PublishError
 from build.publish import backend, s3
 from build.publish import repository as store
-from deploy import tools
-from tests.deploy.conftest import free_ports, need, running, wait
+from deploy import backends, tools
+from tests.deploy.balancing import clients
+from tests.deploy.conftest import Server, free_ports, get, need, running, wait
 
 ROOT = Path(__file__).parents[3]
 
@@ -174,6 +177,69 @@ def test_fetching_follows_the_bucket_and_refuses_damage(
     assert s3.rollback(place, "shapes") == 1
     assert s3.fetch(place, folder) == []
     assert {path.name for path in folder.iterdir()} == {"current", s3.SYNCED}
+
+
+@pytest.mark.triton
+@pytest.mark.long
+def test_a_real_server_takes_up_versions_from_the_bucket_without_losing_a_request(
+    native: None, published: Callable[[float], Path], repository: Path, place: str, tmp_path: Path
+) -> None:
+    """tritonserver reads s3:// itself and polls: publish, roll back, a cut upload; clients ask all the time."""
+    bucket = s3.Bucket.parse(place)
+    s3.publish(repository, "shapes", place)
+    own = Server(bucket.triton, backends.install(tmp_path / "backends"), tmp_path / "log")
+    own.environment = {"SSD_POLL_SECONDS": "1"}
+
+    def versions() -> list[str]:
+        listed: list[str] = json.loads(get(f"http://{own.http}/v2/models/shapes"))["versions"]
+        return listed
+
+    try:
+        own.start()
+        assert versions() == ["1"]
+        with clients(own.grpc, "grpc", retries=0) as count:
+            newer = published(0.31)
+            for name in ("labels.txt", "config.pbtxt"):  # a cut upload: a version folder without its manifest
+                bucket.put(newer / "shapes" / "2" / name, f"shapes/2/{name}")
+            time.sleep(4)
+            assert versions() == ["1"]
+            started = time.monotonic()
+            s3.publish(newer, "shapes", place)
+            wait("version 2 is served", lambda: versions() == ["2"], 60)
+            taken_up = time.monotonic() - started
+            s3.rollback(place, "shapes")
+            wait("version 1 is served again", lambda: versions() == ["1"], 60)
+            before = count.answered
+            wait("requests are answered", lambda: count.answered > before + 20, 60)
+    finally:
+        own.stop()
+    print(
+        f"{count.answered} answered, {len(count.failed)} failed; version 2 served {taken_up:.1f} s after its publish began"
+    )
+    assert count.failed == []
+
+
+@pytest.mark.triton
+@pytest.mark.long
+def test_a_server_beside_a_sync_needs_no_credentials(
+    native: None, published: Callable[[float], Path], repository: Path, place: str, tmp_path: Path
+) -> None:
+    """The chart's sync container: it follows the bucket, the server polls the folder."""
+    s3.publish(repository, "shapes", place)
+    command = [sys.executable, "-m", "build.publish.s3", "sync", place, tmp_path / "models", "1"]
+    with running(command, tmp_path / "sync.log", cwd=ROOT):
+        wait("the first fetch", lambda: (tmp_path / "models" / s3.SYNCED).exists(), 30)
+        own = Server(str(tmp_path / "models" / "current"), backends.install(tmp_path / "backends"), tmp_path / "log")
+        own.environment = {"SSD_POLL_SECONDS": "1", "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+        try:
+            own.start()
+            with clients(own.grpc, "grpc", retries=0) as count:
+                s3.publish(published(0.31), "shapes", place)
+                wait("version 2", lambda: '"versions":["2"]' in get(f"http://{own.http}/v2/models/shapes"), 60)
+        finally:
+            own.stop()
+    assert count.failed == []
+    assert count.answered > 0
 
 
 def test_errors_name_what_to_check(server: str, repository: Path) -> None:
