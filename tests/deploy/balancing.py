@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +29,17 @@ class Balancer:
 
     http: str
     grpc: str
+    admin: Path | None = None
+
+    def state(self, state: str) -> None:
+        """Takes the second server out (drain) or in (ready), where the recipe says to do so before a server ends."""
+        if self.admin is None:
+            return
+        for backend in ("http_servers", "grpc_servers"):
+            with socket.socket(socket.AF_UNIX) as control:
+                control.connect(str(self.admin))
+                control.sendall(f"set server {backend}/two state {state}\n".encode())
+                assert control.recv(1000).strip() == b""
 
 
 @contextmanager
@@ -38,13 +51,20 @@ def haproxy(servers: list[Server], folder: Path) -> Iterator[Balancer]:
         variables[f"SSD_SERVER_{number}"] = server.http
         variables[f"SSD_SERVER_{number}_GRPC"] = server.grpc
         variables[f"SSD_SERVER_{number}_HEALTH"] = str(server.ports[0])
-    variables = {**os.environ, **variables}
+    with tempfile.TemporaryDirectory(prefix="ssd-") as short:  # a socket's path may have 107 bytes
+        admin = Path(short) / "admin"
+        with _haproxy({**os.environ, **variables, "SSD_ADMIN_SOCKET": str(admin)}, folder):
+            yield Balancer(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", admin)
+
+
+@contextmanager
+def _haproxy(variables: dict[str, str], folder: Path) -> Iterator[None]:
     config = BALANCER / "haproxy.cfg"
     checked = run("haproxy", "-c", "-f", config, env=variables)
     assert checked.returncode == 0, checked.stderr
     assert "WARNING" not in checked.stderr, checked.stderr
     with running([need("haproxy"), "-db", "-f", config], folder / "haproxy.log", env=variables):
-        yield Balancer(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
+        yield
 
 
 @contextmanager

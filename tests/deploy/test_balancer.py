@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -36,6 +38,9 @@ def test_no_request_fails_when_one_server_goes(
     own = servers[1]
     with clients(balancer.grpc if protocol == "grpc" else balancer.http, protocol, retries=3) as count:
         wait("requests are answered", lambda: count.answered > 40, 60)
+        if end == "SIGTERM":
+            balancer.state("drain")
+            time.sleep(1)  # what it runs is answered
         own.send(signal.Signals[end])
         before = count.answered
         wait("the other server answers", lambda: count.answered > before + 60, 90)
@@ -44,6 +49,7 @@ def test_no_request_fails_when_one_server_goes(
         else:
             own.stop()
             own.start()
+            balancer.state("ready")
         before = count.answered
         wait("both answer", lambda: count.answered > before + 40, 90)
     record_property("answered", count.answered)
@@ -52,19 +58,33 @@ def test_no_request_fails_when_one_server_goes(
 
 
 def status(address: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> int:
+    """The status of an answer; 413 where the connection was closed while the body was sent."""
     request = urllib.request.Request(f"http://{address}{path}", body, headers or {})
     try:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, BrokenPipeError | ConnectionResetError):
+            return 413
+        raise
 
 
 def test_limits_hold(balancer: Balancer) -> None:
     for path in ("/v2/repository/index", "/v2/systemsharedmemory/status", "/v2/logging", "/metrics"):
         assert status(balancer.http, path) in (403, 404), path
-    too_much = status(
-        balancer.http, "/v2/models/shapes/infer", bytes(51 << 20), {"Content-Type": "application/octet-stream"}
-    )
-    assert too_much == 413
+    infer = "/v2/models/shapes/infer"
+    binary = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "100"}
+    assert status(balancer.http, infer, bytes(51 << 20), binary) == 413
+    nested = b'{"inputs":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    assert status(balancer.http, infer, nested) == 413
+    assert status(balancer.http, infer, nested, {**binary, "Inference-Header-Content-Length": "400011"}) == 413
+    assert status(balancer.http, infer, b"x" * 100, {**binary, "Content-Encoding": "gzip"}) in (400, 415)
     assert status(balancer.http, "/v2/models/shapes") == 200
+    host, port = balancer.http.split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as slow:
+        started = time.monotonic()
+        slow.sendall(b"GET /v2/models/shapes HTTP/1.1\r\nHost: a\r\n")
+        slow.recv(1000)  # an answer or the end
+        assert 3 < time.monotonic() - started < 12
