@@ -15,7 +15,12 @@ import pytest
 from tests.deploy.balancing import BALANCERS, Balancer, clients
 from tests.deploy.conftest import Server, get, wait
 
-pytestmark = [pytest.mark.triton, pytest.mark.long]
+
+@pytest.mark.parametrize("name", list(BALANCERS))
+def test_the_program_takes_its_recipe_and_refuses_who_has_no_server(name: str, tmp_path: Path) -> None:
+    absent = [Server("", tmp_path, tmp_path / "log") for _ in range(2)]
+    with BALANCERS[name](absent, tmp_path) as balancer:
+        wait("it answers 503", lambda: status(balancer.http, "/v2/models/shapes") == 503, 20)
 
 
 @pytest.fixture(params=list(BALANCERS))
@@ -30,6 +35,8 @@ def balancer(request: pytest.FixtureRequest, servers: list[Server], tmp_path: Pa
         yield own
 
 
+@pytest.mark.triton
+@pytest.mark.long
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "SIGSTOP"])
 def test_no_request_fails_when_one_server_goes(
@@ -71,6 +78,8 @@ def status(address: str, path: str, body: bytes | None = None, headers: dict[str
         raise
 
 
+@pytest.mark.triton
+@pytest.mark.long
 def test_limits_hold(balancer: Balancer) -> None:
     for path in ("/v2/repository/index", "/v2/systemsharedmemory/status", "/v2/logging", "/metrics"):
         assert status(balancer.http, path) in (403, 404), path
