@@ -13,7 +13,7 @@ from build.publish import backend
 
 
 def install(folder: Path) -> Path:
-    """Compiles the backend if need be and copies it, with ONNX Runtime's library, to `folder`/ssd_onnxruntime/.
+    """Compiles the backend if need be and puts it, with ONNX Runtime's library, into `folder`/ssd_onnxruntime/.
 
     Args:
         folder: what tritonserver gets as --backend-directory.
@@ -24,9 +24,12 @@ def install(folder: Path) -> Path:
     Raises:
         RuntimeUnavailableError: it cannot be compiled here.
     """
+    libraries = backend.prepare(backend.NATIVE).files
+    if not libraries:  # it is installed into a folder of backends, and so straight into this one
+        backend.prepare(backend.NATIVE, folder)
     place = folder / backend.NATIVE
     place.mkdir(parents=True, exist_ok=True)
-    for name, path in backend.prepare(backend.NATIVE).files.items():
+    for name, path in libraries.items():
         shutil.copy2(path, place / name)
     return folder
 

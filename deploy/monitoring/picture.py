@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _series(url: str, expression: str, start: float, end: float) -> list[Any]:
-    step = max(1.0, (end - start) / 300)
+def _series(url: str, expression: str, start: float, end: float, step: float) -> list[Any]:
     query = urllib.parse.urlencode({"query": expression, "start": start, "end": end, "step": step})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"{url}/api/v1/query_range?{query}", timeout=30) as answer:
@@ -32,16 +31,21 @@ def draw(url: str, board: dict[str, Any], start: float, end: float, path: Path) 
     from matplotlib.figure import Figure
 
     panels = board["panels"]
-    columns = 3
+    columns, step = 3, max(1.0, (end - start) / 300)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(15, 2.6 * rows), layout="constrained")
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, number + 1)
         for target in panel["targets"]:
             expression = re.sub(r"\$\w+", ".*", target["expr"])
-            for series in _series(url, expression, start, end):
-                times = [float(moment) - start for moment, _ in series["values"]]
-                values = [float(value) for _, value in series["values"]]
+            for series in _series(url, expression, start, end, step):
+                times, values = [], []
+                for moment, value in series["values"]:
+                    if times and float(moment) - start - times[-1] > 1.5 * step:  # no data: a gap, not a line
+                        times.append(times[-1])
+                        values.append(math.nan)
+                    times.append(float(moment) - start)
+                    values.append(float(value))
                 labels = series["metric"]
                 legend = target["legendFormat"]
                 for name in re.findall(r"{{(\w+)}}", legend):
