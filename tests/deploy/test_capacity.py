@@ -164,16 +164,20 @@ def service_times(servers: list[Server], count: int) -> list[float]:
 @pytest.mark.long
 def test_the_simulation_agrees_with_two_real_servers(pair: list[Server]) -> None:
     """Needs a quiet machine: the service times must not change between measuring them and using them."""
-    differences = {}
+    differences, swings = {}, []
     for share in (0.4, 0.6):
         before = service_times(pair, 150)
         rate = share * 2 * 1000 / float(np.mean(before))
         real = Fleet(rate, before, 2, balancer="roundrobin", seconds=25)
         latencies = np.asarray(measured(pair, rate, 25, seed=real.seed))
-        services = before + service_times(pair, 150)
+        after = service_times(pair, 150)
+        swings.append(float(np.median(after) / np.median(before)))
+        services = before + after
         simulated = simulate(replace(real, service_ms=services, seconds=250))
         for name, quantile in (("p50", 0.5), ("p99", 0.99)):
             seen = float(np.quantile(latencies, quantile))
             differences[f"{share:.0%} {name}"] = (seen, simulated.percentile(quantile))
     print({name: f"{seen:.1f} ms seen, {told:.1f} simulated" for name, (seen, told) in differences.items()})
+    if any(abs(swing - 1) > 0.1 for swing in swings):
+        pytest.skip(f"needs a quiet machine: the servers' own times changed by the factors {swings} meanwhile")
     assert all(abs(told / seen - 1) <= 0.2 for seen, told in differences.values()), differences
