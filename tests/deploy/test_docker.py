@@ -57,6 +57,7 @@ def test_the_gpu_image_has_matching_versions() -> None:
     (release,) = [release for release in RELEASES if release.container == tag[1]]
     assert headers[1].startswith(release.tensorrt)
     assert package[1].startswith(release.tensorrt)
+    assert set(re.findall(r"CUDA_VERSION=(\S+)", text)) == {release.cuda}
 
 
 def test_the_build_context_has_what_is_copied() -> None:
