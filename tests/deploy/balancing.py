@@ -42,8 +42,28 @@ class Balancer:
                 assert control.recv(1000).strip() == b""
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """Of localhost, signed by itself."""
+
+    folder: Path
+
+    @property
+    def chain(self) -> Path:
+        return self.folder / "tls.crt"
+
+    def make(self) -> Certificate:
+        names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+        files = ["-keyout", self.folder / "tls.key", "-out", self.chain]
+        run("openssl", "req", *kind, *names, *files, check=True)
+        both = self.chain.read_bytes() + (self.folder / "tls.key").read_bytes()
+        (self.folder / "both.pem").write_bytes(both)
+        return self
+
+
 @contextmanager
-def haproxy(servers: list[Server], folder: Path) -> Iterator[Balancer]:
+def haproxy(servers: list[Server], folder: Path, tls: Certificate | None = None) -> Iterator[Balancer]:
     """HAProxy as the recipe has it, on free ports."""
     http, grpc = free_ports(2)
     variables = {"SSD_BIND": "127.0.0.1", "SSD_HTTP_PORT": str(http), "SSD_GRPC_PORT": str(grpc)}
@@ -51,6 +71,8 @@ def haproxy(servers: list[Server], folder: Path) -> Iterator[Balancer]:
         variables[f"SSD_SERVER_{number}"] = server.http
         variables[f"SSD_SERVER_{number}_GRPC"] = server.grpc
         variables[f"SSD_SERVER_{number}_HEALTH"] = str(server.ports[0])
+    if tls is not None:
+        variables["SSD_TLS"] = f"ssl crt {tls.folder / 'both.pem'}"
     with tempfile.TemporaryDirectory(prefix="ssd-") as short:  # a socket's path may have 107 bytes
         admin = Path(short) / "admin"
         with _haproxy({**os.environ, **variables, "SSD_ADMIN_SOCKET": str(admin)}, folder):
@@ -68,7 +90,7 @@ def _haproxy(variables: dict[str, str], folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def envoy(servers: list[Server], folder: Path) -> Iterator[Balancer]:
+def envoy(servers: list[Server], folder: Path, tls: Certificate | None = None) -> Iterator[Balancer]:
     """Envoy as the recipe has it; only addresses and ports are replaced."""
     http, grpc, admin = free_ports(3)
     (config,) = parsed(BALANCER / "envoy.yaml")
@@ -79,6 +101,12 @@ def envoy(servers: list[Server], folder: Path) -> Iterator[Balancer]:
         for server, entry in zip(servers, cluster["load_assignment"]["endpoints"][0]["lb_endpoints"], strict=True):
             address = {"address": "127.0.0.1", "port_value": server.ports[number]}
             entry["endpoint"]["address"]["socket_address"] = address
+    if tls is not None:
+        text = (BALANCER / "envoy_tls.yaml").read_text().replace("/etc/ssl/ssd", str(tls.folder))
+        (folder / "tls.yaml").write_text(text)
+        (added,) = parsed(folder / "tls.yaml")
+        for listener in config["static_resources"]["listeners"]:
+            listener["filter_chains"][0] |= added
     path = folder / "envoy.json"
     path.write_text(json.dumps(config))
     run("envoy", "--mode", "validate", "-c", path, check=True)

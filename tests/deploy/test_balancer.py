@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ssd_client import TLS, SSDClient, SSDClientError
 
-from tests.deploy.balancing import BALANCERS, Balancer, clients
+from models.shapes.scenes import scene
+from tests.deploy.balancing import BALANCERS, Balancer, Certificate, clients
 from tests.deploy.conftest import Server, get, wait
 
 
@@ -97,3 +99,21 @@ def test_limits_hold(balancer: Balancer) -> None:
         slow.sendall(b"GET /v2/models/shapes HTTP/1.1\r\nHost: a\r\n")
         slow.recv(1000)  # an answer or the end
         assert 3 < time.monotonic() - started < 12
+
+
+@pytest.mark.triton
+@pytest.mark.long
+@pytest.mark.parametrize("name", list(BALANCERS))
+def test_both_ports_speak_tls_where_asked(name: str, servers: list[Server], tmp_path: Path) -> None:
+    certificate = Certificate(tmp_path).make()
+    picture = scene("held_out", 0).image
+    with BALANCERS[name](servers, tmp_path, certificate) as balancer:
+        for protocol, address in (("grpc", balancer.grpc), ("http", balancer.http)):
+            secure = SSDClient(address, protocol=protocol, model="shapes", ssl=TLS(certificate.chain))  # type: ignore[arg-type]
+            with secure as client:
+                assert len(client.detect(picture)) > 0
+            with (
+                SSDClient(address, protocol=protocol, model="shapes", retries=0) as plain,
+                pytest.raises(SSDClientError),
+            ):  # type: ignore[arg-type]
+                plain.detect(picture)

@@ -5,6 +5,7 @@ No Docker engine runs any of this.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -170,3 +171,23 @@ def test_the_cpu_images_steps_make_a_server_that_runs_as_its_user(data_repositor
 
         wait("the image's server answers", healthy, 60)
         assert process.args[0] == str(image / "bin" / "serve")  # type: ignore[index]
+
+
+def test_a_plan_is_kept_by_gpu_and_tensorrt_and_needs_a_gpu(tmp_path: Path) -> None:
+    script = DOCKER / "build_plan.py"
+    found = importlib.util.spec_from_file_location("build_plan", script)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    one = module.key("NVIDIA H100 80GB HBM3", "9.0", "10.13.2.6")
+    assert one == "nvidia-h100-80gb-hbm3-sm9.0-tensorrt10.13.2.6"
+    assert (
+        len({one, module.key("NVIDIA H200", "9.0", "10.13.2.6"), module.key("NVIDIA H100 80GB HBM3", "9.0", "11")}) == 3
+    )
+    command = [sys.executable, str(script), f"--cache={tmp_path}", f"--into={tmp_path}"]
+    environment = {**os.environ, "SSD_PROJECT": str(ROOT), "PATH": "/nonexistent"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "nvidia-smi shows no GPU" in done.stderr
+    assert list(tmp_path.iterdir()) == []
