@@ -31,14 +31,14 @@ class Balancer:
     grpc: str
     admin: Path | None = None
 
-    def state(self, state: str) -> None:
-        """Takes the second server out (drain) or in (ready), where the recipe says to do so before a server ends."""
+    def state(self, state: str, server: str = "two") -> None:
+        """Takes a server out (drain) or in (ready), where the recipe says to do so before a server ends."""
         if self.admin is None:
             return
         for backend in ("http_servers", "grpc_servers"):
             with socket.socket(socket.AF_UNIX) as control:
                 control.connect(str(self.admin))
-                control.sendall(f"set server {backend}/two state {state}\n".encode())
+                control.sendall(f"set server {backend}/{server} state {state}\n".encode())
                 assert control.recv(1000).strip() == b""
 
 

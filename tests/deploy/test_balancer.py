@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import signal
 import socket
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -63,6 +66,39 @@ def test_no_request_fails_when_one_server_goes(
         wait("both answer", lambda: count.answered > before + 40, 90)
     record_property("answered", count.answered)
     print(f"{protocol}, {end}: {count.answered} answered, {len(count.failed)} failed, slowest {count.slowest:.2f} s")
+    assert count.failed == []
+
+
+@pytest.mark.triton
+@pytest.mark.long
+def test_a_rollout_to_the_next_version_loses_no_request(
+    balancer: Balancer, servers: list[Server], data_repository: Path, tmp_path: Path
+) -> None:
+    """What a Deployment does to its pods: one server after the other leaves, ends, and comes back with version 2."""
+    newer = Path(shutil.copytree(data_repository, tmp_path / "newer"))
+    (newer / "shapes" / "1").rename(newer / "shapes" / "2")
+    config = newer / "shapes" / "config.pbtxt"
+    config.write_text(config.read_text().replace("versions: 1", "versions: 2"))
+    before = [server.repository for server in servers]
+    with clients(balancer.grpc, "grpc", retries=3) as count:
+        for server, name in zip(servers, ("one", "two"), strict=True):
+            balancer.state("drain", name)
+            time.sleep(1)
+            server.send(signal.SIGTERM)
+            assert server.process is not None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.process.wait(15)  # the grace period; what is left then is killed
+            server.stop()
+            server.repository = str(newer)
+            server.start()
+            balancer.state("ready", name)
+            answered = count.answered
+            wait("requests are answered", lambda answered=answered: count.answered > answered + 60, 60)
+    for server, repository in zip(servers, before, strict=True):
+        assert '"versions":["2"]' in get(f"http://{server.http}/v2/models/shapes")
+        server.stop()
+        server.repository = repository
+    print(f"{count.answered} answered, {len(count.failed)} failed, both servers replaced")
     assert count.failed == []
 
 
