@@ -93,6 +93,7 @@ def demo(c: Context, quick: bool = False) -> None:
         "calibration": "explicit, or for int8 with TensorRT up to 10 implicit: TensorRT's own calibrator",
         "force": "rebuild even where nothing changed",
         "rollback": "serve the version before the current one again (needs --model)",
+        "to": "publish what is then served here to S3, too: s3://bucket/prefix (docs/fleet.md)",
     }
 )
 @_explained
@@ -104,11 +105,18 @@ def build_engines(
     calibration: str = "explicit",
     force: bool = False,
     rollback: bool = False,
+    to: str = "",
 ) -> None:
     """models/*/ → model_repository/: attach front and SSDNMS, build, pass the gate, publish atomically."""
     from build import pipeline
     from build.gate.accuracy import mean_average_precision
+    from build.publish import s3
 
+    if to:
+        s3.Bucket.parse(to)
+    if rollback and to:
+        print(f"{to} serves version {s3.rollback(to, model)} of {model} again")
+        return
     if rollback:
         pipeline.rollback(model, repository=REPOSITORY)
     else:
@@ -122,6 +130,8 @@ def build_engines(
             judge=mean_average_precision,
             calibration=calibration,
         )
+    for name in _models(model) or sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt")) if to else ():
+        print(f"{to} serves version {s3.publish(REPOSITORY, name, to)} of {name}")
     print("next: ./invoke serve (a server that runs already takes it up when it polls)")
 
 
@@ -481,16 +491,24 @@ def train(c: Context) -> None:
         "http_port": "HTTP port (0 = any free one)",
         "grpc_port": "gRPC port (0 = any free one)",
         "metrics_port": "metrics port (0 = any free one)",
+        "repository": "serve a repository on S3 instead, and take up what is published there: s3://bucket/prefix",
     }
 )
 @_explained
 def serve(
-    c: Context, host: str = "127.0.0.1", http_port: int = 8000, grpc_port: int = 8001, metrics_port: int = 8002
+    c: Context,
+    host: str = "127.0.0.1",
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    repository: str = "",
 ) -> None:
     """Serve model_repository/ on a real tritonserver until Ctrl-C."""
+    from build.publish import s3
     from build.serve import serve as run
 
-    run(REPOSITORY, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+    folder = s3.follow(repository, ARTIFACTS / "s3") if repository else REPOSITORY
+    run(folder, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
 
 
 @task(
@@ -541,6 +559,22 @@ def test(c: Context, path: str = "", keyword: str = "", marker: str = "") -> Non
 
 
 @task
+@_explained
+def deploy_check(c: Context) -> None:
+    """Check deploy/ with helm, promtool, Envoy and others (1 GB, into .cache/deploy), live tests included."""
+    from build.publish import s3
+    from deploy import tools
+
+    tools.install()
+    s3.program()
+    tests = "tests/deploy tests/build/publish/test_s3.py"
+    done = c.run(f"{PYTHON} -m pytest --durations=20 -m '' {tests}", warn=True)
+    if done.exited:
+        raise Exit("deploy/ is not right, or a tool failed (see above)", code=done.exited)
+    print("deploy/ passed; docs/fleet.md says how to use it")
+
+
+@task
 def lint(c: Context) -> None:
     """ruff (lint and format) and mypy --strict."""
     _need(c, "ruff", "dev")
@@ -555,11 +589,14 @@ def lock(c: Context) -> None:
     if shutil.which("uv") is None:
         raise Exit("error: uv is not on PATH\nwhat to do: pipx install uv", code=1)
     beside_runtime = ("video", "batch", "openvino")  # they run with what .venv holds, NumPy first of all
-    apart = ("runtime", "dev", "train", "convert_tensorflow", "plugin_tools", "clients")
-    for group in (*apart, *beside_runtime):
-        beside = "--constraints requirements/runtime.lock --no-emit-package numpy" if group in beside_runtime else ""
+    programs = ("deploy_tools", "s3")  # of these packages only a program, or a few files, is used
+    apart = ("runtime", "dev", "train", "convert_tensorflow", "plugin_tools", "clients", "deploy")
+    for group in (*apart, *beside_runtime, *programs):
+        how = "--constraints requirements/runtime.lock --no-emit-package numpy" if group in beside_runtime else ""
+        how = "--no-deps" if group in programs else how
+        python = "3.11" if group.startswith("deploy") else "3.10"  # Grafana's package asks for Python 3.11
         c.run(
-            f"uv pip compile pyproject.toml --group {group} {beside} --universal --generate-hashes "
-            f"--python-version 3.10 --no-header --no-annotate --quiet -o requirements/{group}.lock"
+            f"uv pip compile pyproject.toml --group {group} {how} --universal --generate-hashes "
+            f"--python-version {python} --no-header --no-annotate --quiet -o requirements/{group}.lock"
         )
     print("requirements/ is locked; next: ./invoke test (.venv is made again where what it holds has changed)")

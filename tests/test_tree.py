@@ -42,9 +42,10 @@ def _imports(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
-        ("build", {"perf"}),  # of the client, what tests/build/test_imports.py allows
-        ("client", {"build", "perf", "models"}),
-        ("models", {"build", "perf", "ssd_client"}),
+        ("build", {"perf", "deploy"}),  # of the client, what tests/build/test_imports.py allows
+        ("client", {"build", "deploy", "perf", "models"}),
+        ("deploy", {"perf", "models", "ssd_client"}),
+        ("models", {"build", "deploy", "perf", "ssd_client"}),
     ],
 )
 def test_nobody_imports_what_the_design_forbids(folder: str, forbidden: set[str]) -> None:
