@@ -47,10 +47,6 @@ def _explained(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
-def _models(model: str) -> list[str] | None:
-    return [model] if model else None
-
-
 def _given(text: str) -> str:
     """A path that a task was given: a relative one is relative to the caller's folder."""
     return str(CALLER / text) if text else ""
@@ -113,7 +109,7 @@ def build_engines(
         pipeline.rollback(model, repository=REPOSITORY)
     else:
         pipeline.build_engines(
-            _models(model),
+            [model] if model else None,
             runtime,
             precision,
             force,
@@ -213,7 +209,11 @@ def verify(c: Context, model: str = "", count: int = 0) -> None:
     from build.gate.verify import PICTURES
 
     for report in pipeline.verify_published(
-        _models(model), REPOSITORY, artifacts=ARTIFACTS, judge=mean_average_precision, count=count or PICTURES
+        [model] if model else None,
+        REPOSITORY,
+        artifacts=ARTIFACTS,
+        judge=mean_average_precision,
+        count=count or PICTURES,
     ):
         report.require()
     print("what is served answers as its source does; next: ./invoke serve")
@@ -440,20 +440,29 @@ def train(c: Context) -> None:
 
 @task(
     help={
-        "host": "address to bind; 0.0.0.0 opens it to the network",
-        "http_port": "HTTP port (0 = any free one)",
-        "grpc_port": "gRPC port (0 = any free one)",
-        "metrics_port": "metrics port (0 = any free one)",
+        "host": "address to bind: 127.0.0.1, ::1; 0.0.0.0 and :: open it to the network",
+        **{f"{which}_port": f"{which} port (0 = any free one)" for which in ("http", "grpc", "metrics")},
+        "ssl_cert": "PEM file with the server's certificate: gRPC is encrypted, HTTP stays on this machine",
+        "ssl_key": "PEM file with its key",
+        "ssl_clients": "PEM file with the authorities whose client certificates are accepted (default: none is asked)",
     }
 )
 @_explained
 def serve(
-    c: Context, host: str = "127.0.0.1", http_port: int = 8000, grpc_port: int = 8001, metrics_port: int = 8002
+    c: Context,
+    host: str = "127.0.0.1",
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    ssl_cert: str = "",
+    ssl_key: str = "",
+    ssl_clients: str = "",
 ) -> None:
-    """Serve model_repository/ on a real tritonserver until Ctrl-C."""
-    from build.serve import serve as run
+    """Serve model_repository/ on a real tritonserver until Ctrl-C; starts it again when it dies."""
+    from build import exposure, supervise
 
-    run(REPOSITORY, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+    who = exposure.exposure(host, _given(ssl_cert), _given(ssl_key), _given(ssl_clients))
+    supervise.serve(REPOSITORY, exposure=who, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
 
 
 @task(

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import contract, files
+from build import contract, files, rehearsal
 from build.contract import Target
-from build.errors import OptionError, RuntimeUnavailableError, SpecError, VerifyError
+from build.errors import OptionError, PublishError, RuntimeUnavailableError, SpecError, VerifyError
 from build.files import ARTIFACTS, MODELS, REPOSITORY, relative
 from build.gate import datasets, verify
 from build.gate.self_check import self_check
@@ -45,6 +45,7 @@ def build_engines(
     artifacts: Path = ARTIFACTS,
     judge: verify.Judge | None = None,
     calibration: str = "explicit",
+    rehearse: bool = True,
     console: Console | None = None,
 ) -> dict[str, int]:
     """Builds and publishes models; what is published already from the same inputs is left as it is.
@@ -60,6 +61,7 @@ def build_engines(
             onnxruntime.onnx, where the same numbers are typed otherwise to be fast on a CPU.
         judge: mAP of COCO detections for the gate; None = the gate does not look at mAP.
         calibration: explicit (the graph says what is INT8) or, for int8 and TensorRT up to 10, implicit (it does).
+        rehearse: whether a real server has to answer with the files before they are published (a second each).
         console: where to print what is done; None = standard output.
 
     Returns:
@@ -73,7 +75,9 @@ def build_engines(
     target = Target(runtime, precision, calibration)
     show.print(f"runtime {runtime}: {why}", markup=False)
     specs = [load(sources / name) for name in _names(models, sources)]
-    return {spec.model.name: _build(spec, target, force, repository, artifacts, judge, show) for spec in specs}
+    return {
+        spec.model.name: _build(spec, target, force, repository, artifacts, judge, rehearse, show) for spec in specs
+    }
 
 
 def rollback(model: str, repository: Path = REPOSITORY) -> int:
@@ -121,6 +125,10 @@ def verify_published(
     reports = []
     for spec in [load(sources / name) for name in _names(models, sources)]:
         folder, manifest = store.served(repository, spec.model.name)
+        served_by = backend.of(manifest)
+        fault = backend.damage() if served_by and served_by.name == backend.NATIVE else ""
+        if fault:
+            raise PublishError(f"{spec.model.name}: its backend is damaged: {fault}", fix=backend.AGAIN)
         target = Target.of(manifest)
         graph = _published_graph(spec, target, artifacts)
         built = folder / store.MODEL_FILE[target.runtime]
@@ -284,6 +292,7 @@ def _build(
     repository: Path,
     artifacts: Path,
     judge: verify.Judge | None,
+    rehearse: bool,
     show: Console,
 ) -> int:
     """Builds, checks and publishes one model.
@@ -330,7 +339,8 @@ def _build(
     report = _gate(spec, target, graph, built, facts.get("engine"), artifacts, judge, count)
     show.print(str(report.require()), markup=False)
     facts["verified"] = report.as_dict()
-    version = store.publish(spec, built, repository, target, facts, served_by)
+    last = functools.partial(_rehearse, spec, target, served_by, facts.get("engine"), artifacts, show)
+    version = store.publish(spec, built, repository, target, facts, served_by, last if rehearse else None)
     instances, threads = instances_and_threads(spec, target.runtime)
     show.print(
         f"{name}: published version {version} to {relative(repository / name)} "
@@ -342,6 +352,38 @@ def _build(
         if served_by.name == backend.PYTHON and spec.serving.backend == "auto":
             show.print(f"{name}: {backend.SLOWER}", markup=False)
     return version
+
+
+def _rehearse(
+    spec: Spec,
+    target: Target,
+    served_by: backend.Backend | None,
+    engine_facts: Mapping[str, Any] | None,
+    artifacts: Path,
+    show: Console,
+    content: Path,
+) -> None:
+    """Has a real server answer with a version folder before it is published; says where none can.
+
+    Raises:
+        VerifyError: it does not load, or answers otherwise.
+    """
+    import onnx
+
+    name = served_by.name if served_by else "tensorrt"
+    reason = rehearsal.unavailable(name)
+    if reason:
+        show.print(f"{spec.model.name}: not asked on a real server before publishing: {reason}", markup=False)
+        return
+    images, _ = verify.images_for(spec, artifacts / "datasets", rehearsal.PICTURES)
+    images = images[: rehearsal.PICTURES]
+    built = content / store.MODEL_FILE[target.runtime]
+    if engine_facts is None:
+        said = rehearsal.rehearse(spec, target, content, runner(onnx.load(built)), images)
+    else:
+        with plan.Plan(built, engine_facts, plugin=PLUGIN) as running:
+            said = rehearsal.rehearse(spec, target, content, running, images)
+    show.print(f"{spec.model.name}: {said}", markup=False)
 
 
 def _require_implicit(spec: Spec, artifacts: Path, judge: verify.Judge | None) -> None:

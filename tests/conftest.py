@@ -28,7 +28,13 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from build.pipeline import build_engines
 
     folder = tmp_path_factory.mktemp("published")
-    build_engines(["shapes"], "onnxruntime", repository=folder / "model_repository", artifacts=folder / "artifacts")
+    build_engines(
+        ["shapes"],
+        "onnxruntime",
+        repository=folder / "model_repository",
+        artifacts=folder / "artifacts",
+        rehearse=False,  # `triton_server` serves it anyway
+    )
     return folder / "model_repository"
 
 

@@ -5,7 +5,9 @@ Every request runs alone: the session reads the request's own memory (no concate
 never depend on its neighbours, and one bad request is answered with its own error while the others of the call go on.
 """
 
+import contextlib
 import ctypes
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -40,6 +42,7 @@ class TritonPythonModel:
             self._session = _session(path, config)
             _check_contract(self._session, config)
             self._warm_up(config)
+            self._client_errors = _ClientErrors(config["name"], args["model_version"])
         except _RefusedError as error:
             raise pb_utils.TritonModelException(f"{config['name']} version {args['model_version']}: {error}") from None
         except Exception as error:
@@ -48,11 +51,15 @@ class TritonPythonModel:
 
     def execute(self, requests):
         """Answers every request, each with its result or with its own error."""
-        return [self._answer(request) for request in requests]
+        # The server's queue drops what its client gave up; of several that it hands over together, some may be given
+        # up while the others run. (Asking costs a message to the server, so a single one is not asked.)
+        several = len(requests) > 1
+        return [_given_up() if several and request.is_cancelled() else self._answer(request) for request in requests]
 
     def finalize(self):
         """Frees the session before the interpreter goes."""
         self._session = None
+        self._client_errors.close()
 
     def _answer(self, request):
         try:
@@ -66,6 +73,7 @@ class TritonPythonModel:
             tensors = [_tensor(name, array) for name, array in zip(self._outputs, arrays, strict=True)]
             return pb_utils.InferenceResponse(output_tensors=tensors)
         except _RefusedError as error:
+            self._client_errors.count()
             return _failed(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception as error:
             pb_utils.Logger.log_error(f"request {request.request_id() or '(no id)'} failed: {error}")
@@ -104,6 +112,48 @@ def _failed(message, code):
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
+def _given_up():
+    return _failed("the client gave the request up before it ran", pb_utils.TritonError.CANCELLED)
+
+
+class _ClientErrors:
+    """The metric of requests that were answered as invalid; nothing where the server has no metrics."""
+
+    def __init__(self, model, version):
+        self._family = self._metric = None
+        with contextlib.suppress(Exception):
+            self._family = pb_utils.MetricFamily(
+                name="ssd_client_errors",
+                description="Requests that were answered as invalid: their client's fault, and no failure of the model",
+                kind=pb_utils.MetricFamily.COUNTER,
+            )
+            self._metric = self._family.Metric(labels={"model": model, "version": version})
+
+    def count(self):
+        if self._metric is not None:
+            with contextlib.suppress(Exception):
+                self._metric.increment(1)
+
+    def close(self):
+        """Frees the metric before its family, as Triton wants it."""
+        self._metric = None
+        self._family = None
+
+
+def _content(path, config):
+    """model.onnx, as it was published: the bytes that were compared are the ones that are loaded."""
+    if not path.is_file():
+        raise _RefusedError(f"{path} is missing: publish the model again")
+    content = path.read_bytes()
+    digest = config.get("parameters", {}).get("model_sha256", {}).get("string_value", "")
+    if digest and hashlib.sha256(content).hexdigest() != digest:
+        raise _RefusedError(
+            f"{path} is not the file that was published (SHA-256 differs): it is damaged or half-copied; publish the "
+            "model again"
+        )
+    return content
+
+
 def _session(path, config):
     """The session of one instance, with as many threads as config.pbtxt's parameter `threads` gives each instance."""
     try:
@@ -113,8 +163,7 @@ def _session(path, config):
             f"the Python that the server runs models with ({sys.prefix}) cannot import onnxruntime ({error}): install "
             "it there, or put the bin folder of the environment that has it first on PATH"
         ) from error
-    if not path.is_file():
-        raise _RefusedError(f"{path} is missing: publish the model again")
+    content = _content(path, config)
     threads = _threads(config)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -124,7 +173,7 @@ def _session(path, config):
     options.inter_op_num_threads = 1
     # Idle threads that spin take their core from the server's own threads and from the other instances.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def _threads(config):
