@@ -47,10 +47,6 @@ def _explained(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
-def _models(model: str) -> list[str] | None:
-    return [model] if model else None
-
-
 def _given(text: str) -> str:
     """A path that a task was given: a relative one is relative to the caller's folder."""
     return str(CALLER / text) if text else ""
@@ -121,7 +117,7 @@ def build_engines(
         pipeline.rollback(model, repository=REPOSITORY)
     else:
         pipeline.build_engines(
-            _models(model),
+            [model] if model else None,
             runtime,
             precision,
             force,
@@ -130,7 +126,8 @@ def build_engines(
             judge=mean_average_precision,
             calibration=calibration,
         )
-    for name in _models(model) or sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt")) if to else ():
+    published = [model] if model else sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
+    for name in published if to else ():
         print(f"{to} serves version {s3.publish(REPOSITORY, name, to)} of {name}")
     print("next: ./invoke serve (a server that runs already takes it up when it polls)")
 
@@ -223,7 +220,11 @@ def verify(c: Context, model: str = "", count: int = 0) -> None:
     from build.gate.verify import PICTURES
 
     for report in pipeline.verify_published(
-        _models(model), REPOSITORY, artifacts=ARTIFACTS, judge=mean_average_precision, count=count or PICTURES
+        [model] if model else None,
+        REPOSITORY,
+        artifacts=ARTIFACTS,
+        judge=mean_average_precision,
+        count=count or PICTURES,
     ):
         report.require()
     print("what is served answers as its source does; next: ./invoke serve")
@@ -487,10 +488,11 @@ def train(c: Context) -> None:
 
 @task(
     help={
-        "host": "address to bind; 0.0.0.0 opens it to the network",
-        "http_port": "HTTP port (0 = any free one)",
-        "grpc_port": "gRPC port (0 = any free one)",
-        "metrics_port": "metrics port (0 = any free one)",
+        "host": "address to bind: 127.0.0.1, ::1; 0.0.0.0 and :: open it to the network",
+        **{f"{which}_port": f"{which} port (0 = any free one)" for which in ("http", "grpc", "metrics")},
+        "ssl_cert": "PEM file with the server's certificate: gRPC is encrypted, HTTP stays on this machine",
+        "ssl_key": "PEM file with its key",
+        "ssl_clients": "PEM file with the authorities whose client certificates are accepted (default: none is asked)",
         "repository": "serve a repository on S3 instead, and take up what is published there: s3://bucket/prefix",
     }
 )
@@ -502,13 +504,17 @@ def serve(
     grpc_port: int = 8001,
     metrics_port: int = 8002,
     repository: str = "",
+    ssl_cert: str = "",
+    ssl_key: str = "",
+    ssl_clients: str = "",
 ) -> None:
-    """Serve model_repository/ on a real tritonserver until Ctrl-C."""
+    """Serve model_repository/ on a real tritonserver until Ctrl-C; starts it again when it dies."""
+    from build import exposure, supervise
     from build.publish import s3
-    from build.serve import serve as run
 
+    who = exposure.exposure(host, _given(ssl_cert), _given(ssl_key), _given(ssl_clients))
     folder = s3.follow(repository, ARTIFACTS / "s3") if repository else REPOSITORY
-    run(folder, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+    supervise.serve(folder, exposure=who, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
 
 
 @task(

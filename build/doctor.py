@@ -186,7 +186,7 @@ def _triton(machine: Machine) -> Iterator[Finding]:
     version = installed.version
     where = "in the wheel nvidia-pytriton" if installed.from_wheel else str(installed.binary)
     yield Finding("Triton", "tritonserver", "ok", f"{version or 'unknown version'} {where}")
-    chosen = backend.look(libraries=machine.backends)
+    chosen = backend.look(backends=machine.backends)
     native = chosen.name == backend.NATIVE
     state, fix = ("ok", "") if native else ("info", backend.SLOWER)
     yield Finding("Triton", "backend for the CPU", state, f"{chosen.name}: {chosen.why}", fix)
@@ -279,20 +279,24 @@ def _models(machine: Machine) -> Iterator[Finding]:
 
 
 def _published(machine: Machine, gpu: Gpu | None, tensorrt: str) -> Iterator[Finding]:
-    folders = sorted(path.parent for path in machine.repository.glob(f"*/{repository.CONFIG}"))
-    if not folders:
+    folders = sorted(path for path in machine.repository.glob("*") if path.is_dir())
+    names = [path.name for path in folders if repository.is_published(path)]
+    if not names:
         text = f"nothing in {relative(machine.repository)}"
         yield Finding("Published", "models", "info", text, "publish: ./invoke build-engines")
-    for folder in folders:
-        name = folder.name
+    for name in names:
+        folder = machine.repository / name
         if picture.owner(folder):
             continue  # goes with its model
         served = repository.served_version(machine.repository, name)
-        versions = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
+        versions = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+        fault = repository.fault(folder)
         if served is None or served not in versions:
-            text = f"{repository.CONFIG} names version {served}, there are {versions}"
+            text = fault or f"{repository.CONFIG} names version {served}, there are {versions}"
             yield Finding("Published", name, "problem", text, f"./invoke build-engines --model {name} --force")
             continue
+        if fault and not repository.damage(folder / str(served)):
+            yield Finding("Published", name, "problem", fault, f"./invoke build-engines --model {name} --force")
         for version in versions:
             where = f"{name} version {version}{', served' if version == served else ''}"
             yield from _version(machine, folder / str(version), where, version == served, gpu, tensorrt)
@@ -313,11 +317,31 @@ def _version(
     count = len(manifest.get("files", {}))
     text = f"{precision}, {runtime}, {manifest.get('built', '')}; {count} files as published (SHA-256)"
     yield Finding("Published", where, "ok", text)
+    if served and repository.carries_libraries(folder):
+        text = "holds libraries, as older builds published: a server that runs loses memory with each publish"
+        yield Finding("Published", f"{where}: libraries", "warning", text, again)
     if served:
         yield from _stale(machine, name, manifest)
+        yield from _backend(machine, where, manifest)
     engine = manifest.get("engine")
     if isinstance(engine, dict) and served:
         yield from _plan(machine, where, engine, gpu, tensorrt, again)
+
+
+def _backend(machine: Machine, where: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether the installed backend is the one that a version was tested with."""
+    tested = manifest.get("libraries")
+    if not tested:
+        return
+    label = f"{where}: backend"
+    damage = backend.damage(machine.backends)
+    if damage:
+        yield Finding("Published", label, "problem", damage, backend.AGAIN)
+    elif backend.installed(machine.backends)["files"] != tested:
+        text = f"it was tested with other libraries than {relative(machine.backends / backend.NATIVE)} has now"
+        yield Finding("Published", label, "warning", text, "test it with these: ./invoke verify, or build it again")
+    else:
+        yield Finding("Published", label, "ok", f"{relative(machine.backends / backend.NATIVE)} as it was tested with")
 
 
 def _stale(machine: Machine, name: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:
@@ -332,8 +356,8 @@ def _stale(machine: Machine, name: str, manifest: Mapping[str, Any]) -> Iterator
         served_by = backend.of(manifest)
         if served_by:
             today = backend.look(source.serving.backend, machine.backends)
-            keeps = today.files and served_by.engine == today.engine
-            served_by = today if keeps else served_by  # without files, only a build can tell which it will be
+            other = served_by.engine != today.engine  # only a build can tell which it will be
+            served_by = served_by if other or _is_open(today) else today
         changed = repository.changed(manifest, repository.recipe(source, target, served_by))
     except SSDError as error:
         fix = error.fix or f"see {relative(machine.models / name)}"
@@ -344,6 +368,11 @@ def _stale(machine: Machine, name: str, manifest: Mapping[str, Any]) -> Iterator
         yield Finding("Published", f"{name}: source", "warning", text, f"./invoke build-engines --model {name}")
     else:
         yield Finding("Published", f"{name}: source", "ok", "unchanged since this version was built")
+
+
+def _is_open(today: backend.Backend) -> bool:
+    """Whether only a build can tell which backend it will be."""
+    return today.name == backend.NATIVE and not today.libraries
 
 
 def _plan(

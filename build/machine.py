@@ -33,7 +33,7 @@ class Machine:
 
     Attributes:
         libraries: the folder of the plugin.
-        backends: the folder of compiled backends for the CPU.
+        backends: the folder of this project's backends.
         run: runs a command and gives its status and its output; status -1 where it cannot be run.
     """
 
@@ -43,7 +43,7 @@ class Machine:
     shm: Path = SHM
     ports: Sequence[int] = PORTS
     run: Callable[[Sequence[str]], tuple[int, str]] = lambda command: run(command)
-    backends: Path = backend.LIBRARIES
+    backends: Path = backend.BACKENDS
 
 
 def package_version(name: str) -> str:

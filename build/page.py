@@ -9,7 +9,8 @@ from pathlib import Path
 
 from build.errors import ServeError
 from build.files import ARTIFACTS, REPOSITORY
-from build.serve import LOG, TritonServer
+from build.serve import TritonServer
+from build.supervise import LOG
 
 _PORT = "8001"
 

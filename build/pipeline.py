@@ -9,12 +9,12 @@ import contextlib
 import difflib
 import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import contract, files
+from build import contract, files, rehearsal
 from build.contract import Target
 from build.errors import OptionError, PublishError, RuntimeUnavailableError, SpecError, VerifyError
 from build.files import ARTIFACTS, MODELS, REPOSITORY, relative
@@ -50,6 +50,7 @@ def build_engines(
     artifacts: Path = ARTIFACTS,
     judge: verify.Judge | None = None,
     calibration: str = "explicit",
+    rehearse: bool = True,
     console: Console | None = None,
 ) -> dict[str, int]:
     """Builds and publishes models; what is published already from the same inputs is left as it is.
@@ -65,6 +66,7 @@ def build_engines(
             onnxruntime.onnx, where the same numbers are typed otherwise to be fast on a CPU.
         judge: mAP of COCO detections for the gate; None = the gate does not look at mAP.
         calibration: explicit (the graph says what is INT8) or, for int8 and TensorRT up to 10, implicit (it does).
+        rehearse: whether a real server has to answer with the files before they are published (a second each).
         console: where to print what is done; None = standard output.
 
     Returns:
@@ -78,7 +80,9 @@ def build_engines(
     target = Target(runtime, precision, calibration)
     show.print(f"runtime {runtime}: {why}", markup=False)
     specs = [load(sources / name) for name in _names(models, sources)]
-    return {spec.model.name: _build(spec, target, force, repository, artifacts, judge, show) for spec in specs}
+    return {
+        spec.model.name: _build(spec, target, force, repository, artifacts, judge, rehearse, show) for spec in specs
+    }
 
 
 def rollback(model: str, repository: Path = REPOSITORY) -> int:
@@ -127,8 +131,11 @@ def verify_published(
     reports = []
     for spec in [load(sources / name) for name in _names(models, sources)]:
         folder, manifest = store.served(repository, spec.model.name)
-        target = Target.of(manifest)
         served_by = backend.of(manifest)
+        fault = backend.damage() if served_by and served_by.name == backend.NATIVE else ""
+        if fault:
+            raise PublishError(f"{spec.model.name}: its backend is damaged: {fault}", fix=backend.AGAIN)
+        target = Target.of(manifest)
         engine_name = served_by.engine if served_by else ""
         graph = _published_graph(spec, target, artifacts, engine_name)
         built = folder / store.MODEL_FILE[target.runtime]
@@ -239,8 +246,6 @@ def _gate(
     The reference is the graph that the file was built from, in ONNX Runtime as it is written; a graph in types that
     ONNX Runtime has no kernels for is widened first (contract.PRECISIONS).
     """
-    import onnx
-
     written = runnable(graph, target.precision)
     check = functools.partial(
         verify.gate,
@@ -253,12 +258,24 @@ def _gate(
         judge=judge,
         cache=artifacts / "datasets",
     )
-    if served_engine == openvino.NAME:
-        return check(openvino.runner(built), count=count)
-    if engine_facts is None:
-        return check(runner(onnx.load(built)), count=count)
-    with plan.Plan(built, engine_facts, plugin=PLUGIN) as running:
-        return check(running, count=max(count, running.max_batch), max_batch=running.max_batch)
+    with _running(built, engine_facts, served_engine) as candidate:
+        if engine_facts is None:
+            return check(candidate, count=count)
+        return check(candidate, count=max(count, candidate.max_batch), max_batch=candidate.max_batch)
+
+
+@contextlib.contextmanager
+def _running(built: Path, engine_facts: Mapping[str, Any] | None, served_engine: str) -> Iterator[Any]:
+    """A built file in what will serve it: a plan on this machine's GPU, or an ONNX file in its engine."""
+    import onnx
+
+    if engine_facts is not None:
+        with plan.Plan(built, engine_facts, plugin=PLUGIN) as running:
+            yield running
+    elif served_engine == openvino.NAME:
+        yield openvino.runner(built)
+    else:
+        yield runner(onnx.load(built))
 
 
 def choose_runtime(runtime: str) -> tuple[str, str]:
@@ -298,6 +315,7 @@ def _build(
     repository: Path,
     artifacts: Path,
     judge: verify.Judge | None,
+    rehearse: bool,
     show: Console,
 ) -> int:
     """Builds, checks and publishes one model.
@@ -357,7 +375,8 @@ def _build(
     report = _gate(spec, target, graph, built, facts.get("engine"), artifacts, judge, count, engine_name)
     show.print(str(report.require()), markup=False)
     facts["verified"] = report.as_dict()
-    version = store.publish(spec, built, repository, target, facts, served_by)
+    last = functools.partial(_rehearse, spec, target, served_by, facts.get("engine"), artifacts, show)
+    version = store.publish(spec, built, repository, target, facts, served_by, last if rehearse else None)
     picture.bring_about(spec, repository, version, target.runtime)
     instances, threads = instances_and_threads(spec, target.runtime)
     show.print(
@@ -414,6 +433,33 @@ def _engine(
     if asked and not choice.ms:
         raise RuntimeUnavailableError(choice.why, fix='set [serving] engine = "onnxruntime" or "auto"')
     return replace(choice, engine=openvino.NAME, why=f"asked for; {choice.why}") if asked else choice
+
+
+def _rehearse(
+    spec: Spec,
+    target: Target,
+    served_by: backend.Backend | None,
+    engine_facts: Mapping[str, Any] | None,
+    artifacts: Path,
+    show: Console,
+    content: Path,
+) -> None:
+    """Has a real server answer with a version folder before it is published; says where none can.
+
+    Raises:
+        VerifyError: it does not load, or answers otherwise.
+    """
+    name = served_by.name if served_by else "tensorrt"
+    reason = rehearsal.unavailable(name)
+    if reason:
+        show.print(f"{spec.model.name}: not asked on a real server before publishing: {reason}", markup=False)
+        return
+    images, _ = verify.images_for(spec, artifacts / "datasets", rehearsal.PICTURES)
+    images = images[: rehearsal.PICTURES]
+    built = content / store.MODEL_FILE[target.runtime]
+    with _running(built, engine_facts, served_by.engine if served_by else "") as candidate:
+        said = rehearsal.rehearse(spec, target, content, candidate, images)
+    show.print(f"{spec.model.name}: {said}", markup=False)
 
 
 def _require_implicit(spec: Spec, artifacts: Path, judge: verify.Judge | None) -> None:

@@ -68,17 +68,17 @@ class Input(Table):
 class Serving(Table):
     """[serving]: how tritonserver runs it; 0 leaves `instances` and `threads` to the runtime, the rest switched off.
 
-    Queue and delay are for requests that are batched together; CUDA graphs and warm-up for the runtime tensorrt.
+    The delay is for requests that are batched together; CUDA graphs and warm-up for the runtime tensorrt.
     """
 
     max_batch_size: int = key(32, low=1, high=4096)
     instances: int = key(0, low=0, high=1024)
     threads: int = key(0, low=0, high=1024)
     engine: str = key("onnxruntime", choices=("auto", "onnxruntime", "openvino"))
-    backend: str = key("auto", choices=("auto", "ssd_onnxruntime", "python"))
+    backend: str = key("auto", choices=("auto", "ssd_onnxruntime", "python", "onnxruntime"))
     dynamic_batching: str = key("auto", choices=("auto", "on", "off"))
     max_queue_size: int = key(256, low=0, high=INT32_MAX)
-    queue_timeout_ms: int = key(1000, low=0, high=INT32_MAX)
+    queue_timeout_ms: int = key(30_000, low=0, high=INT32_MAX)
     queue_delay_us: int = key(0, low=0, high=10**6)
     cuda_graphs: bool = key(False)
     warmup: bool = key(True)
@@ -299,6 +299,13 @@ def load(path: str | Path) -> Spec:
             raise SpecError(
                 f"{path}: [model] {name} names {file}, which is not there", fix="put the file there or correct the name"
             )
+    generator = (path.parent / spec.data.generator).resolve()
+    if not generator.is_relative_to(path.parent.resolve()):
+        raise SpecError(
+            f"{path}: [data] generator is {spec.data.generator!r}, which lies outside the model's folder ({generator})",
+            why="a build runs its code, so a spec.toml from elsewhere could run any file of this machine",
+            fix="read it, and put it into the model's folder",
+        )
     labels, background = len(spec.labels), spec.nms.background_class
     if background > labels:
         raise SpecError(

@@ -77,7 +77,7 @@ class Candidate:
     def of_config(cls, config: ModelConfig) -> Candidate:
         """What a config.pbtxt says."""
         threads = config.parameters["threads"].string_value if "threads" in config.parameters else "1"
-        batching = config.HasField("dynamic_batching")
+        batching = publish.batches(config)
         delay = config.dynamic_batching.max_queue_delay_microseconds if batching else 0
         return cls(sum(group.count for group in config.instance_group), int(threads), batching, int(delay))
 
@@ -390,11 +390,14 @@ def variant(spec: Spec, published: Path, candidate: Candidate) -> Iterator[Path]
     changed = dataclasses.replace(spec.serving, **keys)
     changed_spec = dataclasses.replace(spec, serving=changed)
     digest = sha256(version / store.MANIFEST)
-    config = publish.config(changed_spec, manifest["version"], target, digest, backend.of(manifest))
+    model = manifest["files"][store.MODEL_FILE[target.runtime]]
+    config = publish.config(changed_spec, manifest["version"], target, digest, backend.of(manifest), model)
     with tempfile.TemporaryDirectory(prefix=f".{published.name}-", dir=published.parent) as name:
         folder = Path(name) / spec.model.name
         shutil.copytree(version, folder / version.name, copy_function=_link)
-        (folder / store.CONFIG).write_text(text_format.MessageToString(config))
+        for place in (folder, folder / version.name):
+            (place / store.CONFIG).unlink(missing_ok=True)  # one of them is a link to what is published
+            (place / store.CONFIG).write_text(text_format.MessageToString(config))
         yield Path(name)
 
 

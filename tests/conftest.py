@@ -57,7 +57,13 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from build.pipeline import build_engines
 
     def make(folder: Path) -> None:
-        build_engines(["shapes"], "onnxruntime", repository=folder / "model_repository", artifacts=folder / "artifacts")
+        build_engines(
+            ["shapes"],
+            "onnxruntime",
+            repository=folder / "model_repository",
+            artifacts=folder / "artifacts",
+            rehearse=False,  # `triton_server` serves it anyway
+        )
 
     return once(tmp_path_factory, "published", make) / "model_repository"
 

@@ -164,12 +164,9 @@ def arrays(pictures: Pictures, into: Input, batch: int) -> Iterator[NDArray[np.u
             fix=f"mend or remove them; up to {MOST_UNREADABLE:.0%} are left out silently",
         )
     if unreadable:
-        from rich.console import Console
-
-        Console(stderr=True, soft_wrap=True).print(
+        _say(
             f"{pictures.name}: {len(unreadable)} of {len(pictures)} pictures cannot be read and were left out, like "
-            f"{unreadable[0]}",
-            markup=False,
+            f"{unreadable[0]}"
         )
 
 
@@ -311,6 +308,7 @@ def _generated(path: Path, split: str, count: int, cache: Path) -> tuple[list[Pa
             module_spec = importlib.util.spec_from_file_location(name, path)
             if module_spec is None or module_spec.loader is None or not path.is_file():
                 raise DataError(f"{path}: no Python file")
+            _say(f"pictures are drawn by the model's own program, which runs now: {path.resolve()}")
             module = importlib.util.module_from_spec(module_spec)
             sys.modules[name] = module
             module_spec.loader.exec_module(module)
@@ -324,6 +322,12 @@ def _generated(path: Path, split: str, count: int, cache: Path) -> tuple[list[Pa
             fix="mend it, or correct [data] in spec.toml (docs/spec.md)",
         ) from error
     return list(paths), truth
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
 
 def _labelled(

@@ -249,7 +249,7 @@ def check_repeatability(spec: Spec, candidate: Runner, images: NDArray[np.uint8]
     """The same batch gives the same bits."""
     first, given = _copied(candidate(spec.nms.feeds(images))), spec.nms.feeds(images)
     for _ in range(times - 1):
-        different = _different(first, candidate(given))
+        different = differing(first, candidate(given))
         if different:
             detail = f"{', '.join(different)} changed when the same batch ran again"
             return Check("repeatability", False, detail, "look for atomics, uninitialised memory or a race")
@@ -269,7 +269,7 @@ def check_rows(spec: Spec, candidate: Runner, images: NDArray[np.uint8]) -> Chec
     first = _copied(candidate(given))
     for name, order in (("turned round", np.arange(rows)[::-1]), ("moved by one", np.roll(np.arange(rows), 1))):
         moved = candidate({key: np.ascontiguousarray(array[order]) for key, array in given.items()})
-        different = _different({key: array[order] for key, array in first.items()}, moved)
+        different = differing({key: array[order] for key, array in first.items()}, moved)
         if different:
             return Check("rows", False, f"{', '.join(different)} changed when the rows were {name}", look)
     random = np.random.default_rng(1)
@@ -394,7 +394,7 @@ def _copied(outputs: Arrays) -> dict[str, NDArray[Any]]:
     return {name: np.array(array) for name, array in outputs.items()}
 
 
-def _different(first: Arrays, second: Arrays) -> list[str]:
+def differing(first: Arrays, second: Arrays) -> list[str]:
     """The outputs whose bits differ."""
     import numpy as np
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -38,7 +39,7 @@ from build.gate.self_check import self_check
 from build.graph.attach import attach
 from build.graph.precision import widened
 from build.machine import Machine
-from build.publish import picture, repository
+from build.publish import backend, picture, repository
 from build.session import runner
 from build.spec import Spec, load
 from build.tensorrt import compat, timing
@@ -61,7 +62,7 @@ class Place:
             sources=self.sources,
             artifacts=self.artifacts,
             console=Console(file=text, soft_wrap=True),
-            **options,
+            **{"rehearse": False, **options},
         )
         return versions, text.getvalue()
 
@@ -280,6 +281,17 @@ def test_only_a_plan_can_be_timed(place: Place) -> None:
     place.build()
     with pytest.raises(OptionError, match="published for onnxruntime"):
         pipeline.benchmark_published("tiny", place.repository, sources=place.sources, artifacts=place.artifacts)
+
+
+def test_a_damaged_backend_fails_verify(
+    place: Place, monkeypatch: pytest.MonkeyPatch, native: None, tmp_path: Path
+) -> None:
+    place.build()
+    folder = tmp_path / "backends"
+    damage = functools.partial(backend.damage, folder)
+    monkeypatch.setattr(backend, "damage", lambda: damage())
+    with pytest.raises(PublishError, match=r"its backend is damaged: .*holds no whole(?s:.*)build-engines"):
+        checked(place)
 
 
 def test_what_is_published_can_be_verified_again(place: Place) -> None:

@@ -365,3 +365,13 @@ def test_an_edit_of_a_list_leaves_the_rest(path: Path, before: str, names: tuple
     assert (new.nms, new.data, new.input) == (old.nms, old.data, old.input)
     assert path.read_text().startswith("# mine\n")
     assert not list(path.parent.glob("*.new*"))
+
+
+@pytest.mark.parametrize("generator", ["../gen.py", "sub/../../gen.py", "/tmp/gen.py", "link.py"])
+def test_a_generator_outside_the_models_folder_is_refused(path: Path, generator: str) -> None:
+    """A build would run it."""
+    (path.parent.parent / "gen.py").write_text("raise SystemExit('it ran')")
+    (path.parent / "link.py").symlink_to(path.parent.parent / "gen.py")
+    path.write_text(path.read_text() + f'[data]\ngenerator = "{generator}"\nheld_out = "a"\n')
+    with pytest.raises(SpecError, match=r"\[data\] generator is .*outside the model's folder"):
+        load(path)

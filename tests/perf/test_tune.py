@@ -220,7 +220,8 @@ def test_a_variant_is_the_published_model_set_up_otherwise(tiny: tuple[Path, Pat
     with tuning.variant(load(file), published, Candidate(3, 2, True, 500)) as repository:
         version = store.served_version(repository, "tiny")
         for held in (published / "tiny" / str(version)).iterdir():
-            assert held.samefile(repository / "tiny" / str(version) / held.name)
+            if held.name != "config.pbtxt":  # the server compares that one with the one above
+                assert held.samefile(repository / "tiny" / str(version) / held.name)
         assert candidate_of(repository) == Candidate(3, 2, True, 500)
     assert [path.name for path in published.parent.iterdir() if path.name.startswith(".published-")] == []
     assert store.served(published, "tiny")
