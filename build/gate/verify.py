@@ -283,8 +283,9 @@ def check_parity(
     """Against the reference, which sees one picture at a time; the candidate sees it alone, then in batches."""
     threshold = spec.nms.score_threshold
     wanted = _answers(spec, reference, images, threshold)
-    while spec.nms.runtime_thresholds and not _detections(wanted) and threshold > _LOWEST_THRESHOLD:
-        threshold /= 4  # pictures without its objects: something must be compared all the same
+    lowest = max(_LOWEST_THRESHOLD, spec.nms.lowest_score_threshold)
+    while spec.nms.runtime_thresholds and not _detections(wanted) and threshold > lowest:
+        threshold = max(lowest, threshold / 4)  # pictures without its objects: something must be compared all the same
         wanted = _answers(spec, reference, images, threshold)
     if not _detections(wanted):
         detail = (

@@ -26,7 +26,7 @@ using namespace nvinfer1;
 constexpr char kName[] = "SSDNMS";
 constexpr char kVersion[] = "1";
 //! Of what a plan holds; a plan of another version is refused.
-constexpr int32_t kSerializationVersion = 1;
+constexpr int32_t kSerializationVersion = 2;
 
 constexpr char const* kActivations[] = {"softmax", "sigmoid", "none"};
 constexpr char const* kCodings[] = {"center_size", "corner"};
@@ -83,7 +83,8 @@ void check(SsdNmsParams const& params, SsdNmsShape const* shape)
 
 SsdNmsParams defaultParams()
 {
-    return SsdNmsParams{0.05F, 0.45F, 100, 0, 0, SSD_NMS_SOFTMAX, SSD_NMS_CENTER_SIZE, {10.F, 10.F, 5.F, 5.F}, 1, 0};
+    return SsdNmsParams{0.05F, 0.45F, 100, 0, 0, SSD_NMS_SOFTMAX, SSD_NMS_CENTER_SIZE, {10.F, 10.F, 5.F, 5.F}, 1, 0,
+        0.01F};
 }
 
 std::string quoted(std::string const& text)
@@ -190,6 +191,7 @@ std::vector<PluginField> fieldsOf(SsdNmsParams const& p)
         real("box_scales", p.boxScales, 4),
         whole("clip_boxes", &p.clipBoxes),
         whole("class_agnostic", &p.classAgnostic),
+        real("lowest_score_threshold", &p.lowestScoreThreshold, 1),
     };
 }
 
@@ -261,6 +263,10 @@ SsdNmsParams paramsFrom(PluginFieldCollection const* fields, bool isPlan)
         else if (name == "class_agnostic")
         {
             p.classAgnostic = oneInt(field);
+        }
+        else if (name == "lowest_score_threshold")
+        {
+            p.lowestScoreThreshold = oneFloat(field);
         }
         else if (isPlan && name == kSerializationVersionField)
         {
