@@ -314,7 +314,6 @@ __device__ Chunk takeFirst(OrderShared& shared, TileKeys const& keys, Interval& 
         part.top -= static_cast<uint64_t>(shared.pivot) << shift;
         uint64_t const lowest = part.top - ((uint64_t{1} << shift) - 1);
         part.low = lowest > part.low ? lowest : part.low;
-        __syncthreads();
         clearBuckets(shared);
     }
     auto const pivot = static_cast<uint32_t>(shared.pivot);
@@ -334,12 +333,11 @@ __device__ void makeRun(
     run.top = part.top;
     run.shift = part.shift();
     run.end = run.begin + countBuckets(shared, keys, part, run.shift);
-    moveKeys(shared, keys, part, run.shift, kBuckets, target + run.begin);
     if (threadIdx.x == 0)
     {
         made = run;
     }
-    __syncthreads();
+    moveKeys(shared, keys, part, run.shift, kBuckets, target + run.begin);
 }
 
 //! Where in keys[begin] to keys[end - 1], part of a run, the first key is whose bucket is not in [low, high); or end.

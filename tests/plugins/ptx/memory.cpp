@@ -42,10 +42,13 @@ void Block::checkGlobal(Allocation& allocation, uint64_t offset, int32_t bytes, 
 {
     auto const own = static_cast<uint16_t>(thread);
     uint32_t const earlier = mWorld.blockCount;
+    auto const where = [&]
+    {
+        return allocation.name + "+" + number(offset);
+    };
     for (uint64_t word = offset / 4; word <= (offset + static_cast<uint64_t>(bytes) - 1) / 4; ++word)
     {
         Shadow& shadow = allocation.shadows[word];
-        std::string const where = allocation.name + "+" + number(offset);
         if (!shadow.isInitialised && kind == Access::kREAD)
         {
             for (int32_t i = 0; i < bytes; ++i)
@@ -55,7 +58,7 @@ void Block::checkGlobal(Allocation& allocation, uint64_t offset, int32_t bytes, 
         }
         if (!shadow.isInitialised && kind == Access::kATOMIC)
         {
-            report("atomic on uninitialised global memory", mPc, thread, where);
+            report("atomic on uninitialised global memory", mPc, thread, where());
         }
         bool const isWritten = shadow.writeBlock > earlier
             && (shadow.writeBlock != mNumber || (shadow.writeEpoch == mWorld.epoch && shadow.writer != own));
@@ -63,14 +66,14 @@ void Block::checkGlobal(Allocation& allocation, uint64_t offset, int32_t bytes, 
         {
             report(std::string{"race: "} + (kind == Access::kREAD ? "read" : "write") + " after write in global memory",
                 mPc, thread,
-                where + ", other block " + number(shadow.writeBlock - earlier - 1) + " thread "
+                where() + ", other block " + number(shadow.writeBlock - earlier - 1) + " thread "
                     + number(shadow.writer));
         }
         bool const isRead = shadow.readBlock > earlier
             && (shadow.readBlock != mNumber || (shadow.readEpoch == mWorld.epoch && shadow.reader != own));
         if (isRead && kind != Access::kREAD)
         {
-            report("race: write after read in global memory", mPc, thread, where);
+            report("race: write after read in global memory", mPc, thread, where());
         }
         if (kind == Access::kREAD)
         {
