@@ -156,7 +156,7 @@ class SpecNms(Nms):
 
 
 def lowest_for(score_threshold: float) -> float:
-    """A `lowest_score_threshold` below which a score threshold does not fall: the usual one, if that is not above it."""
+    """The `lowest_score_threshold` for a model of this score threshold: the usual one, if that is not above it."""
     return min(Nms.lowest_score_threshold, score_threshold)
 
 

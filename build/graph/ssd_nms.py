@@ -175,7 +175,10 @@ def _batch(
     rows = [op.Cast(deltas, to=ir.DataType.FLOAT), op.Cast(logits, to=ir.DataType.FLOAT)]
     if nms.runtime_thresholds:
         most = op.Constant(value_float=1.0)
-        rows += [attribute["score_threshold"], op.Where(op.Less(iou, most), op.Max(iou, op.Constant(value_float=0.0)), most)]
+        rows += [
+            attribute["score_threshold"],
+            op.Where(op.Less(iou, most), op.Max(iou, op.Constant(value_float=0.0)), most),
+        ]
 
     def row(op: Any, deltas: Any, logits: Any, *thresholds: Any) -> Sequence[Any]:
         op.builder.push_module("row")  # names of its own: a subgraph must not repeat those around it

@@ -193,8 +193,7 @@ __global__ void __launch_bounds__(kFindThreads, kFindBlocks) findCandidates(Prob
         int32_t const contenders = shared.contenders;
         int32_t const lane = thread % kLanesPerAnchor;
         constexpr int32_t kPerWarp = kWarpSize / kLanesPerAnchor;
-        for (int32_t group = thread / kWarpSize * kPerWarp; group < contenders;
-             group += kFindThreads / kLanesPerAnchor)
+        for (int32_t group = thread / kWarpSize * kPerWarp; group < contenders; group += kFindThreads / kLanesPerAnchor)
         {
             int32_t const own = group + thread % kWarpSize / kLanesPerAnchor;
             bool const isReal = own < contenders;

@@ -85,8 +85,8 @@ Kernel findKernelOf(SsdNmsShape const& shape, Tiling const& tiling)
     return isStaged ? findCandidates<float, true> : findCandidates<float, false>;
 }
 
-cudaError_t launch(Kernel kernel, int32_t blocks, int32_t threads, size_t sharedBytes, Problem const& problem,
-    cudaStream_t stream)
+cudaError_t launch(
+    Kernel kernel, int32_t blocks, int32_t threads, size_t sharedBytes, Problem const& problem, cudaStream_t stream)
 {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<uint32_t>(blocks));

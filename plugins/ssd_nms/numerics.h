@@ -2,8 +2,8 @@
 //! The arithmetic of SSDNMS, for host and device: conversion, exp, activation, decode, IoU, and the key that orders.
 //!
 //! Every function gives the same bits on the GPU and on the CPU: only IEEE operations, an exp of our own instead of the
-//! two platforms' different ones, and no contraction of a*b+c (-fmad=false, -ffp-contract=off). So the reference and the
-//! kernels can be compared bit for bit.
+//! two platforms' different ones, and no contraction of a*b+c (-fmad=false, -ffp-contract=off). So the reference and
+//! the kernels can be compared bit for bit.
 
 #ifndef SSD_NMS_NUMERICS_H
 #define SSD_NMS_NUMERICS_H
@@ -248,8 +248,8 @@ SSD_NMS_HOST_DEVICE float areaOf(Box const& box)
     return area > 0.0F ? area : 0.0F;
 }
 
-//! Whether the IoU of two boxes is above the threshold; symmetric. All conditions are looked at together: branches would
-//! cost a warp more than a division that is not needed, and no condition depends on another one's.
+//! Whether the IoU of two boxes is above the threshold; symmetric. All conditions are looked at together: branches
+//! would cost a warp more than a division that is not needed, and no condition depends on another one's.
 SSD_NMS_HOST_DEVICE bool overlaps(Box const& a, float areaA, Box const& b, float areaB, float iouThreshold)
 {
     float const width = fminf(a.x2, b.x2) - fmaxf(a.x1, b.x1);

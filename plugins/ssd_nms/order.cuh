@@ -2,10 +2,10 @@
 //! The candidates of an image in their final order, kChunk at most at a time.
 //!
 //! The first chunk is found where findCandidates left the keys: a histogram over the interval of possible keys says
-//! which buckets it takes. Mostly that is enough. If more is asked for, all that is left is moved once into the order of
-//! its buckets; from then on a chunk is the next few keys of a run. A bucket that is larger than a chunk becomes a run
-//! of its own: it is moved once more, into narrower buckets. A bucket has 11 bits of the key less than its run, so no
-//! key is moved more than kRuns times, whatever the scores: the work is linear in the candidates.
+//! which buckets it takes. Mostly that is enough. If more is asked for, all that is left is moved once into the order
+//! of its buckets; from then on a chunk is the next few keys of a run. A bucket that is larger than a chunk becomes a
+//! run of its own: it is moved once more, into narrower buckets. A bucket has 11 bits of the key less than its run, so
+//! no key is moved more than kRuns times, whatever the scores: the work is linear in the candidates.
 
 #ifndef SSD_NMS_ORDER_CUH
 #define SSD_NMS_ORDER_CUH
@@ -68,8 +68,8 @@ struct OrderShared
     uint32_t edge; //!< Where a run's bucket ends.
 };
 
-//! Keys whose loads and additions are under way together. No key is 0: a score is above a threshold that is not below 0,
-//! so the key's highest bit is set.
+//! Keys whose loads and additions are under way together. No key is 0: a score is above a threshold that is not below
+//! 0, so the key's highest bit is set.
 constexpr int32_t kBatch = 5;
 using Batch = uint64_t[kBatch];
 

@@ -99,9 +99,8 @@ __device__ void reloadKept(SuppressShared& shared, Answer const& answer, int32_t
 //! \param seen [foregroundClasses], with a cap: candidates of each label in the groups before this one.
 //! \param kept detections so far.
 //! \return detections with those of this group.
-__device__ __forceinline__ int32_t suppressGroup(
-    SelectShared& shared, SsdNmsParams const& params, float iouThreshold, int32_t first, int32_t* seen, int32_t kept,
-    Answer const& answer)
+__device__ __forceinline__ int32_t suppressGroup(SelectShared& shared, SsdNmsParams const& params, float iouThreshold,
+    int32_t first, int32_t* seen, int32_t kept, Answer const& answer)
 {
     SuppressShared& suppress = shared.suppress;
     int32_t const thread = static_cast<int32_t>(threadIdx.x);
@@ -130,8 +129,7 @@ __device__ __forceinline__ int32_t suppressGroup(
         suppress.overlapping[member].bytes[lane] = static_cast<uint8_t>(overlapping);
         if (cap > 0)
         {
-            uint32_t const same =
-                sameOf(&suppress.labels[first + lane * kPerLane], suppress.labels[first + member]);
+            uint32_t const same = sameOf(&suppress.labels[first + lane * kPerLane], suppress.labels[first + member]);
             suppress.same[member].bytes[lane] = static_cast<uint8_t>(same);
         }
     }
@@ -198,8 +196,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) selectDetections(Problem co
     int32_t const thread = static_cast<int32_t>(threadIdx.x);
     int32_t const row = static_cast<int32_t>(blockIdx.x);
     int32_t const most = params.maxDetections;
-    int64_t const firstKey =
-        static_cast<int64_t>(row) * problem.tiling.tilesPerRow * problem.tiling.keysPerTile;
+    int64_t const firstKey = static_cast<int64_t>(row) * problem.tiling.tilesPerRow * problem.tiling.keysPerTile;
     int64_t const firstOut = static_cast<int64_t>(row) * most;
     Answer const answer{reinterpret_cast<Box*>(problem.tensors.boxes) + firstOut, problem.tensors.scores + firstOut,
         problem.tensors.labels + firstOut};

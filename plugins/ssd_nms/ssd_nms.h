@@ -2,8 +2,8 @@
 //! The interface of SSDNMS: activate the class scores, decode the boxes, cap, suppress, merge and pad, for a batch.
 //!
 //! Plain C, without a CUDA or TensorRT type. Two libraries implement it: `ssd_nms_core` on the GPU (all tensors and the
-//! workspace are device memory, the stream is a cudaStream_t) and `ssd_nms_reference` on the CPU (all of it host memory,
-//! the stream is ignored). No function throws, keeps state between calls, or allocates device memory.
+//! workspace are device memory, the stream is a cudaStream_t) and `ssd_nms_reference` on the CPU (all of it host
+//! memory, the stream is ignored). No function throws, keeps state between calls, or allocates device memory.
 
 #ifndef SSD_NMS_H
 #define SSD_NMS_H

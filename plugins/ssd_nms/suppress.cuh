@@ -68,8 +68,8 @@ __device__ __forceinline__ uint32_t sameClass(int4 const& classes, int32_t own)
 
 //! Compares each candidate of a group with the kept boxes in shared memory; kLanesPerCandidate lanes share that.
 //! \param count of the kept boxes, those in shared memory; what is behind them has no class.
-__device__ __forceinline__ bool isSuppressedByKept(
-    SuppressShared const& shared, Box const& box, float area, int32_t own, int32_t lane, int32_t count, float iouThreshold)
+__device__ __forceinline__ bool isSuppressedByKept(SuppressShared const& shared, Box const& box, float area,
+    int32_t own, int32_t lane, int32_t count, float iouThreshold)
 {
     constexpr int32_t kPerStep = kLanesPerCandidate * kPerVector;
     constexpr int32_t kSteps = 8; // whose results are bits of one number
@@ -110,9 +110,8 @@ __device__ __forceinline__ uint32_t sameOf(int32_t const* classes, int32_t own)
 }
 
 //! Which of this lane's candidates of the group suppress this one, as bits.
-__device__ __forceinline__ uint32_t overlappingInGroup(
-    SuppressShared const& shared, Box const& box, float area, int32_t own, int32_t first, int32_t member, int32_t lane,
-    float iouThreshold)
+__device__ __forceinline__ uint32_t overlappingInGroup(SuppressShared const& shared, Box const& box, float area,
+    int32_t own, int32_t first, int32_t member, int32_t lane, float iouThreshold)
 {
     int32_t const begin = first + lane * kPerLane;
     auto const& chunk = shared.chunk;

@@ -200,7 +200,9 @@ _SIGMOID: dict[str, Any] = {"score_activation": "sigmoid"}
 # Each reaches a path or a border of the kernels.
 SPECIAL: tuple[Maker, ...] = (
     _maker("C beyond shared memory, FP16, sigmoid", (1, 20, 30000), "random", (H, H), **_SIGMOID, score_threshold=0.9),
-    _maker("odd C beyond shared memory, FP16", (2, 9, 17001), "random", (H, H), score_threshold=1e-4, max_detections=300),
+    _maker(
+        "odd C beyond shared memory, FP16", (2, 9, 17001), "random", (H, H), score_threshold=1e-4, max_detections=300
+    ),
     _maker("C beyond shared memory, FP32", (2, 5, 9000), "random", score_threshold=1e-4, max_detections=50),
     _maker("a tile of one anchor", (1, 5, 8192), "random", score_threshold=1e-4, max_detections=600),
     _maker("one class more", (1, 3, 8193), "random", score_activation="none", score_threshold=0.5, max_detections=700),

@@ -156,7 +156,14 @@ class Interpreter:
         assert not problem, f"{ptx}: {problem}"
 
     def run(
-        self, case: Case, mode: Mode = MODES[0], *, seed: int = 1, timing: bool = False, checks: bool = True, most: int = 0
+        self,
+        case: Case,
+        mode: Mode = MODES[0],
+        *,
+        seed: int = 1,
+        timing: bool = False,
+        checks: bool = True,
+        most: int = 0,
     ) -> Result:
         """One call.
 

@@ -110,8 +110,7 @@ std::vector<Candidate> suppress(std::vector<Candidate> const& candidates, float 
     std::vector<Candidate> kept;
     for (Candidate const& candidate : candidates)
     {
-        bool const isSuppressed = std::any_of(kept.begin(), kept.end(),
-            [&](Candidate const& better)
+        bool const isSuppressed = std::any_of(kept.begin(), kept.end(), [&](Candidate const& better)
             { return overlaps(better.box, areaOf(better.box), candidate.box, areaOf(candidate.box), iouThreshold); });
         if (!isSuppressed)
         {

@@ -9,6 +9,55 @@
 
 namespace ptx
 {
+
+std::string strip(std::string const& text)
+{
+    constexpr char kBlank[] = " \t\r\n";
+    size_t const begin = text.find_first_not_of(kBlank);
+    return begin == std::string::npos ? "" : text.substr(begin, text.find_last_not_of(kBlank) - begin + 1);
+}
+
+std::vector<std::string> splitList(std::string const& text)
+{
+    std::vector<std::string> parts(1);
+    int32_t depth = 0;
+    for (char const c : text)
+    {
+        depth += c == '{' || c == '[' ? 1 : c == '}' || c == ']' ? -1 : 0;
+        if (c == ',' && depth == 0)
+        {
+            parts.emplace_back();
+        }
+        else
+        {
+            parts.back() += c;
+        }
+    }
+    for (std::string& part : parts)
+    {
+        part = strip(part);
+    }
+    if (parts.back().empty())
+    {
+        parts.pop_back();
+    }
+    return parts;
+}
+
+Type typeOf(std::string const& name)
+{
+    int32_t number = 0;
+    for (char const* const known : kTypeNames)
+    {
+        if (name == known)
+        {
+            return static_cast<Type>(number);
+        }
+        ++number;
+    }
+    return Type::kNONE;
+}
+
 namespace
 {
 
