@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import subprocess
+import tempfile
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,17 +69,19 @@ def _cached(name: str, sources: list[Path], commands: list[list[str]], tool: str
     folder = cache / f"{name}-{digest}"
     if folder.is_dir():
         return folder
-    scratch = cache / f"{folder.name}.{os.getpid()}"
-    scratch.mkdir(parents=True)
-    for process in [subprocess.Popen(c, cwd=scratch, stderr=subprocess.PIPE, text=True) for c in commands[:-1]]:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    done = subprocess.run(commands[-1], cwd=scratch, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    try:
-        scratch.rename(folder)
-    except OSError:  # another process was as quick
-        assert folder.is_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as outer:
+        scratch = Path(outer) / folder.name
+        scratch.mkdir()
+        first = [subprocess.Popen(c, cwd=scratch, stderr=subprocess.PIPE, text=True) for c in commands[:-1]]
+        failures = [errors for process in first for _, errors in [process.communicate()] if process.returncode != 0]
+        assert not failures, failures[0]
+        done = subprocess.run(commands[-1], cwd=scratch, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        try:
+            scratch.rename(folder)
+        except OSError:  # another process was as quick
+            assert folder.is_dir()
     return folder
 
 
