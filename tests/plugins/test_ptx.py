@@ -166,7 +166,8 @@ def test_selection_is_linear_in_the_candidates(interpreter: Interpreter, kind: s
         issues.append(counters(interpreter, case)[1]["issues"])
     # A part that is quadratic adds more and more to each candidate; that of the first chunk is paid once.
     steps = [issues[1] - issues[0], (issues[2] - issues[1]) / 2]
-    assert 0 < steps[1] < 1.1 * steps[0], issues
+    # Counted, so exact: 0.98 and 1.00. One more reading of all keys for each chunk makes it 1.07.
+    assert 0 < steps[1] < 1.03 * steps[0], issues
 
 
 def test_the_common_case_keeps_its_counters() -> None:
