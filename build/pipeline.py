@@ -375,7 +375,7 @@ def _build(
     report = _gate(spec, target, graph, built, facts.get("engine"), artifacts, judge, count, engine_name)
     show.print(str(report.require()), markup=False)
     facts["verified"] = report.as_dict()
-    last = functools.partial(_rehearse, spec, target, served_by, facts.get("engine"), artifacts, show)
+    last = functools.partial(_rehearse, spec, target, graph, served_by, facts.get("engine"), artifacts, show)
     version = store.publish(spec, built, repository, target, facts, served_by, last if rehearse else None)
     picture.bring_about(spec, repository, version, target.runtime)
     instances, threads = instances_and_threads(spec, target.runtime)
@@ -438,6 +438,7 @@ def _engine(
 def _rehearse(
     spec: Spec,
     target: Target,
+    graph: onnx.ModelProto,
     served_by: backend.Backend | None,
     engine_facts: Mapping[str, Any] | None,
     artifacts: Path,
@@ -458,7 +459,8 @@ def _rehearse(
     images = images[: rehearsal.PICTURES]
     built = content / store.MODEL_FILE[target.runtime]
     with _running(built, engine_facts, served_by.engine if served_by else "") as candidate:
-        said = rehearsal.rehearse(spec, target, content, candidate, images)
+        heads = runner(before_nms(runnable(graph, target.precision)), optimised=False)
+        said = rehearsal.rehearse(spec, target, content, candidate, heads, images)
     show.print(f"{spec.model.name}: {said}", markup=False)
 
 

@@ -51,6 +51,7 @@ def rehearse(
     target: Target,
     content: Path,
     candidate: Runner,
+    heads: Runner,
     images: NDArray[np.uint8],
     backends: Path = backend.BACKENDS,
 ) -> str:
@@ -61,6 +62,7 @@ def rehearse(
         target: what it was built for.
         content: the version folder, named by its version.
         candidate: what passed the gate.
+        heads: what the gate held it against: the raw heads of the graph that it was built from.
         images: UINT8 [n,H,W,3], n >= 1; sent alone and together.
         backends: the folder of this project's backends.
 
@@ -78,7 +80,9 @@ def rehearse(
         server = TritonServer(name, backends=backends)
         try:
             server.start()
-            check = _compare(spec, target, _Asker(server, spec), candidate, images[: spec.serving.max_batch_size])
+            check = _compare(
+                spec, target, _Asker(server, spec), candidate, heads, images[: spec.serving.max_batch_size]
+            )
             version = server.version
         except ServeError as error:
             raise VerifyError(
@@ -119,7 +123,9 @@ class _Asker:
             raise ServeError(f"it does not answer: {error}") from error
 
 
-def _compare(spec: Spec, target: Target, served: Runner, candidate: Runner, images: NDArray[np.uint8]) -> verify.Check:
+def _compare(
+    spec: Spec, target: Target, served: Runner, candidate: Runner, heads: Runner, images: NDArray[np.uint8]
+) -> verify.Check:
     """Equal bits, else within the gate's tolerance: a server may run with other threads than this process."""
     together = range(len(images))
     batches = [together] if len(images) == 1 else [range(1), together]
@@ -130,4 +136,4 @@ def _compare(spec: Spec, target: Target, served: Runner, candidate: Runner, imag
         equal &= wanted.keys() == answered.keys() and not verify.differing(wanted, answered)
     if equal:
         return verify.Check("served", True, f"equal bits on {len(images)} pictures, alone and together")
-    return verify.check_parity(spec, served, candidate, images, verify.tolerance(target), len(images))
+    return verify.check_parity(spec, served, heads, images, verify.tolerance(target), len(images))

@@ -288,10 +288,11 @@ def check_parity(
 ) -> Check:
     """Against the reference's raw heads, one picture at a time; the candidate sees it alone, then in batches."""
     threshold = spec.nms.score_threshold
+    lowest = max(_LOWEST_THRESHOLD, spec.nms.lowest_score_threshold)
     wanted = _candidates(spec, heads, images)
     best = max((float(found.scores.max(initial=0)) for found in wanted), default=0.0)
-    while spec.nms.runtime_thresholds and best <= threshold > _LOWEST_THRESHOLD:
-        threshold /= 4  # pictures without its objects: something must be compared all the same
+    while spec.nms.runtime_thresholds and best <= threshold > lowest:
+        threshold = max(lowest, threshold / 4)  # pictures without its objects: something must be compared all the same
     if best <= threshold:
         detail = (
             f"NOT SHOWN: there is nothing to compare, since the reference detects nothing on {len(images)} pictures"

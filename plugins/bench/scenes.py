@@ -100,6 +100,7 @@ def adversarial(index: int) -> tuple[str, Settings, Inputs]:
         box_scales=pick((10.0, 10.0, 5.0, 5.0), (3.0, 1.0, 7.0, 1.3)),
         clip_boxes=pick(0, 1),
         class_agnostic=pick(0, 0, 1),
+        lowest_score_threshold=pick(0.0, 0.0, 0.01, 0.2),
     )
     logits = random.standard_normal((batch, count, classes), np.float32) * 2
     deltas = random.standard_normal((batch, count, 4), np.float32)

@@ -66,6 +66,7 @@ extern "C"
         float boxScales[4]; //!< Above 0; the deltas are divided by them.
         int32_t clipBoxes; //!< 0 or 1
         int32_t classAgnostic; //!< 0 or 1
+        float lowestScoreThreshold; //!< 0..1; a lower score threshold, attribute or input, acts as this one.
     } SsdNmsParams;
 
     //! The dimensions and types of one call, or the largest ones of many.

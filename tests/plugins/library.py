@@ -32,6 +32,7 @@ class Params(ctypes.Structure):
         ("box_scales", ctypes.c_float * 4),
         ("clip_boxes", ctypes.c_int32),
         ("class_agnostic", ctypes.c_int32),
+        ("lowest_score_threshold", ctypes.c_float),
     )
 
 

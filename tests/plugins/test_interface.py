@@ -42,6 +42,7 @@ def params(**changes: Any) -> Params:
         ({"box_coding": -1}, "box_coding is -1, must be 0 (center_size) or 1 (corner)"),
         ({"clip_boxes": 2}, "clip_boxes is 2, must be 0 or 1"),
         ({"class_agnostic": -1}, "class_agnostic is -1, must be 0 or 1"),
+        ({"lowest_score_threshold": -0.5}, "lowest_score_threshold is -0.5, must be in [0, 1]"),
         ({"box_scales": (ctypes.c_float * 4)(10, 0, 5, 5)}, "box_scales[1] is 0, must be above 0 and finite"),
         (
             {"box_scales": (ctypes.c_float * 4)(1, 1, 1, float("inf"))},
@@ -166,13 +167,17 @@ def test_the_workspace_grows_with_what_can_pass(emulated: Library) -> None:
 
     tiles, anchors = 137, 137 * 64  # 8,732 anchors in tiles of 64
     counts = (tiles * 4 + 15) // 16 * 16
-    assert size() == anchors * 20 * 8 + counts  # at most 20 classes of an anchor can be above 0.05
-    assert size(score_threshold=0.5) == anchors * 2 * 8 + counts
-    assert size(score_threshold=0.0) == anchors * 80 * 8 + counts
-    assert size({"has_score_thresholds": 1}) == anchors * 80 * 8 + counts
-    assert size(score_activation=1) == anchors * 80 * 8 + counts
+    key = 2 * 8  # a key, and room to sort it
+    assert size() == anchors * 20 * key + counts  # at most 20 classes of an anchor can be above 0.05
+    assert size(score_threshold=0.5) == anchors * 2 * key + counts
+    assert size(score_threshold=0.0, lowest_score_threshold=0.0) == anchors * 80 * key + counts
+    assert size(score_activation=1) == anchors * 80 * key + counts
+    for asked in ({"score_threshold": 0.0}, {"score_threshold": 0.5}):
+        given = size({"has_score_thresholds": 1}, **asked, lowest_score_threshold=0.1)
+        assert given == anchors * 10 * key + counts  # whatever a request may ask for
+    assert size(score_threshold=0.0, lowest_score_threshold=0.1) == anchors * 10 * key + counts
     assert size(topk_per_class=400) == size() + 80 * 4
-    assert size({"batch": 64}) >= 64 * anchors * 20 * 8
+    assert size({"batch": 64}) >= 64 * anchors * 20 * key
     assert size(max_detections=0) == 0
     for less in ({"batch": 63}, {"anchors": 8731}, {"anchors": 1}):
         assert size({"batch": 64, **less}) <= size({"batch": 64})

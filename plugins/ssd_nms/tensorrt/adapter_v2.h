@@ -24,7 +24,7 @@ struct Serialized
 };
 
 constexpr char kMagic[4] = {'S', 'S', 'D', 'N'};
-static_assert(sizeof(Serialized) == 72, "the layout is part of the plan: change kSerializationVersion with it");
+static_assert(sizeof(Serialized) == 80, "the layout is part of the plan: change kSerializationVersion with it");
 
 class SsdNmsPlugin : public IPluginV2DynamicExt
 {

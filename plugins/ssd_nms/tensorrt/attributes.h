@@ -41,7 +41,8 @@ void check(SsdNmsParams const& params, SsdNmsShape const* shape)
 
 SsdNmsParams defaultParams()
 {
-    return SsdNmsParams{0.05F, 0.45F, 100, 0, 0, SSD_NMS_SOFTMAX, SSD_NMS_CENTER_SIZE, {10.F, 10.F, 5.F, 5.F}, 1, 0};
+    return SsdNmsParams{0.05F, 0.45F, 100, 0, 0, SSD_NMS_SOFTMAX, SSD_NMS_CENTER_SIZE, {10.F, 10.F, 5.F, 5.F}, 1, 0,
+        0.01F};
 }
 
 std::string quoted(std::string const& text)
@@ -148,6 +149,7 @@ std::vector<PluginField> fieldsOf(SsdNmsParams const& p)
         real("box_scales", p.boxScales, 4),
         whole("clip_boxes", &p.clipBoxes),
         whole("class_agnostic", &p.classAgnostic),
+        real("lowest_score_threshold", &p.lowestScoreThreshold, 1),
     };
 }
 
@@ -229,6 +231,10 @@ SsdNmsParams paramsFrom(PluginFieldCollection const* fields, PlanFields* plan = 
         else if (name == "class_agnostic")
         {
             p.classAgnostic = oneInt(field);
+        }
+        else if (name == "lowest_score_threshold")
+        {
+            p.lowestScoreThreshold = oneFloat(field);
         }
         else if (plan != nullptr && name == kSerializationVersionField)
         {

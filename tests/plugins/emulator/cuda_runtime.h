@@ -35,6 +35,11 @@ struct alignas(16) uint4
     uint32_t x, y, z, w;
 };
 
+struct alignas(16) int4
+{
+    int32_t x, y, z, w;
+};
+
 using cudaStream_t = void*;
 
 enum cudaError_t
@@ -135,6 +140,12 @@ T __shfl_up_sync(uint32_t mask, T value, uint32_t delta)
     return source >= 0 ? emulator::fromSlot<T>(slots[source]) : value;
 }
 
+template <typename T>
+T __shfl_sync(uint32_t mask, T value, int32_t source)
+{
+    return emulator::fromSlot<T>(emulator::exchange(mask, emulator::toSlot(value))[source]);
+}
+
 inline uint32_t __ballot_sync(uint32_t mask, bool predicate)
 {
     uint64_t const* const slots = emulator::exchange(mask, predicate ? 1 : 0);
@@ -152,6 +163,19 @@ T atomicAdd(T* address, T value)
     T const before = *address; // one fiber runs at a time
     *address += value;
     return before;
+}
+
+template <typename T>
+T atomicMin(T* address, T value)
+{
+    T const before = *address;
+    *address = value < before ? value : before;
+    return before;
+}
+
+inline int32_t __ffs(int32_t value)
+{
+    return __builtin_ffs(value);
 }
 
 inline int32_t __clzll(long long value)
