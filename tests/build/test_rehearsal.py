@@ -15,7 +15,7 @@ import pytest
 from build import rehearsal, session, tritonserver
 from build.contract import Target
 from build.errors import ServeError, VerifyError
-from build.graph.attach import attach
+from build.graph.attach import attach, before_nms
 from build.publish import backend, repository
 from build.publish.backend import Backend
 from build.spec import Spec, load
@@ -39,10 +39,11 @@ def publish(spec: Spec, root: Path, served_by: Backend, backends: Path = backend
         for tensor in other.graph.initializer:
             if tensor.name.endswith("w_class"):
                 tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
+    heads = session.runner(before_nms(other), optimised=False)
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
 
     def rehearse(content: Path) -> None:
-        said.append(rehearsal.rehearse(spec, ONNX, content, session.runner(other), images, backends))
+        said.append(rehearsal.rehearse(spec, ONNX, content, session.runner(other), heads, images, backends))
 
     repository.publish(spec, built, root, ONNX, served_by=served_by, rehearse=rehearse)
     return said[0]
