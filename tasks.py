@@ -47,10 +47,6 @@ def _explained(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
-def _models(model: str) -> list[str] | None:
-    return [model] if model else None
-
-
 def _given(text: str) -> str:
     """A path that a task was given: a relative one is relative to the caller's folder."""
     return str(CALLER / text) if text else ""
@@ -93,6 +89,7 @@ def demo(c: Context, quick: bool = False) -> None:
         "calibration": "explicit, or for int8 with TensorRT up to 10 implicit: TensorRT's own calibrator",
         "force": "rebuild even where nothing changed",
         "rollback": "serve the version before the current one again (needs --model)",
+        "to": "publish what is then served here to S3, too: s3://bucket/prefix (docs/fleet.md)",
     }
 )
 @_explained
@@ -104,16 +101,23 @@ def build_engines(
     calibration: str = "explicit",
     force: bool = False,
     rollback: bool = False,
+    to: str = "",
 ) -> None:
     """models/*/ → model_repository/: attach front and SSDNMS, build, pass the gate, publish atomically."""
     from build import pipeline
     from build.gate.accuracy import mean_average_precision
+    from build.publish import s3
 
+    if to:
+        s3.Bucket.parse(to)
+    if rollback and to:
+        print(f"{to} serves version {s3.rollback(to, model)} of {model} again")
+        return
     if rollback:
         pipeline.rollback(model, repository=REPOSITORY)
     else:
         pipeline.build_engines(
-            _models(model),
+            [model] if model else None,
             runtime,
             precision,
             force,
@@ -122,6 +126,9 @@ def build_engines(
             judge=mean_average_precision,
             calibration=calibration,
         )
+    published = [model] if model else sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
+    for name in published if to else ():
+        print(f"{to} serves version {s3.publish(REPOSITORY, name, to)} of {name}")
     print("next: ./invoke serve (a server that runs already takes it up when it polls)")
 
 
@@ -211,7 +218,11 @@ def verify(c: Context, model: str = "", count: int = 0) -> None:
     from build.gate.verify import PICTURES
 
     for report in pipeline.verify_published(
-        _models(model), REPOSITORY, artifacts=ARTIFACTS, judge=mean_average_precision, count=count or PICTURES
+        [model] if model else None,
+        REPOSITORY,
+        artifacts=ARTIFACTS,
+        judge=mean_average_precision,
+        count=count or PICTURES,
     ):
         report.require()
     print("what is served answers as its source does; next: ./invoke serve")
@@ -251,12 +262,31 @@ def benchmark(
 
 @task(
     help={
+        "model": "folder of models/",
+        "only": "steps to run, with commas (default: all; the table names them)",
+        "site": "a folder of packages for this Python, read-only or not, for machines that reach no package index",
+        "force": "run again what passed before",
+    }
+)
+@_explained
+def gpu_check(c: Context, model: str = "shapes", only: str = "", site: str = "", force: bool = False) -> None:
+    """All that waits for an NVIDIA GPU, step by step; says what is missing; writes perf/results/gpu/."""
+    from perf.gpu.check import gpu_check as run
+
+    steps = tuple(filter(None, only.split(",")))
+    if run(model=model, only=steps, site=_path(site), force=force, artifacts=ARTIFACTS):
+        raise Exit("error: a step failed (see above)", code=1)
+
+
+@task(
+    help={
         "model": "the model to judge",
         "precision": "one precision (default: all of them)",
-        "sensitivity": "rank the layers by what INT8 costs, find the smallest set to leave out, write it to spec.toml",
+        "sensitivity": "rank the layers by what INT8 costs; where the gate fails, find the few to leave out",
         "budget": "seconds that the sensitivity analysis may take (0 = all it needs); it goes on where it ended",
         "speed": "time FP32 and INT8 side by side instead: one thread, in turn, medians",
         "served": "judge what model_repository serves, through a real server, instead of graphs in process",
+        "labels_from": "files, or fp32: what FP32 itself detects in the held-out pictures (default: the spec's)",
     }
 )
 @_explained
@@ -268,14 +298,17 @@ def audit(
     budget: float = 0.0,
     speed: bool = False,
     served: bool = False,
+    labels_from: str = "",
 ) -> None:
     """What every precision and calibrator costs in mAP on held-out pictures; writes artifacts/audit/."""
     from build.quantization import audit as judged
     from build.quantization import sensitivity as layers
     from build.reports import speed as timed
-    from build.spec import load
+    from build.spec import load, with_labels_from
 
     spec = load(ROOT / "models" / model)
+    if labels_from:
+        spec = with_labels_from(spec, labels_from)
     if sensitivity:
         layers.search(spec, ARTIFACTS, budget=budget)
     elif speed:
@@ -409,8 +442,9 @@ def import_model(
 @task(
     help={
         "tensorrt_source": "URL or path of a git repository with TensorRT's headers under include/",
-        "tensorrt_ref": "its tag, for example v10.16.1; without it the headers of TENSORRT_ROOT or of the system",
-        "architectures": "such as 90 or 80,90-virtual (default: all from 7.5 to 12.0 that nvcc knows, and PTX)",
+        "tensorrt_ref": "its tag, for example v10.16; without it the headers of TENSORRT_ROOT, of the system, or those "
+        "that go with the system's libnvinfer",
+        "architectures": "such as 90 or 80,90-virtual (default: all from 7.5 to 12.1 that nvcc knows, and PTX)",
         "stage": "reference, core or plugin, if it must be that one (default: the furthest that is possible)",
     }
 )
@@ -418,14 +452,28 @@ def import_model(
 def build_plugins(
     c: Context, tensorrt_source: str = "", tensorrt_ref: str = "", architectures: str = "", stage: str = ""
 ) -> None:
-    """Build the NMS plugin as far as nvcc and TensorRT's headers are at hand; says what is missing."""
+    """Build the NMS plugin as far as TensorRT's headers are at hand; brings CMake and nvcc; says what is missing."""
     from build.tensorrt.plugins import build_plugins as run
 
     source = _given_or_name(tensorrt_source)
-    built = run(tensorrt_source=source, tensorrt_ref=tensorrt_ref, architectures=architectures, stage=stage)
+    built = run(tensorrt_source=source, tensorrt_ref=tensorrt_ref, architectures=architectures, stage=stage, bring=True)
     print(built)
     if built.stage == "plugin":
-        print("the plugin is ready; next, where there is a GPU: ./invoke build-engines --runtime tensorrt")
+        print("the plugin is ready; next, where there is a GPU: ./invoke install-tensorrt, then ./invoke gpu-check")
+
+
+@task(
+    help={"tensorrt": "a version, such as 10.13.2 (default: that of this machine's libnvinfer, which its server loads)"}
+)
+@_explained
+def install_tensorrt(c: Context, tensorrt: str = "") -> None:
+    """Install the Python packages tensorrt and cuda-python that go with the server here; they are large."""
+    from build.tensorrt.system import packages, system_tensorrt
+
+    wanted = packages(tensorrt or system_tensorrt())
+    print(f"installing {' '.join(wanted)} ...", flush=True)
+    c.run(f"{PYTHON} -m pip install --quiet {shlex.join(wanted)}")
+    print("installed; next: ./invoke gpu-check")
 
 
 @task
@@ -438,20 +486,61 @@ def train(c: Context) -> None:
 
 @task(
     help={
-        "host": "address to bind; 0.0.0.0 opens it to the network",
-        "http_port": "HTTP port (0 = any free one)",
-        "grpc_port": "gRPC port (0 = any free one)",
-        "metrics_port": "metrics port (0 = any free one)",
+        "host": "address to bind: 127.0.0.1, ::1; 0.0.0.0 and :: open it to the network",
+        **{f"{which}_port": f"{which} port (0 = any free one)" for which in ("http", "grpc", "metrics")},
+        "ssl_cert": "PEM file with the server's certificate: gRPC is encrypted, HTTP stays on this machine",
+        "ssl_key": "PEM file with its key",
+        "ssl_clients": "PEM file with the authorities whose client certificates are accepted (default: none is asked)",
+        "repository": "serve a repository on S3 instead, and take up what is published there: s3://bucket/prefix",
     }
 )
 @_explained
 def serve(
-    c: Context, host: str = "127.0.0.1", http_port: int = 8000, grpc_port: int = 8001, metrics_port: int = 8002
+    c: Context,
+    host: str = "127.0.0.1",
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    repository: str = "",
+    ssl_cert: str = "",
+    ssl_key: str = "",
+    ssl_clients: str = "",
 ) -> None:
-    """Serve model_repository/ on a real tritonserver until Ctrl-C."""
-    from build.serve import serve as run
+    """Serve model_repository/ on a real tritonserver until Ctrl-C; starts it again when it dies."""
+    from build import exposure, supervise
+    from build.publish import s3
 
-    run(REPOSITORY, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+    who = exposure.exposure(host, _given(ssl_cert), _given(ssl_key), _given(ssl_clients))
+    folder = s3.follow(repository, ARTIFACTS / "s3") if repository else REPOSITORY
+    supervise.serve(folder, exposure=who, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+
+
+@task(
+    help={
+        "triton": "host[:port] of a server's gRPC endpoint (default: the one on port 8001, else a new one)",
+        "model": "the model of requests that name none (default: the first by name)",
+        "host": "address to bind; 0.0.0.0 opens it to the network",
+        "port": "of the page (0 = any free one)",
+        "workers": "processes",
+    }
+)
+@_explained
+def page(
+    c: Context, triton: str = "", model: str = "", host: str = "127.0.0.1", port: int = 8080, workers: int = 1
+) -> None:
+    """A page for people, with a camera, and plain HTTP: a picture in, boxes out; starts a server where none runs."""
+    from ssd_client.exceptions import SSDClientError
+    from ssd_gateway.cli import TOKEN, run
+    from ssd_gateway.settings import Settings
+
+    from build.page import server_at
+
+    try:
+        with server_at(triton, REPOSITORY, artifacts=ARTIFACTS) as (address, started):
+            settings = Settings(address, model, shared_memory=started, token=os.environ.get(TOKEN, ""))
+            run(settings, host, port, workers)
+    except SSDClientError as error:
+        raise Exit(f"error: {error}", code=1) from None
 
 
 @task(
@@ -464,11 +553,29 @@ def serve(
 def test(c: Context, path: str = "", keyword: str = "", marker: str = "") -> None:
     """All tests, those on a real Triton server included; what cannot run here is skipped with its reason."""
     options = [*(("-k", keyword) if keyword else ()), *(("-m", marker) if marker else ())]
+    if not (path or keyword or marker):  # tests of one file share servers and models, so a worker takes whole files
+        options += ["-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile", "--no-loadscope-reorder"]
     arguments = shlex.join(["--durations=30", *options, "--", _given_or_name(path) or "tests"])
     done = c.run(f"{PYTHON} -m pytest {arguments}", warn=True)
     if done.exited:
         raise Exit("tests failed (see above)", code=done.exited)
     print("tests passed; the reason of every skipped one is above")
+
+
+@task
+@_explained
+def deploy_check(c: Context) -> None:
+    """Check deploy/ with helm, promtool, Envoy and others (1 GB, into .cache/deploy), live tests included."""
+    from build.publish import s3
+    from deploy import tools
+
+    tools.install()
+    s3.program()
+    tests = "tests/deploy tests/build/publish/test_s3.py"
+    done = c.run(f"{PYTHON} -m pytest --durations=20 -m '' {tests}", warn=True)
+    if done.exited:
+        raise Exit("deploy/ is not right, or a tool failed (see above)", code=done.exited)
+    print("deploy/ passed; docs/fleet.md says how to use it")
 
 
 @task
@@ -485,9 +592,15 @@ def lock(c: Context) -> None:
     """Resolve the groups of pyproject.toml into the hashed files under requirements/ (needs uv)."""
     if shutil.which("uv") is None:
         raise Exit("error: uv is not on PATH\nwhat to do: pipx install uv", code=1)
-    for group in ("runtime", "dev", "train", "convert_tensorflow"):
+    beside_runtime = ("video", "batch", "openvino")  # they run with what .venv holds, NumPy first of all
+    programs = ("deploy_tools", "s3")  # of these packages only a program, or a few files, is used
+    apart = ("runtime", "dev", "train", "convert_tensorflow", "plugin_tools", "clients", "deploy")
+    for group in (*apart, *beside_runtime, *programs):
+        how = "--constraints requirements/runtime.lock --no-emit-package numpy" if group in beside_runtime else ""
+        how = "--no-deps" if group in programs else how
+        python = "3.11" if group.startswith("deploy") else "3.10"  # Grafana's package asks for Python 3.11
         c.run(
-            f"uv pip compile pyproject.toml --group {group} --universal --generate-hashes --python-version 3.10 "
-            f"--no-header --no-annotate --quiet -o requirements/{group}.lock"
+            f"uv pip compile pyproject.toml --group {group} {how} --universal --generate-hashes "
+            f"--python-version {python} --no-header --no-annotate --quiet -o requirements/{group}.lock"
         )
     print("requirements/ is locked; next: ./invoke test (.venv is made again where what it holds has changed)")

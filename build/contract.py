@@ -96,6 +96,7 @@ class Nms(Table):
     box_scales: Floats4 = key((10.0, 10.0, 5.0, 5.0), above=0)  # noqa: RUF009
     clip_boxes: bool = key(True)
     class_agnostic: bool = key(False)
+    lowest_score_threshold: float = key(0.01, low=0, high=1)
     runtime_thresholds: bool = key(False)
 
     def attributes(self) -> dict[str, Any]:
@@ -136,6 +137,12 @@ class SpecNms(Nms):
         if not self.needs_anchors and self.box_scales != Nms.box_scales:
             problem = f"is {list(self.box_scales)}, but must be left out: decoded boxes are not divided by anything"
             raise WrongValueError("box_scales", problem)
+        if self.score_threshold < self.lowest_score_threshold:
+            problem = (
+                f"is {self.score_threshold:g}, but lowest_score_threshold is {self.lowest_score_threshold:g}, so it "
+                "would act as that; raise the first or lower the second"
+            )
+            raise WrongValueError("score_threshold", problem)
 
     @property
     def needs_anchors(self) -> bool:
@@ -146,6 +153,11 @@ class SpecNms(Nms):
         """The node's attributes; decoded boxes are corner deltas of anchors that are all 0 (build/graph/attach.py)."""
         values = super().attributes()
         return values if self.needs_anchors else {**values, "box_coding": "corner", "box_scales": (1.0, 1.0, 1.0, 1.0)}
+
+
+def lowest_for(score_threshold: float) -> float:
+    """The `lowest_score_threshold` for a model of this score threshold: the usual one, if that is not above it."""
+    return min(Nms.lowest_score_threshold, score_threshold)
 
 
 ATTRIBUTES = tuple(item.name for item in dataclasses.fields(Nms) if item.name != "runtime_thresholds")

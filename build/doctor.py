@@ -31,15 +31,15 @@ from build.machine import (
     ask_plugin,
     find_gpu,
     package_version,
-    system_tensorrt,
     tensorrt_version,
     unresolvable,
     unused_regions,
 )
-from build.publish import backend, repository
+from build.publish import backend, picture, repository
 from build.releases import SUPPORT_MATRIX, numbers, release_of, same_minor
 from build.tensorrt import plan, plugins
 from build.tensorrt.cuda import Gpu, driver_version
+from build.tensorrt.system import system_tensorrt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -157,7 +157,7 @@ def _gpu(machine: Machine, gpu: Gpu | None) -> Iterator[Finding]:
 
 
 def _tensorrt(machine: Machine) -> Iterator[Finding]:
-    pip, system, container = tensorrt_version(), system_tensorrt(machine), os.environ.get("TENSORRT_VERSION", "")
+    pip, system, container = tensorrt_version(), system_tensorrt(machine.run), os.environ.get("TENSORRT_VERSION", "")
     container = container or os.environ.get("NV_TENSORRT_VERSION", "")
     if pip and importlib.util.find_spec("tensorrt") is not None:
         status, output = machine.run([sys.executable, "-c", "import tensorrt; print(tensorrt.__version__)"])
@@ -168,7 +168,7 @@ def _tensorrt(machine: Machine) -> Iterator[Finding]:
             yield Finding("TensorRT", "Python package", "problem", text, "install it again, for this CUDA version")
     else:
         text = "not installed: plans cannot be built or checked here"
-        yield Finding("TensorRT", "Python package", "info", text, "only for plans: install the group tensorrt")
+        yield Finding("TensorRT", "Python package", "info", text, "only for plans: ./invoke install-tensorrt")
     for where, version in (("system libraries", system), ("container", container)):
         if version:
             yield Finding("TensorRT", where, "ok", version)
@@ -187,7 +187,7 @@ def _triton(machine: Machine) -> Iterator[Finding]:
     version = installed.version
     where = "in the wheel nvidia-pytriton" if installed.from_wheel else str(installed.binary)
     yield Finding("Triton", "tritonserver", "ok", f"{version or 'unknown version'} {where}")
-    chosen = backend.look(libraries=machine.backends)
+    chosen = backend.look(backends=machine.backends)
     native = chosen.name == backend.NATIVE
     state, fix = ("ok", "") if native else ("info", backend.SLOWER)
     yield Finding("Triton", "backend for the CPU", state, f"{chosen.name}: {chosen.why}", fix)
@@ -263,7 +263,7 @@ def _models(machine: Machine) -> Iterator[Finding]:
     """Imported models: whether each was compared with its original."""
     for path in sorted(machine.models.glob(f"*/{IMPORT_FILE}")):
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
+            about = json.loads(path.read_text(encoding="utf-8-sig"))
             proof = about["proof"]
             text = f"imported from {about['source']} ({about['family']}): "
             if proof["proven"]:
@@ -280,18 +280,24 @@ def _models(machine: Machine) -> Iterator[Finding]:
 
 
 def _published(machine: Machine, gpu: Gpu | None, tensorrt: str) -> Iterator[Finding]:
-    folders = sorted(path.parent for path in machine.repository.glob(f"*/{repository.CONFIG}"))
-    if not folders:
+    folders = sorted(path for path in machine.repository.glob("*") if path.is_dir())
+    names = [path.name for path in folders if repository.is_published(path)]
+    if not names:
         text = f"nothing in {relative(machine.repository)}"
         yield Finding("Published", "models", "info", text, "publish: ./invoke build-engines")
-    for folder in folders:
-        name = folder.name
+    for name in names:
+        folder = machine.repository / name
+        if picture.owner(folder):
+            continue  # goes with its model
         served = repository.served_version(machine.repository, name)
-        versions = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
+        versions = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+        fault = repository.fault(folder)
         if served is None or served not in versions:
-            text = f"{repository.CONFIG} names version {served}, there are {versions}"
+            text = fault or f"{repository.CONFIG} names version {served}, there are {versions}"
             yield Finding("Published", name, "problem", text, f"./invoke build-engines --model {name} --force")
             continue
+        if fault and not repository.damage(folder / str(served)):
+            yield Finding("Published", name, "problem", fault, f"./invoke build-engines --model {name} --force")
         for version in versions:
             where = f"{name} version {version}{', served' if version == served else ''}"
             yield from _version(machine, folder / str(version), where, version == served, gpu, tensorrt)
@@ -312,11 +318,31 @@ def _version(
     count = len(manifest.get("files", {}))
     text = f"{precision}, {runtime}, {manifest.get('built', '')}; {count} files as published (SHA-256)"
     yield Finding("Published", where, "ok", text)
+    if served and repository.carries_libraries(folder):
+        text = "holds libraries, as older builds published: a server that runs loses memory with each publish"
+        yield Finding("Published", f"{where}: libraries", "warning", text, again)
     if served:
         yield from _stale(machine, name, manifest)
+        yield from _backend(machine, where, manifest)
     engine = manifest.get("engine")
     if isinstance(engine, dict) and served:
         yield from _plan(machine, where, engine, gpu, tensorrt, again)
+
+
+def _backend(machine: Machine, where: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether the installed backend is the one that a version was tested with."""
+    tested = manifest.get("libraries")
+    if not tested:
+        return
+    label = f"{where}: backend"
+    damage = backend.damage(machine.backends)
+    if damage:
+        yield Finding("Published", label, "problem", damage, backend.AGAIN)
+    elif backend.installed(machine.backends)["files"] != tested:
+        text = f"it was tested with other libraries than {relative(machine.backends / backend.NATIVE)} has now"
+        yield Finding("Published", label, "warning", text, "test it with these: ./invoke verify, or build it again")
+    else:
+        yield Finding("Published", label, "ok", f"{relative(machine.backends / backend.NATIVE)} as it was tested with")
 
 
 def _stale(machine: Machine, name: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:
@@ -331,7 +357,8 @@ def _stale(machine: Machine, name: str, manifest: Mapping[str, Any]) -> Iterator
         served_by = backend.of(manifest)
         if served_by:
             today = backend.look(source.serving.backend, machine.backends)
-            served_by = today if today.files else served_by  # without files, only a build can tell which it will be
+            other = served_by.engine != today.engine  # only a build can tell which it will be
+            served_by = served_by if other or _is_open(today) else today
         changed = repository.changed(manifest, repository.recipe(source, target, served_by))
     except SSDError as error:
         fix = error.fix or f"see {relative(machine.models / name)}"
@@ -342,6 +369,11 @@ def _stale(machine: Machine, name: str, manifest: Mapping[str, Any]) -> Iterator
         yield Finding("Published", f"{name}: source", "warning", text, f"./invoke build-engines --model {name}")
     else:
         yield Finding("Published", f"{name}: source", "ok", "unchanged since this version was built")
+
+
+def _is_open(today: backend.Backend) -> bool:
+    """Whether only a build can tell which backend it will be."""
+    return today.name == backend.NATIVE and not today.libraries
 
 
 def _plan(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ REPOSITORY = ROOT / "model_repository"
 ARTIFACTS = ROOT / "artifacts"
 IMPORT_FILE = "import.json"  # in models/<name>/: what an import recognised, and its proof
 
+# What file systems that lack a function answer to it: network disks without a lock service, FUSE without fsync.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+_NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _CAUSES = {
     errno.ENOSPC: ("the disk is full", "free some space"),
     errno.EDQUOT: ("your disk quota is used up", "free some space"),
@@ -41,6 +47,79 @@ def sha256(path: Path) -> str:
         OSError: it cannot be read.
     """
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flush(descriptor: int) -> None:
+    """Flushes a file or folder to disk, where the file system can do that.
+
+    Raises:
+        OSError: it can, and it failed.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds a lock file, made where it is missing, until the end of the block or of the process.
+
+    Where the file system has no locks, a second file beside it, `<name>.held`, says who holds it; a holder on this
+    machine that is gone counts as gone.
+
+    Args:
+        path: the lock file.
+        wait: whether to wait for another process that holds it.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is False.
+        OSError: it cannot be opened.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            with _held(path.with_name(f"{path.name}.held"), wait):
+                yield
+        else:
+            yield
+
+
+@contextmanager
+def _held(path: Path, wait: bool) -> Iterator[None]:
+    us = f"{socket.gethostname()} {os.getpid()}"
+    while True:
+        try:
+            with path.open("x") as held:
+                held.write(us)
+            break
+        except FileExistsError:
+            if _gone(path):
+                path.unlink(missing_ok=True)
+            elif wait:
+                time.sleep(0.1)
+            else:
+                why = "its process holds it; if that is gone, remove the file"
+                raise BlockingIOError(errno.EAGAIN, why, str(path)) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _gone(path: Path) -> bool:
+    """Whether the holder named in the file was a process of this machine, and has ended."""
+    with suppress(OSError, ValueError):
+        host, process = path.read_text().split()
+        return host == socket.gethostname() and not Path(f"/proc/{int(process)}").exists()
+    return False
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import contextlib
 import importlib.metadata
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from build.files import MODELS, REPOSITORY, ROOT
 from build.publish import backend
 from build.tensorrt import plugins
 from build.tensorrt.cuda import Gpu
+from build.tensorrt.system import run
 from build.tritonserver import SHM_PREFIX
 
 PACKAGES = ("numpy", "onnx", "onnxruntime", "tritonclient")  # that nothing works without
@@ -34,7 +34,7 @@ class Machine:
 
     Attributes:
         libraries: the folder of the plugin.
-        backends: the folder of compiled backends for the CPU.
+        backends: the folder of this project's backends.
         run: runs a command and gives its status and its output; status -1 where it cannot be run.
     """
 
@@ -44,16 +44,7 @@ class Machine:
     shm: Path = SHM
     ports: Sequence[int] = PORTS
     run: Callable[[Sequence[str]], tuple[int, str]] = lambda command: run(command)
-    backends: Path = backend.LIBRARIES
-
-
-def run(command: Sequence[str]) -> tuple[int, str]:
-    """Runs a command; its status and its output, or -1 and the reason where it cannot be run."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return -1, str(error)
-    return done.returncode, (done.stdout + done.stderr).strip()
+    backends: Path = backend.BACKENDS
 
 
 def package_version(name: str) -> str:
@@ -83,16 +74,6 @@ _TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu
 def tensorrt_version() -> str:
     """The version of the Python package tensorrt; empty where it is not installed."""
     return next((version for name in _TENSORRT_PACKAGES if (version := package_version(name))), "")
-
-
-def system_tensorrt(machine: Machine) -> str:
-    """The version in the name of the system's libnvinfer; empty where there is none."""
-    _, listed = machine.run(["ldconfig", "-p"])
-    for library in re.findall(r"=> (\S*/libnvinfer\.so\.\S+)", listed):
-        match = re.search(r"\.so\.([\d.]+)$", str(Path(library).resolve()))
-        if match:
-            return match[1]
-    return ""
 
 
 # Asks a library what it is, in a process of its own: loading it may need what is not there, or crash.

@@ -5,22 +5,24 @@ A model whose inputs are unchanged is skipped. What fails its gate is not publis
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import contract, files
+from build import contract, files, rehearsal
 from build.contract import Target
-from build.errors import OptionError, RuntimeUnavailableError, SpecError, VerifyError
+from build.errors import OptionError, PublishError, RuntimeUnavailableError, SpecError, VerifyError
 from build.files import ARTIFACTS, MODELS, REPOSITORY, relative
 from build.gate import datasets, verify
 from build.gate.self_check import self_check
-from build.graph.attach import attach
+from build.graph.attach import attach, before_nms
 from build.graph.precision import runnable
-from build.publish import backend
+from build.publish import backend, openvino, picture
 from build.publish import repository as store
 from build.publish.config import instances_and_threads
 from build.quantization import audit, implicit
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_FOR_OPENVINO = "openvino.onnx"
+
+
 def build_engines(
     models: Sequence[str] | None = None,
     runtime: str = "auto",
@@ -45,6 +50,7 @@ def build_engines(
     artifacts: Path = ARTIFACTS,
     judge: verify.Judge | None = None,
     calibration: str = "explicit",
+    rehearse: bool = True,
     console: Console | None = None,
 ) -> dict[str, int]:
     """Builds and publishes models; what is published already from the same inputs is left as it is.
@@ -60,6 +66,7 @@ def build_engines(
             onnxruntime.onnx, where the same numbers are typed otherwise to be fast on a CPU.
         judge: mAP of COCO detections for the gate; None = the gate does not look at mAP.
         calibration: explicit (the graph says what is INT8) or, for int8 and TensorRT up to 10, implicit (it does).
+        rehearse: whether a real server has to answer with the files before they are published (a second each).
         console: where to print what is done; None = standard output.
 
     Returns:
@@ -73,7 +80,9 @@ def build_engines(
     target = Target(runtime, precision, calibration)
     show.print(f"runtime {runtime}: {why}", markup=False)
     specs = [load(sources / name) for name in _names(models, sources)]
-    return {spec.model.name: _build(spec, target, force, repository, artifacts, judge, show) for spec in specs}
+    return {
+        spec.model.name: _build(spec, target, force, repository, artifacts, judge, rehearse, show) for spec in specs
+    }
 
 
 def rollback(model: str, repository: Path = REPOSITORY) -> int:
@@ -89,6 +98,7 @@ def rollback(model: str, repository: Path = REPOSITORY) -> int:
     if not model:
         raise OptionError("--rollback needs to know which model", fix="name it: --model shapes")
     version = store.rollback(repository, model)
+    picture.serve(repository, model, version)
     _console().print(f"{model}: version {version} is served again", markup=False)
     return version
 
@@ -121,10 +131,15 @@ def verify_published(
     reports = []
     for spec in [load(sources / name) for name in _names(models, sources)]:
         folder, manifest = store.served(repository, spec.model.name)
+        served_by = backend.of(manifest)
+        fault = backend.damage() if served_by and served_by.name == backend.NATIVE else ""
+        if fault:
+            raise PublishError(f"{spec.model.name}: its backend is damaged: {fault}", fix=backend.AGAIN)
         target = Target.of(manifest)
-        graph = _published_graph(spec, target, artifacts)
+        engine_name = served_by.engine if served_by else ""
+        graph = _published_graph(spec, target, artifacts, engine_name)
         built = folder / store.MODEL_FILE[target.runtime]
-        report = _gate(spec, target, graph, built, manifest.get("engine"), artifacts, judge, count)
+        report = _gate(spec, target, graph, built, manifest.get("engine"), artifacts, judge, count, engine_name)
         show.print(str(report), markup=False)
         reports.append(report)
     return reports
@@ -190,7 +205,7 @@ def benchmark_published(
     return target / "benchmark.json"
 
 
-def _published_graph(spec: Spec, target: Target, artifacts: Path) -> onnx.ModelProto:
+def _published_graph(spec: Spec, target: Target, artifacts: Path, served_engine: str) -> onnx.ModelProto:
     """The graph that a target's runtime gets: from the source where it is the source's own, else as it was built.
 
     Raises:
@@ -201,6 +216,8 @@ def _published_graph(spec: Spec, target: Target, artifacts: Path) -> onnx.ModelP
     if not target.typed:
         return attach(spec)
     path = _artifact(spec, target, artifacts)
+    if served_engine == openvino.NAME:
+        path = path.with_name("model.onnx")
     if not path.is_file():
         raise OptionError(f"{path}: the graph to compare with is not there", fix="build it: ./invoke build-engines")
     return onnx.load(path)
@@ -222,29 +239,43 @@ def _gate(
     artifacts: Path,
     judge: verify.Judge | None,
     count: int,
+    served_engine: str = "",
 ) -> verify.Report:
     """The report on a built file: a plan on this machine's GPU, or an ONNX file in ONNX Runtime.
 
     The reference is the graph that the file was built from, in ONNX Runtime as it is written; a graph in types that
     ONNX Runtime has no kernels for is widened first (contract.PRECISIONS).
     """
-    import onnx
-
-    reference = runner(runnable(graph, target.precision), optimised=False)
+    written = runnable(graph, target.precision)
     check = functools.partial(
         verify.gate,
         spec,
         f"{spec.model.name} ({target})",
-        reference=reference,
+        reference=runner(written, optimised=False),
+        heads=runner(before_nms(written), optimised=False),
         within=verify.tolerance(target),
         baseline=runner(attach(spec)) if target.kind.typed else None,
         judge=judge,
         cache=artifacts / "datasets",
     )
-    if engine_facts is None:
-        return check(runner(onnx.load(built)), count=count)
-    with plan.Plan(built, engine_facts, plugin=PLUGIN) as running:
-        return check(running, count=max(count, running.max_batch), max_batch=running.max_batch)
+    with _running(built, engine_facts, served_engine) as candidate:
+        if engine_facts is None:
+            return check(candidate, count=count)
+        return check(candidate, count=max(count, candidate.max_batch), max_batch=candidate.max_batch)
+
+
+@contextlib.contextmanager
+def _running(built: Path, engine_facts: Mapping[str, Any] | None, served_engine: str) -> Iterator[Any]:
+    """A built file in what will serve it: a plan on this machine's GPU, or an ONNX file in its engine."""
+    import onnx
+
+    if engine_facts is not None:
+        with plan.Plan(built, engine_facts, plugin=PLUGIN) as running:
+            yield running
+    elif served_engine == openvino.NAME:
+        yield openvino.runner(built)
+    else:
+        yield runner(onnx.load(built))
 
 
 def choose_runtime(runtime: str) -> tuple[str, str]:
@@ -284,6 +315,7 @@ def _build(
     repository: Path,
     artifacts: Path,
     judge: verify.Judge | None,
+    rehearse: bool,
     show: Console,
 ) -> int:
     """Builds, checks and publishes one model.
@@ -298,15 +330,20 @@ def _build(
     plans = target.runtime == "tensorrt"
     machine = engine.built_for() if plans else None
     served_by = None if plans else backend.prepare(spec.serving.backend)
-    manifest = None if force else store.fresh_manifest(spec, repository, target, machine, served_by)
+    before = None if plans else _served_with(spec, repository, served_by)
+    manifest = None if force else store.fresh_manifest(spec, repository, target, machine, before)
+    if before and before.engine == openvino.NAME:
+        artifact = artifact.with_name(_FOR_OPENVINO)
     if manifest and artifact.is_file():
         digest = manifest["engine"]["onnx_sha256"] if plans else manifest["files"][store.MODEL_FILE[target.runtime]]
         if digest == files.sha256(artifact):
             version: int = manifest["version"]
+            picture.bring_about(spec, repository, version, target.runtime)
             show.print(f"{name}: nothing changed, version {version} stays ({target})", markup=False)
             return version
     # Where TensorRT calibrates, no graph is quantised: the gate judges the plan.
     chosen = audit.approved(spec, contract.BASELINE if target.implicit else target.precision, artifacts, show)
+    spec = load(spec.path)  # the audit may have written which layers stay unquantised
     graph = chosen.runs if artifact.name == "onnxruntime.onnx" else chosen.graph
     self_check(chosen.runs, spec, literal=chosen.kind.literal)
     for path, written in {artifact.with_name("model.onnx"): chosen.graph, artifact: graph}.items():
@@ -316,6 +353,13 @@ def _build(
         markup=False,
     )
     built, facts = artifact, dict[str, Any]()
+    if served_by and spec.serving.engine != openvino.OTHER:
+        choice = _engine(spec, target, chosen.graph, artifact, artifacts, show)
+        facts["engine_choice"] = choice.as_dict()
+        show.print(f"{name}: engine {choice.engine}: {choice.why}", markup=False)
+        if choice.engine == openvino.NAME:
+            served_by, graph = backend.with_openvino(choice.why), chosen.graph
+            built = artifact.with_name(_FOR_OPENVINO)
     if machine:
         built = artifact.with_name("model.plan")
         calibrator = functools.partial(implicit.calibrator, spec, artifacts) if target.implicit else None
@@ -327,21 +371,97 @@ def _build(
             markup=False,
         )
     count = spec.data.held_out_count if target.implicit else verify.PICTURES  # the audit saw all of them, if it ran
-    report = _gate(spec, target, graph, built, facts.get("engine"), artifacts, judge, count)
+    engine_name = served_by.engine if served_by else ""
+    report = _gate(spec, target, graph, built, facts.get("engine"), artifacts, judge, count, engine_name)
     show.print(str(report.require()), markup=False)
     facts["verified"] = report.as_dict()
-    version = store.publish(spec, built, repository, target, facts, served_by)
+    last = functools.partial(_rehearse, spec, target, graph, served_by, facts.get("engine"), artifacts, show)
+    version = store.publish(spec, built, repository, target, facts, served_by, last if rehearse else None)
+    picture.bring_about(spec, repository, version, target.runtime)
     instances, threads = instances_and_threads(spec, target.runtime)
     show.print(
         f"{name}: published version {version} to {relative(repository / name)} "
         f"({target}, instances x threads: {instances} x {threads})",
         markup=False,
     )
+    if spec.serving.picture_input:
+        show.print(f"{name}: {picture.parts(name)[-1]} takes the files of pictures", markup=False)
     if served_by:
-        show.print(f"{name}: served by Triton's backend {served_by.name}: {served_by.why}", markup=False)
-        if served_by.name == backend.PYTHON and spec.serving.backend == "auto":
+        show.print(
+            f"{name}: served by Triton's backend {served_by.name} with {served_by.engine}: {served_by.why}",
+            markup=False,
+        )
+        if served_by.name == backend.PYTHON and served_by.engine == openvino.OTHER and spec.serving.backend == "auto":
             show.print(f"{name}: {backend.SLOWER}", markup=False)
     return version
+
+
+def _served_with(spec: Spec, repository: Path, prepared: backend.Backend | None) -> backend.Backend | None:
+    """The backend that is compared with what is published: where the build chooses the engine, the one it chose."""
+    if spec.serving.engine == openvino.NAME:
+        return backend.with_openvino("asked for")
+    if spec.serving.engine == "auto":
+        with contextlib.suppress(PublishError):
+            before = backend.of(store.served(repository, spec.model.name)[1])
+            if before is not None and before.engine == openvino.NAME:
+                return before
+    return prepared
+
+
+def _engine(
+    spec: Spec, target: Target, graph: onnx.ModelProto, artifact: Path, artifacts: Path, show: Console
+) -> openvino.Choice:
+    """The engine that serves a model on this CPU; writes OpenVINO's file beside the artifact.
+
+    Raises:
+        RuntimeUnavailableError: OpenVINO was asked for and cannot be installed.
+    """
+    asked = spec.serving.engine == openvino.NAME
+    if not openvino.installed():
+        show.print(f"installing OpenVINO from {relative(openvino.LOCK)} into {openvino.PACKAGES} ...", markup=False)
+    try:
+        openvino.install()
+    except RuntimeUnavailableError as error:
+        if asked:
+            raise
+        return openvino.Choice(openvino.OTHER, error.what, {})
+    path = artifact.with_name(_FOR_OPENVINO)
+    files.write(path, openvino.readable(graph).SerializeToString(deterministic=True))
+    images, _ = verify.images_for(spec, artifacts / "datasets", 1)
+    threads = instances_and_threads(spec, target.runtime)[1]
+    choice = openvino.choose({openvino.OTHER: artifact, openvino.NAME: path}, spec.nms.feeds(images[:1]), threads)
+    if asked and not choice.ms:
+        raise RuntimeUnavailableError(choice.why, fix='set [serving] engine = "onnxruntime" or "auto"')
+    return replace(choice, engine=openvino.NAME, why=f"asked for; {choice.why}") if asked else choice
+
+
+def _rehearse(
+    spec: Spec,
+    target: Target,
+    graph: onnx.ModelProto,
+    served_by: backend.Backend | None,
+    engine_facts: Mapping[str, Any] | None,
+    artifacts: Path,
+    show: Console,
+    content: Path,
+) -> None:
+    """Has a real server answer with a version folder before it is published; says where none can.
+
+    Raises:
+        VerifyError: it does not load, or answers otherwise.
+    """
+    name = served_by.name if served_by else "tensorrt"
+    reason = rehearsal.unavailable(name)
+    if reason:
+        show.print(f"{spec.model.name}: not asked on a real server before publishing: {reason}", markup=False)
+        return
+    images, _ = verify.images_for(spec, artifacts / "datasets", rehearsal.PICTURES)
+    images = images[: rehearsal.PICTURES]
+    built = content / store.MODEL_FILE[target.runtime]
+    with _running(built, engine_facts, served_by.engine if served_by else "") as candidate:
+        heads = runner(before_nms(runnable(graph, target.precision)), optimised=False)
+        said = rehearsal.rehearse(spec, target, content, candidate, heads, images)
+    show.print(f"{spec.model.name}: {said}", markup=False)
 
 
 def _require_implicit(spec: Spec, artifacts: Path, judge: verify.Judge | None) -> None:

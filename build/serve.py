@@ -1,9 +1,9 @@
-"""Runs a real tritonserver on the published models: `invoke serve`, and a context manager for tests, demo and load.
+"""Runs a real tritonserver on the published models: a context manager for `invoke serve`, tests, demo and load.
 
     with TritonServer(Path("model_repository")) as server:
         ...  # server.http_url, server.grpc_url, server.version
 
-build/tritonserver.py finds the program and explains its log.
+build/tritonserver.py finds the program and explains its log; build/supervise.py keeps one running.
 """
 
 from __future__ import annotations
@@ -27,24 +27,28 @@ from typing import TYPE_CHECKING, Any
 
 from build import tritonserver
 from build.errors import ServeError
-from build.files import ARTIFACTS, REPOSITORY
+from build.exposure import Exposure
+from build.publish import backend
+from build.publish import repository as store
 from build.tritonserver import SHM_PREFIX, Installation
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-LOG = ARTIFACTS / "logs" / "tritonserver.log"
+CANARY_TIMEOUT = 30  # seconds for the answer to a blank image
 
 # The child asks the kernel to end it when its parent goes, then becomes tritonserver. A tiny program between the two
 # does this without running code in a forked copy of a process that has threads. LD_PRELOAD is for tritonserver alone.
 _LAUNCHER = """
-import ctypes, os, signal, sys
+import ctypes, os, resource, signal, sys
 parent, preload, *command = sys.argv[1:]
 ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 if os.getppid() != int(parent):
     sys.exit("the parent is gone")
 if preload:
     os.environ["LD_PRELOAD"] = preload
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each connection takes a descriptor
 os.execv(command[0], command)
 """
 
@@ -56,7 +60,8 @@ class TritonServer:
 
     Args:
         repository: the folder with the published models.
-        host: the interface for HTTP, gRPC and metrics; this machine only unless told otherwise.
+        backends: the folder of this project's backends; the server's own are added.
+        exposure: who may reach it; this machine only unless told otherwise.
         http_port, grpc_port, metrics_port: 0 = a free one.
         poll_seconds: look this often for newly published versions and take them up; 0 = never.
         startup_timeout: seconds until a server that is not ready counts as failed.
@@ -68,7 +73,8 @@ class TritonServer:
         self,
         repository: Path | str,
         *,
-        host: str = "127.0.0.1",
+        backends: Path = backend.BACKENDS,
+        exposure: Exposure = Exposure(),  # noqa: B008
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
@@ -78,7 +84,8 @@ class TritonServer:
         extra_args: Sequence[str] = (),
     ) -> None:
         self.repository = Path(repository).resolve()
-        self.host = host
+        self.backends = backends
+        self.exposure = exposure
         self.startup_timeout = startup_timeout
         self.version = ""
         self.models: dict[str, str] = {}
@@ -86,6 +93,7 @@ class TritonServer:
         self._poll_seconds = poll_seconds
         self._extra_args = list(extra_args)
         self._log = log
+        self._log_begin = 0  # where in the log this start begins
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._shm_prefix = f"{SHM_PREFIX}-{uuid.uuid4().hex[:12]}-"
@@ -129,8 +137,9 @@ class TritonServer:
 
     def log_lines(self) -> list[str]:
         """The log, as far as it is worth reading."""
-        with contextlib.suppress(OSError):
-            return tritonserver.worth_reading(self.log_path.read_text(errors="replace").splitlines())
+        with contextlib.suppress(OSError), self.log_path.open(errors="replace") as log:
+            log.seek(self._log_begin if self._log_begin <= self.log_path.stat().st_size else 0)
+            return tritonserver.worth_reading(log.read().splitlines())
         return []
 
     def model_config(self, model: str) -> dict[str, Any]:
@@ -163,7 +172,9 @@ class TritonServer:
         Raises:
             ServeError: it cannot start or does not get ready; the error gives the reason, and nothing is left running.
         """
+        self._check_models()
         configs = _published(self.repository)
+        self._check_backend(configs)
         self._check_ports()
         installation = tritonserver.find()
         environment = tritonserver.environment()
@@ -173,11 +184,14 @@ class TritonServer:
             tritonserver.usage(installation.stub, environment)
         self._folder = tempfile.TemporaryDirectory(prefix="ssd-triton-")
         try:
-            command = self._command(installation, options, Path(self._folder.name))
+            # Where no model needs ours, a server of its own keeps the backend folder that it was built with.
+            ours = any(config.backend == backend.NATIVE for config in configs)
+            command = self._command(installation, options, Path(self._folder.name), ours)
             preload = tritonserver.preload(Path(self._folder.name)) if uses_tensorrt else ""
             launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), preload]
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.log_path.open("wb") as log:
+            with self.log_path.open("ab") as log:  # appending, so that it can be cut while it is written
+                self._log_begin = log.tell()
                 self._process = subprocess.Popen(
                     [*launcher, *command],
                     stdin=subprocess.DEVNULL,
@@ -214,7 +228,7 @@ class TritonServer:
         """
         self.check_alive()
         try:
-            states = self._index()
+            states = self.served()
         except OSError as error:
             # A process that was killed refuses connections a moment before it has ended.
             if self._process is not None:
@@ -253,8 +267,27 @@ class TritonServer:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _url(self, which: str) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"[{host}]:{self._ports[which]}" if ":" in host else f"{host}:{self._ports[which]}"
+        return self.exposure.reached_at(which, self._ports[which])
+
+    def _check_models(self) -> None:
+        """Holds what is published against its manifests."""
+        for folder in sorted(path for path in self.repository.glob("*") if path.is_dir()):
+            fault = store.fault(folder)
+            if fault:
+                fix = f"./invoke build-engines --model {folder.name} --force"
+                raise ServeError(f"model {folder.name} is damaged: {fault}", fix=fix)
+
+    def _check_backend(self, configs: Sequence[ModelConfig]) -> None:
+        """Holds this project's backend against its manifest, where a model needs it."""
+        needed = [config for config in configs if config.backend == backend.NATIVE]
+        for config in list(needed):  # older builds published libraries beside model.onnx, where Triton looks first
+            versions = config.version_policy.specific.versions
+            if versions and store.carries_libraries(self.repository / config.name / str(versions[0])):
+                needed.remove(config)
+        if needed:
+            fault = backend.damage(self.backends)
+            if fault:
+                raise ServeError(f"the backend {backend.NATIVE} cannot be used: {fault}", fix=backend.AGAIN)
 
     def _statistics(self, model: str) -> list[dict[str, Any]]:
         statistics: list[dict[str, Any]] = json.loads(self._http(f"v2/models/{model}/stats"))["model_stats"]
@@ -262,22 +295,22 @@ class TritonServer:
 
     def _check_ports(self) -> None:
         """Fills in free ports for those that are 0 and makes sure that the others are free."""
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         with contextlib.ExitStack() as held:  # all at once, so that no two get the same free port
             for which, port in self._ports.items():
-                probe = held.enter_context(socket.socket(family))
+                host = self.exposure.address(which)
+                probe = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    probe.bind((self.host, port))
+                    probe.bind((host, port))
                 except OSError as error:
                     raise ServeError(
-                        f"port {port} for {which} on {self.host} cannot be used: {os.strerror(error.errno or 0)}",
+                        f"port {port} for {which} on {host} cannot be used: {error.strerror or error}",
                         why=holder(port),
                         fix=f"stop that program, or choose another port: --{which}-port N (0 takes a free one)",
                     ) from None
                 self._ports[which] = probe.getsockname()[1]
 
-    def _command(self, installation: Installation, options: str, folder: Path) -> list[str]:
+    def _command(self, installation: Installation, options: str, folder: Path, uses_ours: bool) -> list[str]:
         command = [
             str(installation.binary),
             f"--model-repository={self.repository}",
@@ -286,14 +319,13 @@ class TritonServer:
             "--exit-on-error=false",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
         ]
-        for which, port in self._ports.items():
-            command += [f"--{which}-address={self.host}", f"--{which}-port={port}"]
+        command += self.exposure.arguments(self._ports)
         if self._poll_seconds:
             command += ["--model-control-mode=poll", f"--repository-poll-secs={self._poll_seconds}"]
         if "--allow-client-shm" in options:  # from 2.68 on off by default; older servers refuse the flag
             command.append("--allow-client-shm=true")
-        if installation.from_wheel:
-            command.append(f"--backend-directory={installation.overlay(folder)}")
+        if installation.from_wheel or uses_ours:
+            command.append(f"--backend-directory={installation.overlay(folder, self.backends)}")
         return command + self._extra_args
 
     def _wait_ready(self, names: Sequence[str]) -> None:
@@ -316,14 +348,18 @@ class TritonServer:
                     fix="free the machine, or give it a longer startup_timeout",
                 )
             time.sleep(0.02)
-        states = self._index()
+        states = self.served()
         missing = {name: states.get(name, ("not loaded", ""))[0] for name in names if not _ready(states, name)}
         if missing:
             raise self._failure("\n".join(f"model {name} did not load: {reason}" for name, reason in missing.items()))
         self.models = {name: states[name][1] for name in names}
 
-    def _index(self) -> dict[str, tuple[str, str]]:
-        """Model → (READY or why not, version), the served version where there is one."""
+    def served(self) -> dict[str, tuple[str, str]]:
+        """Model → (READY or why not, version) of what the server has now, the served version where there is one.
+
+        Raises:
+            OSError: it does not answer.
+        """
         states: dict[str, tuple[str, str]] = {}
         for entry in json.loads(self._http("v2/repository/index", b"")):
             state, name = entry.get("state", ""), entry["name"]
@@ -334,10 +370,12 @@ class TritonServer:
         return states
 
     def _http(self, path: str, body: bytes | None = None) -> bytes:
-        request = urllib.request.Request(f"http://{self.http_url}/{path}", data=body)
+        request = urllib.request.Request(
+            f"http://{self.http_url}/{path}", data=body, headers=dict(self.exposure.headers)
+        )
         # Never through a proxy that the environment names: the server is on this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=10) as answer:
+        with opener.open(request, timeout=min(10, CANARY_TIMEOUT)) as answer:
             content: bytes = answer.read()
         return content
 
@@ -346,8 +384,12 @@ class TritonServer:
         from tritonclient import http, utils
 
         try:
-            with contextlib.closing(http.InferenceServerClient(self.http_url, network_timeout=60)) as client:
+            with contextlib.closing(
+                http.InferenceServerClient(self.http_url, network_timeout=CANARY_TIMEOUT)
+            ) as client:
                 config, inputs = client.get_model_config(model), []
+                if any(-1 in map(int, entry["dims"]) for entry in config["input"]):
+                    return  # takes a picture's file, and a blank is none (build/publish/picture.py)
                 for entry in config["input"]:
                     kind = entry["data_type"].removeprefix("TYPE_")
                     blank = np.zeros([1, *map(int, entry["dims"])], utils.triton_to_np_dtype(kind))
@@ -393,64 +435,6 @@ class TritonServer:
         """An error with the end of the log, and with the cause where the log gives it away."""
         why, fix = tritonserver.cause("\n".join([what, *self.log_lines()])) or (why, fix)
         return ServeError(f"{what}\n{self._tail()}", why=why, fix=fix)
-
-
-def serve(
-    repository: Path | str = REPOSITORY,
-    *,
-    host: str = "127.0.0.1",
-    http_port: int = 8000,
-    grpc_port: int = 8001,
-    metrics_port: int = 8002,
-    poll_seconds: int = 2,
-    log: Path = LOG,
-) -> None:
-    """Serves until Ctrl-C or SIGTERM; shows the endpoints and what the server warns of, takes up what is published.
-
-    Raises:
-        ServeError: the server does not come up, goes away, or an instance of a model dies.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    # SIGINT as well: a shell hands it down ignored to what it starts in the background.
-    previous = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    server = TritonServer(
-        repository,
-        host=host,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        metrics_port=metrics_port,
-        poll_seconds=poll_seconds,
-        log=log,
-    )
-    try:
-        with server:
-            table = Table(title=f"Triton {server.version}", title_justify="left", show_header=False)
-            for name, version in server.models.items():
-                table.add_row("model", f"{name}, version {version}")
-            table.add_row("HTTP", f"http://{server.http_url}")
-            table.add_row("gRPC", server.grpc_url)
-            table.add_row("metrics", server.metrics_url)
-            table.add_row("log", str(log))
-            console.print(table)
-            console.print("Ctrl-C stops it.")
-            with log.open(errors="replace") as written:
-                written.seek(0, os.SEEK_END)
-                rest = ""
-                while True:
-                    time.sleep(1)
-                    server.check_alive()
-                    *lines, rest = (rest + written.read()).split("\n")
-                    for line in tritonserver.worth_reading(lines):
-                        if line[:1] in "EW":
-                            console.print(line, markup=False, highlight=False)
-    except KeyboardInterrupt:
-        console.print("stopped")
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _published(repository: Path) -> list[ModelConfig]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ssd_client.rule import COLOR_ORDERS, RESAMPLES, RESIZES, Preprocessing
+from ssd_client.text import has_hidden
 
 from build import contract
 from build.contract import SpecNms as Nms
@@ -67,19 +68,21 @@ class Input(Table):
 class Serving(Table):
     """[serving]: how tritonserver runs it; 0 leaves `instances` and `threads` to the runtime, the rest switched off.
 
-    Queue and delay are for requests that are batched together; CUDA graphs and warm-up for the runtime tensorrt.
+    The delay is for requests that are batched together; CUDA graphs and warm-up for the runtime tensorrt.
     """
 
     max_batch_size: int = key(32, low=1, high=4096)
     instances: int = key(0, low=0, high=1024)
     threads: int = key(0, low=0, high=1024)
-    backend: str = key("auto", choices=("auto", "ssd_onnxruntime", "python"))
+    engine: str = key("onnxruntime", choices=("auto", "onnxruntime", "openvino"))
+    backend: str = key("auto", choices=("auto", "ssd_onnxruntime", "python", "onnxruntime"))
     dynamic_batching: str = key("auto", choices=("auto", "on", "off"))
     max_queue_size: int = key(256, low=0, high=INT32_MAX)
-    queue_timeout_ms: int = key(1000, low=0, high=INT32_MAX)
+    queue_timeout_ms: int = key(30_000, low=0, high=INT32_MAX)
     queue_delay_us: int = key(0, low=0, high=10**6)
     cuda_graphs: bool = key(False)
     warmup: bool = key(True)
+    picture_input: bool = key(False)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class TensorRT(Table):
 class Data(Table):
     """[data]: the pictures that INT8 and FP8 are calibrated on, and those that every precision is audited on.
 
-    Each is a folder with an `instances.json`, or a split of `generator`; an empty text is none (build/datasets.py).
+    Each is a folder, a video or a split of `generator`; an empty text is none (build/gate/datasets.py).
     """
 
     generator: str = key("")
@@ -133,6 +136,7 @@ class Data(Table):
     calibration_count: int = key(500, low=1, high=10**6)
     held_out: str = key("")
     held_out_count: int = key(500, low=1, high=10**6)
+    labels_from: str = key("files", choices=("files", "fp32"))
 
 
 @dataclass(frozen=True)
@@ -271,7 +275,7 @@ def load(path: str | Path) -> Spec:
     if path.is_dir():
         path /= "spec.toml"
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}", fix="give the path of a spec.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -295,6 +299,13 @@ def load(path: str | Path) -> Spec:
             raise SpecError(
                 f"{path}: [model] {name} names {file}, which is not there", fix="put the file there or correct the name"
             )
+    generator = (path.parent / spec.data.generator).resolve()
+    if not generator.is_relative_to(path.parent.resolve()):
+        raise SpecError(
+            f"{path}: [data] generator is {spec.data.generator!r}, which lies outside the model's folder ({generator})",
+            why="a build runs its code, so a spec.toml from elsewhere could run any file of this machine",
+            fix="read it, and put it into the model's folder",
+        )
     labels, background = len(spec.labels), spec.nms.background_class
     if background > labels:
         raise SpecError(
@@ -303,6 +314,17 @@ def load(path: str | Path) -> Spec:
         )
     _check_profiles(spec)
     return spec
+
+
+def with_labels_from(spec: Spec, labels_from: str) -> Spec:
+    """The spec with another [data] labels_from.
+
+    Raises:
+        SpecError: there is no such choice.
+    """
+    return dataclasses.replace(
+        spec, data=_table(spec.path, "data", Data, {**dataclasses.asdict(spec.data), "labels_from": labels_from})
+    )
 
 
 def _check_profiles(spec: Spec) -> None:
@@ -364,17 +386,23 @@ def _nearest(wrong: str, known: list[str], form: str) -> str:
 
 def _labels(spec: Spec) -> tuple[str, ...]:
     try:
-        labels = spec.labels_path.read_text(encoding="utf-8").splitlines()
+        labels = spec.labels_path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(
             f"{spec.path}: [model] labels names {spec.labels_path}, which cannot be read: {error}",
             fix="write one foreground label per line, UTF-8, without the background",
         ) from None
-    if not labels:
+    if labels == [""]:
         raise SpecError(f"{spec.labels_path}: has no labels", fix="write one foreground label per line")
     for number, label in enumerate(labels, 1):
         if not label.strip() or label != label.strip():
             raise SpecError(f"{spec.labels_path}: line {number} is {label!r}", fix="a text without spaces around it")
+        if has_hidden(label):
+            raise SpecError(
+                f"{spec.labels_path}: line {number} is {label!r}",
+                why="it has control characters or marks of writing direction, which nobody sees",
+                fix="write the label without them",
+            )
         if label in labels[: number - 1]:
             raise SpecError(f"{spec.labels_path}: line {number} repeats the label {label!r}")
     return tuple(labels)
@@ -395,7 +423,7 @@ def edit(path: Path, settings: Mapping[str, Any]) -> None:
     from tomlkit.exceptions import TOMLKitError
 
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
         document, wanted = tomlkit.parse(text), tomllib.loads(text)
     except (OSError, ValueError) as error:  # neither UTF-8 nor TOML
         raise SpecError(f"{path}: cannot be read: {error}") from None

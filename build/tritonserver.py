@@ -63,8 +63,8 @@ _CAUSES = (
     ),
     (
         r"unable to find backend library for backend '(ssd_onnxruntime)'",
-        "the version folder lacks its libtriton_{0}.so",
-        "publish the model again: ./invoke build-engines --force",
+        "the server's backend folder lacks {0}",
+        "./invoke serve passes this project's backends/; a tritonserver of your own needs it, too (docs/design.md)",
     ),
     (
         r"unable to find backend library for backend '(\w+)'",
@@ -108,16 +108,27 @@ class Installation:
             return (self.binary.parent.parent / "TRITON_VERSION").read_text().strip()
         return "" if self.from_wheel else os.environ.get("TRITON_SERVER_VERSION", "")
 
-    def overlay(self, folder: Path) -> Path:
-        """Joins the wheel's parts, which lie in places of their own, to a backend folder inside `folder`.
+    def overlay(self, folder: Path, backends: Path) -> Path:
+        """Joins the server's own backends and those of this project to one backend folder inside `folder`.
 
         It is made of symbolic links, because a copied stub would no longer find the libraries beside it.
+
+        Args:
+            folder: gets it.
+            backends: this project's, one folder each.
         """
-        python = folder / "backends" / "python"
-        python.mkdir(parents=True)
-        for part in (*(self.backends / "python").iterdir(), self.stub):
-            (python / part.name).symlink_to(part)
-        return python.parent
+        joined = folder / "backends"
+        python = joined / "python"
+        joined.mkdir()
+        for own in sorted(path for path in (*self.backends.glob("*"), *backends.glob("[!.]*")) if path.is_dir()):
+            if own.name != "python" or not self.from_wheel:
+                (joined / own.name).unlink(missing_ok=True)
+                (joined / own.name).symlink_to(own.resolve())
+        if self.from_wheel:  # its stub lies in a place of its own
+            python.mkdir()
+            for part in (*(self.backends / "python").iterdir(), self.stub):
+                (python / part.name).symlink_to(part)
+        return joined
 
 
 def find() -> Installation:

@@ -110,7 +110,7 @@ def _load(run: Path) -> dict[str, Any]:
         what = f"{run} {'was broken off' if begun else 'is no run of invoke perf'}: it has no summary.json"
         raise CompareError(what, fix=resume if begun else "give folders of artifacts/perf/")
     try:
-        summary: Any = json.loads(path.read_text(encoding="utf-8"))
+        summary: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:  # neither UTF-8 nor JSON
         raise CompareError(f"{path} cannot be read: {error}", fix=resume) from None
     missing = [name for name in _NEEDED if name not in summary] if isinstance(summary, dict) else list(_NEEDED)

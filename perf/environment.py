@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from build.files import ROOT
-from build.machine import PACKAGES, Machine, find_gpu, package_version, run, tensorrt_version
+from build.machine import PACKAGES, Machine, find_gpu, package_version, tensorrt_version
+from build.tensorrt.system import run
 from perf.load import PerfError
 
 _MORE = ("onnxscript", "pillow", "pycocotools", "mlcommons-loadgen", "onnxruntime-gpu", "torch")

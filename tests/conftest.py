@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +24,48 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "SSD_TEST_TOKEN"
 
 
+def pytest_configure() -> None:
+    """A shell that starts the tests in the background lets them, and what they start, ignore Ctrl-C: undone here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: where workers share the tests by file, no long one starts when all else is done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills: once in a test run, however many workers (pytest-xdist) ask for it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / name, root / f"{name}.done"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository with version 1 of `shapes`, built from models/shapes for ONNX Runtime."""
     from build.pipeline import build_engines
 
-    folder = tmp_path_factory.mktemp("published")
-    build_engines(["shapes"], "onnxruntime", repository=folder / "model_repository", artifacts=folder / "artifacts")
-    return folder / "model_repository"
+    def make(folder: Path) -> None:
+        build_engines(
+            ["shapes"],
+            "onnxruntime",
+            repository=folder / "model_repository",
+            artifacts=folder / "artifacts",
+            rehearse=False,  # `triton_server` serves it anyway
+        )
+
+    return once(tmp_path_factory, "published", make) / "model_repository"
 
 
 @pytest.fixture(scope="session")

@@ -127,6 +127,8 @@ def _row(case: Case, row: int) -> tuple[list[tuple[_Candidate, list[np.float32]]
     score_threshold, iou_threshold = F(nms.score_threshold), F(nms.iou_threshold)
     if case.score_threshold is not None and case.iou_threshold is not None:
         score_threshold, iou_threshold = case.score_threshold[row, 0], case.iou_threshold[row, 0]
+    if score_threshold < F(nms.lowest_score_threshold):
+        score_threshold = F(nms.lowest_score_threshold)
     rounded_scores, rounded_boxes = nms.score_activation != "none", nms.box_coding == "center_size"
     near = False
 
@@ -295,6 +297,7 @@ def _case(index: int, seed: int) -> Case:
         box_scales=(10.0, 10.0, 5.0, 5.0) if random.random() < 0.7 else (3.0, 1.0, 7.0, 1.3),
         clip_boxes=bool(random.random() < 0.6),
         class_agnostic=bool(random.random() < 0.3),
+        lowest_score_threshold=(0.01, 0.0, 0.01, 0.3)[index % 4],
         runtime_thresholds=bool(random.random() < 0.4),
     )
     # Few centres for many anchors, so that boxes overlap.

@@ -189,7 +189,8 @@ def make_checkout(root: Path) -> None:
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     locks = (root / f"requirements/{name}.lock" for name in ("runtime", "tritonserver", "perf_analyzer"))
-    content = b"".join(lock.read_bytes() for lock in locks) + f"{root}\n".encode()
+    server = " with the tritonserver on PATH" if shutil.which("tritonserver") else ""
+    content = b"".join(lock.read_bytes() for lock in locks) + f"{root}{server}\n".encode()
     stamp = subprocess.run(["sha256sum"], input=content, stdout=subprocess.PIPE, check=True).stdout.split()[0]
     (root / ".venv/.stamp").write_bytes(stamp + b"\n")
 
@@ -251,3 +252,109 @@ def test_wrapper_refuses_a_folder_that_no_environment_can_be_in(tmp_path: Path) 
     assert "has a colon in its name" in done.stderr
     assert "what to do: rename the folder" in done.stderr
     assert not (root / ".venv").exists()
+
+
+# -- without a package index, and in NVIDIA's container ----------------------------------------------------------------
+
+
+def program(path: Path, text: str) -> Path:
+    """A script for sh."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Path:
+    """A checkout without .venv, and programs that record what is asked of a Python: ensurepip and pip are stand-ins."""
+    root = tmp_path / "checkout"
+    root.mkdir()
+    shutil.copy(ROOT / "invoke", root)
+    shutil.copytree(ROOT / "requirements", root / "requirements")
+    installs = f'echo "$*" >>{shlex.quote(str(tmp_path / "asked"))}'
+    # What an environment's python does: pip installs nothing.
+    other = f'*) exec {shlex.quote(sys.executable)} "$@" ;;'
+    # It must not be the real one for anything else: the wrapper writes into the packages of what it made.
+    made = f"case $* in '-m pip'*) {installs} ;; '-m invoke'*) echo ran ;; esac"
+    program(tmp_path / "made-python", made)
+    copy = f'mkdir -p "$4/bin" && cp {shlex.quote(str(tmp_path / "made-python"))} "$4/bin/python"'
+    program(
+        tmp_path / "bin" / "python3.12",
+        "case $* in\n'-c import ensurepip, venv') exit 1 ;;\n'-c import virtualenv') exit 0 ;;\n"
+        f"'-m virtualenv'*) shift 2; set -- x \"$@\"; {installs}; {copy} ;;\n"
+        f"{other}\nesac",
+    )
+    return tmp_path
+
+
+def start(container: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs the wrapper with the stand-ins first on PATH."""
+    environment = {**os.environ, "PATH": f"{container / 'bin'}:{os.environ['PATH']}", **variables}
+    command = [container / "checkout" / "invoke", *arguments]
+    return subprocess.run(command, env=environment, cwd=container, capture_output=True, text=True, check=False)
+
+
+def test_without_ensurepip_virtualenv_makes_the_environment(container: Path) -> None:
+    done = start(container, "--list")
+    assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr
+    asked = (container / "asked").read_text()
+    assert asked.startswith("x --quiet --no-download ")
+    assert "requirements/tritonserver.lock" in asked
+
+
+def test_the_wheels_server_is_left_out_where_one_is_on_path(container: Path) -> None:
+    program(container / "bin" / "tritonserver", "")
+    assert start(container, "--list").stdout == "ran\n"
+    asked = (container / "asked").read_text()
+    assert "requirements/perf_analyzer.lock" in asked
+    assert "requirements/tritonserver.lock" not in asked
+    (container / "bin" / "tritonserver").unlink()
+    assert start(container, "--list").stdout == "ran\n"  # made again, now with the wheel's
+    assert "requirements/tritonserver.lock" in (container / "asked").read_text()
+
+
+def test_with_neither_it_says_both_ways(container: Path) -> None:
+    program(
+        container / "bin" / "python3.12",
+        "case $* in '-c import ensurepip, venv' | '-c import virtualenv') exit 1 ;;\n"
+        f'*) exec {shlex.quote(sys.executable)} "$@" ;; esac',
+    )
+    for tool in ("sh", "dirname", "readlink", "cat", "sha256sum", "cut", "uname", "rm"):
+        path = shutil.which(tool)
+        assert path
+        (container / "bin" / tool).symlink_to(path)
+    done = start(container, "--list", PATH=str(container / "bin"))
+    assert done.returncode == 1
+    assert "apt-get install python3-venv, or pip install virtualenv" in done.stderr
+    assert not (container / "checkout" / ".venv").exists()
+
+
+@pytest.mark.parametrize("how", [["--site", "my site"], ["--site=my site"], ["--force", "--site", "my site"]])
+def test_gpu_check_runs_from_a_folder_of_packages_without_an_environment(container: Path, how: list[str]) -> None:
+    package = container / "my site" / "invoke"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("import sys\nprint(sys.path[1], sys.argv[1:])\n")
+    (container / "my site" / "rich.py").touch()
+    (container / "my site").chmod(0o555)
+    done = start(container, "gpu-check", *how)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{container / 'my site'} {['gpu-check', *how]}\n"
+    assert not (container / "checkout" / ".venv").exists()
+    assert not list(container.glob("my site/**/__pycache__"))
+
+
+def test_a_folder_of_another_python_is_named(container: Path) -> None:
+    (container / "empty").mkdir()
+    program(
+        container / "bin" / "python3.12",
+        f"case $* in '-c import invoke, rich') exit 1 ;; *) exec {shlex.quote(sys.executable)} \"$@\" ;; esac",
+    )
+    done = start(container, "gpu-check", "--site", "empty")
+    assert done.returncode == 1
+    assert f"finds no packages invoke and rich in {container / 'empty'}" in done.stderr
+
+
+def test_other_tasks_do_not_take_site(container: Path) -> None:
+    assert start(container, "test", "--path", "--site").stdout == "ran\n"

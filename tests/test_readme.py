@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from build.serve import TritonServer
 from models.shapes.scenes import scene
+from tests.docs_blocks import Block, blocks
 
 ROOT = Path(__file__).parent.parent
 
 
-class Block(NamedTuple):
-    """A fenced block and the HTML comment right above it, if any."""
-
-    language: str
-    text: str
-    note: str
-
-
-def _blocks() -> list[Block]:
-    pattern = re.compile(r"(?:^<!-- (?P<note>.*?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
-    return [
-        Block(m["language"], m["text"], m["note"] or "") for m in pattern.finditer((ROOT / "README.md").read_text())
-    ]
-
-
 def test_only_these_blocks_do_not_run() -> None:
-    assert [block.text.splitlines()[0].split()[:2] for block in _blocks() if block.note] == [
+    assert [block.text.splitlines()[0].split()[:2] for block in blocks(ROOT / "README.md") if block.note] == [
         ["./invoke", "test"],
         ["./invoke", "serve"],
+        ["./invoke", "page"],
+        ["curl", "-F"],
         ["./invoke", "import-model"],
         ["./invoke", "import-model"],
         ["docker", "run"],
@@ -45,7 +31,7 @@ def test_only_these_blocks_do_not_run() -> None:
 @pytest.mark.triton
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "block", [b for b in _blocks() if not b.note], ids=lambda block: block.text.splitlines()[0][:40]
+    "block", [b for b in blocks(ROOT / "README.md") if not b.note], ids=lambda block: block.text.splitlines()[0][:40]
 )
 def test_block_runs(block: Block, triton_server: TritonServer, tmp_path: Path) -> None:
     scene("held_out", 0).image.save(tmp_path / "picture.jpg", quality=95)

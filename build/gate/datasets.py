@@ -1,4 +1,4 @@
-"""Labelled pictures for calibration and audit: a folder with COCO labels, or a generator that the spec names.
+"""Labelled pictures for calibration and audit: a folder, a video, or a generator that the spec names.
 
 The client's own code (ssd_client.preprocess) opens pictures and makes the model's input, so calibration, gate and audit
 see the pixels that clients send.
@@ -11,12 +11,13 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import files
+from build import contract, files
 from build.errors import DataError
+from build.gate import frames, labels
 from build.spec import Input, Spec
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from ssd_client.preprocess import Placement
 
-LABELS_FILE = "instances.json"
+FP32 = "fp32"
+OWN_LABELS = 0.3  # a score; of FP32's own detections that stand for labels
 MOST_UNREADABLE = 0.05
 
 
@@ -39,6 +41,7 @@ class Pictures:
         truth: COCO `instances` of exactly these pictures; None where they have no labels.
         image_ids: the id of each picture in `truth`; empty without it.
         category_ids: the id in `truth` of each of the model's labels; empty without it.
+        labelled_by: "FP32" where the labels are the FP32 model's own detections; else empty.
     """
 
     name: str
@@ -46,9 +49,32 @@ class Pictures:
     truth: dict[str, Any] | None = None
     image_ids: tuple[int, ...] = ()
     category_ids: tuple[int, ...] = ()
+    labelled_by: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def spread(self, count: int) -> Pictures:
+        """At most `count` of them, spread evenly, without their labels."""
+        step = max(1, len(self.paths) // count)
+        return Pictures(self.name, self.paths[::step][:count])
+
+    def some(self, count: int) -> Pictures:
+        """At most `count` of them with their labels: the first that show an object, then the first others."""
+        if count >= len(self.paths):
+            return self
+        if self.truth is None:
+            return replace(self, paths=self.paths[:count])
+        shown = {annotation["image_id"] for annotation in self.truth["annotations"]}
+        order = sorted(range(len(self.paths)), key=lambda place: (self.image_ids[place] not in shown, place))
+        places = sorted(order[:count])
+        ids = tuple(self.image_ids[place] for place in places)
+        truth = {
+            **self.truth,
+            "images": [image for image in self.truth["images"] if image["id"] in ids],
+            "annotations": [row for row in self.truth["annotations"] if row["image_id"] in ids],
+        }
+        return replace(self, paths=tuple(self.paths[place] for place in places), truth=truth, image_ids=ids)
 
     def digest(self) -> str:
         """SHA-256 over the files' contents, in order."""
@@ -89,7 +115,8 @@ def held_out(spec: Spec, cache: Path) -> Pictures:
             why="without labelled pictures nothing can tell how much accuracy a precision keeps",
             fix="name a folder with pictures and instances.json: [data] held_out (docs/spec.md)",
         )
-    return _pictures(spec, spec.data.held_out, spec.data.held_out_count, cache, labelled=True)
+    pictures = _pictures(spec, spec.data.held_out, spec.data.held_out_count, cache, labelled=True)
+    return _by_fp32(spec, pictures, cache) if spec.data.labels_from == FP32 else pictures
 
 
 def digest(spec: Spec) -> dict[str, str]:
@@ -103,6 +130,9 @@ def digest(spec: Spec) -> dict[str, str]:
         return {}
     if spec.data.generator:
         path = spec.path.parent / spec.data.generator
+        return {path.name: files.sha256(path)}
+    path = spec.path.parent / spec.data.calibration
+    if path.suffix.lower() in frames.SUFFIXES:
         return {path.name: files.sha256(path)}
     return {"calibration": calibration(spec, spec.path.parent).digest()}
 
@@ -134,12 +164,9 @@ def arrays(pictures: Pictures, into: Input, batch: int) -> Iterator[NDArray[np.u
             fix=f"mend or remove them; up to {MOST_UNREADABLE:.0%} are left out silently",
         )
     if unreadable:
-        from rich.console import Console
-
-        Console(stderr=True, soft_wrap=True).print(
+        _say(
             f"{pictures.name}: {len(unreadable)} of {len(pictures)} pictures cannot be read and were left out, like "
-            f"{unreadable[0]}",
-            markup=False,
+            f"{unreadable[0]}"
         )
 
 
@@ -205,14 +232,72 @@ def _pictures(spec: Spec, name: str, count: int, cache: Path, *, labelled: bool)
         pictures = Pictures(f"{spec.data.generator}: {name}", tuple(paths[:count]))
     else:
         folder = spec.path.parent / name
-        if not folder.is_dir():
-            raise DataError(f"{folder}: there is no such folder", why=f"{spec.path} names it in [data]")
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        if folder.is_file() and folder.suffix.lower() in frames.SUFFIXES:
+            paths = frames.extract(folder, count, cache / spec.model.name, between=labelled)
+        elif folder.is_dir():
+            paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        else:
+            raise DataError(
+                f"{folder}: there is no such folder of pictures and no such video",
+                why=f"{spec.path} names it in [data]",
+            )
         pictures = Pictures(str(folder), tuple(paths[:count]))
-        truth = _labels(folder / LABELS_FILE) if labelled else None
+        if labelled and pictures.paths and spec.data.labels_from != FP32:
+            truth, ids = labels.read(folder, pictures.paths, spec.labels)
+            return _labelled(pictures, truth, spec.labels, ids)
+        truth = None
     if not pictures.paths:
         raise DataError(f"{pictures.name}: holds no pictures", fix=f"put some there: {', '.join(SUFFIXES)}")
-    return _labelled(pictures, truth, spec.labels) if labelled and truth is not None else pictures
+    if not labelled or truth is None or spec.data.labels_from == FP32:
+        return pictures
+    return _labelled(pictures, truth, spec.labels)
+
+
+def _by_fp32(spec: Spec, pictures: Pictures, cache: Path) -> Pictures:
+    """Pictures whose labels are what the FP32 model itself detects in them with a score above OWN_LABELS.
+
+    Raises:
+        DataError: it detects nothing.
+    """
+    from build.graph.attach import attach
+    from build.session import runner
+
+    model = attach(spec)
+    key = hashlib.sha256(model.SerializeToString(deterministic=True) + pictures.digest().encode()).hexdigest()[:16]
+    file = cache / spec.model.name / f"labels-fp32-{key}.json"
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        run, rows = runner(model), []
+        for path in pictures.paths:
+            pixels, placement = load(path, spec.input)
+            number, boxes, scores, classes = (
+                value[0] for value in map(run(spec.nms.feeds(pixels[None])).__getitem__, contract.OUTPUTS)
+            )
+            kept = scores[: int(number[0])] > OWN_LABELS
+            found = placement.to_image(boxes[: len(kept)][kept]).astype(float).tolist()
+            rows.append([found, classes[: len(kept)][kept].tolist()])
+        files.write_json(file, rows)
+    annotations: list[dict[str, Any]] = []
+    for image_id, (boxes, classes) in enumerate(rows, 1):
+        for (x1, y1, x2, y2), label in zip(boxes, classes, strict=True):
+            if x2 > x1 and y2 > y1:
+                about = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1, "iscrowd": 0}
+                box = [x1, y1, x2 - x1, y2 - y1]
+                annotations.append({**about, "bbox": box, "area": box[2] * box[3]})
+    if not annotations:
+        raise DataError(
+            f"{pictures.name}: FP32 detects nothing with a score above {OWN_LABELS} on {len(pictures)} pictures",
+            why="they show none of the model's objects, or its input or thresholds are read wrongly",
+            fix="name pictures with objects in them: [data] held_out",
+        )
+    truth = {
+        "images": [{"id": i, "file_name": path.name} for i, path in enumerate(pictures.paths, 1)],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(spec.labels, 1)],
+    }
+    ids, categories = tuple(range(1, len(pictures) + 1)), tuple(range(1, len(spec.labels) + 1))
+    return Pictures(pictures.name, pictures.paths, truth, ids, categories, "FP32")
 
 
 def _generated(path: Path, split: str, count: int, cache: Path) -> tuple[list[Path], dict[str, Any]]:
@@ -223,6 +308,7 @@ def _generated(path: Path, split: str, count: int, cache: Path) -> tuple[list[Pa
             module_spec = importlib.util.spec_from_file_location(name, path)
             if module_spec is None or module_spec.loader is None or not path.is_file():
                 raise DataError(f"{path}: no Python file")
+            _say(f"pictures are drawn by the model's own program, which runs now: {path.resolve()}")
             module = importlib.util.module_from_spec(module_spec)
             sys.modules[name] = module
             module_spec.loader.exec_module(module)
@@ -238,19 +324,15 @@ def _generated(path: Path, split: str, count: int, cache: Path) -> tuple[list[Pa
     return list(paths), truth
 
 
-def _labels(path: Path) -> dict[str, Any]:
-    try:
-        truth = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(truth[key], list) for key in ("images", "annotations", "categories")):
-            raise ValueError("images, annotations or categories is no list")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}", fix="put the COCO labels there") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: no COCO instances file: {error}") from None
-    return dict(truth)
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
 
-def _labelled(pictures: Pictures, truth: dict[str, Any], labels: Sequence[str]) -> Pictures:
+def _labelled(
+    pictures: Pictures, truth: dict[str, Any], labels: Sequence[str], image_ids: tuple[int, ...] = ()
+) -> Pictures:
     """Pictures with the part of the labels that is about them, checked against the model's labels."""
     try:
         categories = {category["name"]: category["id"] for category in truth["categories"]}
@@ -259,6 +341,13 @@ def _labelled(pictures: Pictures, truth: dict[str, Any], labels: Sequence[str]) 
             raise DataError(
                 f"{pictures.name}: the labels differ: the model alone has {only_model}, the pictures alone {only_data}",
                 fix="name the COCO categories like the lines of labels.txt",
+            )
+        if image_ids:
+            return replace(
+                pictures,
+                truth=truth,
+                image_ids=image_ids,
+                category_ids=tuple(categories[label] for label in labels),
             )
         ids = {image["file_name"]: image["id"] for image in truth["images"]}
         missing = [path.name for path in pictures.paths if path.name not in ids]

@@ -6,7 +6,8 @@ Runtime in this process or a server. What is checked, each on its own line of th
 - contract: shapes, types, order, padding and ranges of docs/design.md;
 - repeatability: the same batch again gives the same bits;
 - rows: a picture's bits do not depend on its place in the batch, nor on its neighbours and their thresholds;
-- parity: against the reference, one picture at a time, within build/gate/tolerances.json;
+- parity: against the reference's raw heads, one picture at a time, within build/gate/tolerances.json
+  (build/gate/matching.py);
 - mAP, where the pictures are labelled: at least [quantization] gate of what the FP32 graph has.
 """
 
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from build import contract
 from build.errors import VerifyError
-from build.gate import datasets
+from build.gate import datasets, matching
 from build.gate.scoring import coco_results, detector
 from build.spec import Spec
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 TOLERANCES = Path(__file__).with_name("tolerances.json")
 PICTURES = 32
-PAIRED_IOU = 0.5
 _ROWS = 8
 _NEIGHBOURS = 3  # a fault that turns single bits shows with every second neighbour only
 _LOWEST_THRESHOLD = 1e-6  # parity is looked at below the model's own, where that finds nothing
@@ -45,15 +45,15 @@ _LOWEST_THRESHOLD = 1e-6  # parity is looked at below the model's own, where tha
 class Tolerance:
     """How far outputs may be from the reference's, over all pictures.
 
-    Detections of a picture are paired by class and the best IoU of at least 0.5. One without a partner does not count
-    where its score lies within the scores' tolerance of what decides whether it is kept: the threshold, or the last
-    score of a full list.
+    Each detection is paired with the reference's candidate of its class that is nearest in box and score (IoU at least
+    0.5). One without a partner, and one that is missing, does not count where its score lies within the scores'
+    tolerance of what decides whether it is kept: the threshold, or the last score of a full list.
 
     Attributes:
-        num_detections: the most detections without a partner on one picture.
+        num_detections: the most detections on one picture that are missing or should not be there.
         detection_boxes: the largest difference of a coordinate of a pair, in 0..1 of the image.
         detection_scores: the largest difference of the scores of a pair.
-        detection_classes: the largest share of detections without a partner among all.
+        detection_classes: the largest share among all of detections that are missing or should not be there.
     """
 
     num_detections: int
@@ -132,7 +132,7 @@ def tolerance(target: contract.Target, path: Path = TOLERANCES) -> Tolerance:
         VerifyError: there is none for this target, or the file is damaged.
     """
     try:
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
         row = table[target.runtime].get(target.precision)
         if row is not None and set(row) != {item.name for item in fields(Tolerance)}:
             raise ValueError(f"{target.runtime} {target.precision} has the keys {sorted(row)}")
@@ -153,6 +153,7 @@ def gate(
     candidate: Runner,
     *,
     reference: Runner,
+    heads: Runner,
     within: Tolerance,
     baseline: Runner | None = None,
     judge: Judge | None = None,
@@ -167,6 +168,7 @@ def gate(
         what: the model, its runtime and precision, for the report.
         candidate: what was built.
         reference: the graph that it was built from, in ONNX Runtime as it is written.
+        heads: the same graph before SSDNMS: `box_deltas` and `class_logits`.
         within: the tolerance of parity.
         baseline: the FP32 graph that mAP is measured against; None = `reference` is it.
         judge: mAP of COCO detections against COCO ground truth; None = mAP is not looked at.
@@ -186,12 +188,13 @@ def gate(
         check_contract(spec, candidate, images[:rows]),
         check_repeatability(spec, candidate, images[:rows]),
         check_rows(spec, candidate, images[:rows]),
-        check_parity(spec, candidate, reference, images, within, rows),
+        check_parity(spec, candidate, heads, images, within, rows),
     ]
     if judge and pictures and pictures.truth:
         checks.append(check_accuracy(spec, candidate, baseline or reference, pictures, judge, rows))
     on = (
         f"{len(images)} pictures of {pictures.name}"
+        + (", labelled by FP32's own detections" if pictures.labelled_by else "")
         if pictures
         else f"{len(images)} photographs of matplotlib's: [data] held_out names no pictures of this model's own, "
         "SO ITS ACCURACY WAS NOT MEASURED (docs/spec.md)"
@@ -207,8 +210,11 @@ def images_for(spec: Spec, cache: Path, count: int) -> tuple[NDArray[np.uint8], 
     """
     pictures = None
     if spec.data.held_out:
-        few = replace(spec, data=replace(spec.data, held_out_count=min(count, spec.data.held_out_count)))
-        pictures = datasets.held_out(few, cache)
+        if spec.data.generator:  # it writes as many as it is asked for, and each takes its time
+            few = replace(spec, data=replace(spec.data, held_out_count=min(count, spec.data.held_out_count)))
+            pictures = datasets.held_out(few, cache)
+        else:
+            pictures = datasets.held_out(spec, cache).some(count)
     return _images(spec, pictures, count), pictures
 
 
@@ -243,7 +249,7 @@ def check_repeatability(spec: Spec, candidate: Runner, images: NDArray[np.uint8]
     """The same batch gives the same bits."""
     first, given = _copied(candidate(spec.nms.feeds(images))), spec.nms.feeds(images)
     for _ in range(times - 1):
-        different = _different(first, candidate(given))
+        different = differing(first, candidate(given))
         if different:
             detail = f"{', '.join(different)} changed when the same batch ran again"
             return Check("repeatability", False, detail, "look for atomics, uninitialised memory or a race")
@@ -263,7 +269,7 @@ def check_rows(spec: Spec, candidate: Runner, images: NDArray[np.uint8]) -> Chec
     first = _copied(candidate(given))
     for name, order in (("turned round", np.arange(rows)[::-1]), ("moved by one", np.roll(np.arange(rows), 1))):
         moved = candidate({key: np.ascontiguousarray(array[order]) for key, array in given.items()})
-        different = _different({key: array[order] for key, array in first.items()}, moved)
+        different = differing({key: array[order] for key, array in first.items()}, moved)
         if different:
             return Check("rows", False, f"{', '.join(different)} changed when the rows were {name}", look)
     random = np.random.default_rng(1)
@@ -278,15 +284,16 @@ def check_rows(spec: Spec, candidate: Runner, images: NDArray[np.uint8]) -> Chec
 
 
 def check_parity(
-    spec: Spec, candidate: Runner, reference: Runner, images: NDArray[np.uint8], within: Tolerance, rows: int
+    spec: Spec, candidate: Runner, heads: Runner, images: NDArray[np.uint8], within: Tolerance, rows: int
 ) -> Check:
-    """Against the reference, which sees one picture at a time; the candidate sees it alone, then in batches."""
+    """Against the reference's raw heads, one picture at a time; the candidate sees it alone, then in batches."""
     threshold = spec.nms.score_threshold
-    wanted = _answers(spec, reference, images, threshold)
-    while spec.nms.runtime_thresholds and not _detections(wanted) and threshold > _LOWEST_THRESHOLD:
-        threshold /= 4  # pictures without its objects: something must be compared all the same
-        wanted = _answers(spec, reference, images, threshold)
-    if not _detections(wanted):
+    lowest = max(_LOWEST_THRESHOLD, spec.nms.lowest_score_threshold)
+    wanted = _candidates(spec, heads, images)
+    best = max((float(found.scores.max(initial=0)) for found in wanted), default=0.0)
+    while spec.nms.runtime_thresholds and best <= threshold > lowest:
+        threshold = max(lowest, threshold / 4)  # pictures without its objects: something must be compared all the same
+    if best <= threshold:
         detail = (
             f"NOT SHOWN: there is nothing to compare, since the reference detects nothing on {len(images)} pictures"
         )
@@ -296,14 +303,17 @@ def check_parity(
     batches = [
         range(start, min(start + size, len(images))) for size in {1, rows} for start in range(0, len(images), size)
     ]
-    worst, lonely, total, boxes, scores = 0, 0, 0, 0.0, 0.0
+    worst, lonely, total, boxes, scores, first = 0, 0, 0, 0.0, 0.0, ""
     for batch in batches:
         outputs = candidate(spec.nms.feeds(images[batch.start : batch.stop], threshold))
         for row, picture in enumerate(batch):
-            answered, right = ({k: v[i] for k, v in side.items()} for side, i in ((outputs, row), (wanted[picture], 0)))
-            pairs = _pair(spec, answered, right, within, threshold)
-            worst, lonely, total = max(worst, pairs.lonely), lonely + pairs.lonely, total + pairs.total
-            boxes, scores = max(boxes, pairs.boxes), max(scores, pairs.scores)
+            answered = {name: values[row] for name, values in outputs.items()}
+            differs = matching.compare(
+                spec.nms, wanted[picture], answered, threshold, within.detection_boxes, within.detection_scores
+            )
+            worst, lonely, total = max(worst, differs.lonely), lonely + differs.lonely, total + differs.total
+            boxes, scores = max(boxes, differs.boxes), max(scores, differs.scores)
+            first = first or (differs.first and f"picture {picture}: {differs.first}")
     share = lonely / total if total else 0.0
     measured = Tolerance(worst, boxes, scores, share)
     beyond = [item.name for item in fields(Tolerance) if not getattr(measured, item.name) <= getattr(within, item.name)]
@@ -312,17 +322,26 @@ def check_parity(
         for item in fields(Tolerance)
     )
     lowered = "" if threshold == spec.nms.score_threshold else f" at the lower score threshold {threshold:.2g}"
-    detail = f"{total} detections{lowered}; {figures}"
-    return Check("parity", not beyond, detail, f"compare the raw heads of both sides; beyond are {', '.join(beyond)}")
+    detail = f"{total} detections{lowered}; {figures}" + (f"; first: {first}" if beyond and first else "")
+    look = f"beyond are {', '.join(beyond)}: " + (
+        "look at suppression, thresholds and order of classes in the SSDNMS that answered"
+        if lonely and "detection_boxes" not in beyond and "detection_scores" not in beyond
+        else "compare the raw heads of both sides"
+    )
+    return Check("parity", not beyond, detail, look)
 
 
-def _answers(spec: Spec, runner: Runner, images: NDArray[np.uint8], threshold: float) -> list[Arrays]:
-    """A runner's outputs for each picture alone."""
-    return [runner(spec.nms.feeds(images[i : i + 1], threshold)) for i in range(len(images))]
+def _candidates(spec: Spec, heads: Runner, images: NDArray[np.uint8]) -> list[matching.Candidates]:
+    """What suppression had to choose from, for each picture alone."""
+    import numpy as np
 
-
-def _detections(answers: list[Arrays]) -> int:
-    return sum(int(outputs[contract.OUTPUTS[0]][0, 0]) for outputs in answers)
+    anchors = spec.load_anchors() if spec.nms.needs_anchors else None
+    results = []
+    for image in images:
+        deltas, logits = (heads({contract.IMAGES: image[None]})[name][0] for name in contract.HEADS)
+        own = np.zeros((len(deltas), 4), np.float32) if anchors is None else anchors
+        results.append(matching.candidates(spec.nms, own, deltas, logits))
+    return results
 
 
 def check_accuracy(
@@ -360,59 +379,6 @@ def share_kept(spec: Spec, kept: float, baseline: float) -> float:
     return kept / baseline
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """How two lists of detections of one picture differ."""
-
-    lonely: int
-    total: int
-    boxes: float
-    scores: float
-
-
-def _pair(spec: Spec, answered: Arrays, wanted: Arrays, within: Tolerance, threshold: float | None = None) -> _Pairs:
-    import numpy as np
-
-    threshold = spec.nms.score_threshold if threshold is None else threshold
-
-    sides = []
-    for outputs in (answered, wanted):
-        number = int(outputs["num_detections"][0])
-        sides.append([outputs[name][:number].astype(np.float64) for name in contract.OUTPUTS[1:]])
-    (boxes, scores, classes), (boxes_wanted, scores_wanted, classes_wanted) = sides
-    overlaps = ious(boxes, boxes_wanted) * (classes[:, None] == classes_wanted)
-    partner: dict[int, int] = {}
-    for i in range(len(boxes)):
-        free = [j for j in range(len(boxes_wanted)) if j not in partner.values() and overlaps[i, j] >= PAIRED_IOU]
-        if free:
-            partner[i] = max(free, key=lambda j: overlaps[i, j])
-    lonely = 0
-    for scores_here, paired in ((scores, set(partner)), (scores_wanted, set(partner.values()))):
-        full = len(scores_here) == spec.nms.max_detections or len(scores_wanted) == spec.nms.max_detections
-        ends = [side[-1] for side in (scores, scores_wanted) if full and len(side)]
-        border = max([threshold, *ends]) + within.detection_scores
-        lonely += sum(1 for i, score in enumerate(scores_here) if i not in paired and score > border)
-    ours, theirs = list(partner), list(partner.values())
-    return _Pairs(
-        lonely,
-        len(boxes_wanted) + lonely,
-        float(np.abs(boxes[ours] - boxes_wanted[theirs]).max(initial=0)),
-        float(np.abs(scores[ours] - scores_wanted[theirs]).max(initial=0)),
-    )
-
-
-def ious(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
-    """[n,m] of boxes [n,4] and [m,4]; equal boxes without area count as the same."""
-    import numpy as np
-
-    a, b = first[:, None], second[None]
-    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
-    inside = np.prod(np.maximum(sides, 0), -1)
-    union = np.prod(a[..., 2:] - a[..., :2], -1) + np.prod(b[..., 2:] - b[..., :2], -1) - inside
-    ious = np.divide(inside, union, out=np.zeros_like(inside), where=union > 0)
-    return np.asarray(np.where((np.abs(a - b) < 1e-6).all(-1), 1.0, ious))
-
-
 def _images(spec: Spec, pictures: datasets.Pictures | None, count: int) -> NDArray[np.uint8]:
     import numpy as np
 
@@ -429,7 +395,7 @@ def _copied(outputs: Arrays) -> dict[str, NDArray[Any]]:
     return {name: np.array(array) for name, array in outputs.items()}
 
 
-def _different(first: Arrays, second: Arrays) -> list[str]:
+def differing(first: Arrays, second: Arrays) -> list[str]:
     """The outputs whose bits differ."""
     import numpy as np
 

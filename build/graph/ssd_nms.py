@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     import onnx
 
 # The function refers to these attributes of its node; on the others its very structure depends.
-_NUMERIC = ("score_threshold", "iou_threshold", "max_detections", "topk_per_class", "box_scales")
+_NUMERIC = (
+    *("score_threshold", "iou_threshold", "max_detections", "topk_per_class", "box_scales"),
+    "lowest_score_threshold",
+)
 _EVERYTHING = INT32_MAX
 
 
@@ -159,17 +162,23 @@ def _batch(
     """The whole batch: what rows share, and the Scan over them."""
     from onnxscript import ir
 
-    kinds = {"max_detections": "INT", "box_scales": "FLOATS"}
+    kinds = {"max_detections": "INT", "box_scales": "FLOATS", "lowest_score_threshold": "FLOAT"}
     kinds |= {"topk_per_class": "INT"} if nms.topk_per_class else {}
     kinds |= {} if nms.runtime_thresholds else dict.fromkeys(THRESHOLDS, "FLOAT")
     attribute = {}
     for name, kind in kinds.items():
         value_kind = f"value_{kind.lower()}"
         attribute[name] = op.Constant(**{value_kind: ir.RefAttr(value_kind, name, ir.AttributeType[kind])})
+    lowest = attribute["lowest_score_threshold"]
+    asked = score if nms.runtime_thresholds else attribute["score_threshold"]
+    attribute["score_threshold"] = op.Where(op.Less(asked, lowest), lowest, asked)  # not Max: NaN stays NaN
     rows = [op.Cast(deltas, to=ir.DataType.FLOAT), op.Cast(logits, to=ir.DataType.FLOAT)]
     if nms.runtime_thresholds:
         most = op.Constant(value_float=1.0)
-        rows += [score, op.Where(op.Less(iou, most), op.Max(iou, op.Constant(value_float=0.0)), most)]
+        rows += [
+            attribute["score_threshold"],
+            op.Where(op.Less(iou, most), op.Max(iou, op.Constant(value_float=0.0)), most),
+        ]
 
     def row(op: Any, deltas: Any, logits: Any, *thresholds: Any) -> Sequence[Any]:
         op.builder.push_module("row")  # names of its own: a subgraph must not repeat those around it

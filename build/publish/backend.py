@@ -1,35 +1,44 @@
 """What runs a model's ONNX file inside tritonserver on a CPU: our own backend in C++, else the python backend.
 
 Both lie in build/publish/backends/, each in a folder of Triton's name for it, and give the same answers. Ours runs in
-the server's process and copies nothing (docs/perf.md has the gain). The first publish compiles it. That takes a C++
+the server's process and copies nothing (docs/perf.md has the gain). The first publish compiles it into `backends/`,
+beside the model repository, for `tritonserver --backend-directory`; version folders hold data only. That takes a C++
 compiler and the ONNX Runtime library of the installed package, and no other headers or libraries.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
+import json
 import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from build.errors import RuntimeUnavailableError, WriteError
-from build.files import ARTIFACTS, replacing
+from build import files
+from build.errors import RuntimeUnavailableError
+from build.files import ROOT, explained, locked
+from build.publish import openvino
 
-NATIVE, PYTHON = "ssd_onnxruntime", "python"
-LIBRARIES = ARTIFACTS / "backend"
+NATIVE, PYTHON, NVIDIA = "ssd_onnxruntime", "python", "onnxruntime"
+BACKENDS = ROOT / "backends"
+LIBRARY, RUNTIME, INSTALLED = f"libtriton_{NATIVE}.so", "libonnxruntime.so.1", "manifest.json"
 
 # Measured: docs/perf.md.
 SLOWER = "with a C++ compiler (g++ or clang++) it would be served 4 to 15 % faster: install one and publish again"
+AGAIN = "install it again: ./invoke build-engines"
 
 _SOURCES = Path(__file__).resolve().parent / "backends"
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra")
+_LICENCES = ("LICENSE", "ThirdPartyNotices.txt")  # of ONNX Runtime's package
 _PATIENCE = 120  # seconds; it takes two
 
 
@@ -40,58 +49,66 @@ class Backend:
     Attributes:
         name: Triton's name for it, in config.pbtxt.
         why: the reason for choosing it.
-        files: the files beside model.onnx in a version folder, by their name there; empty until it is compiled.
-        sources: the files of this project that those are built from.
+        files: the files beside model.onnx in a version folder, by their name there.
+        sources: the files of this project that it is made from.
+        libraries: SHA-256 of its libraries in the folder of backends, by name; empty until it is compiled, and where
+            the server brings the backend.
+        engine: what runs the file in it: onnxruntime or openvino.
     """
 
     name: str
     why: str
     files: Mapping[str, Path]
     sources: tuple[Path, ...]
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    engine: str = openvino.OTHER
 
 
-def look(wanted: str = "auto", libraries: Path = LIBRARIES) -> Backend:
+def look(wanted: str = "auto", backends: Path = BACKENDS) -> Backend:
     """The backend that the next build would use for ONNX files, as far as that is known without compiling anything.
 
     Args:
-        wanted: `[serving] backend` of spec.toml: auto (ours if it can be compiled), ssd_onnxruntime or python.
-        libraries: the folder of compiled libraries, which are named by the digest of their sources.
+        wanted: `[serving] backend` of spec.toml: auto (ours if it can be compiled), ssd_onnxruntime, python, or
+            onnxruntime (NVIDIA's, which comes with a server).
+        backends: the folder of backends, one folder each.
 
     Raises:
         RuntimeUnavailableError: ours was asked for and cannot be compiled.
     """
-    return _choose(wanted, libraries, compile_it=False)
+    return _choose(wanted, backends, compile_it=False)
 
 
-def prepare(wanted: str = "auto", libraries: Path = LIBRARIES) -> Backend:
-    """The backend to publish ONNX files with; compiles it if that was not done before (two seconds).
+def prepare(wanted: str = "auto", backends: Path = BACKENDS) -> Backend:
+    """The backend to publish ONNX files with; installs ours where it is missing, damaged or of other sources (2 s).
 
     Args:
-        wanted, libraries: as for `look`.
+        wanted, backends: as for `look`.
 
     Raises:
         RuntimeUnavailableError: ours was asked for and cannot be compiled.
     """
-    return _choose(wanted, libraries, compile_it=True)
+    return _choose(wanted, backends, compile_it=True)
 
 
-def _choose(wanted: str, libraries: Path, *, compile_it: bool) -> Backend:
+def _choose(wanted: str, backends: Path, *, compile_it: bool) -> Backend:
     if wanted == PYTHON:
         return _python("asked for")
-    library = _library(libraries)
+    if wanted == NVIDIA:
+        return Backend(NVIDIA, "asked for; it comes with the server (NVIDIA's containers have it)", {}, ())
     try:
         runtime = _onnxruntime()
-        if not library.is_file():
+        digest = _digest(runtime)
+        if installed(backends).get("built_from") != digest or damage(backends):
             compiler = _compiler()
             if not compile_it:
                 return Backend(NATIVE, f"the next build compiles it with {compiler[0]}", {}, _native_sources())
-            _compile(compiler, library)
+            _install(compiler, runtime, digest, backends)
     except RuntimeUnavailableError as error:
         if wanted == NATIVE:
             raise
         return _python(error.what)
-    files = {f"libtriton_{NATIVE}.so": library, "libonnxruntime.so.1": runtime}
-    return Backend(NATIVE, "asked for" if wanted == NATIVE else "compiled here", files, _native_sources())
+    why = "asked for" if wanted == NATIVE else "compiled here"
+    return Backend(NATIVE, why, {}, _native_sources(), installed(backends)["files"])
 
 
 def of(manifest: Mapping[str, Any]) -> Backend | None:
@@ -99,7 +116,44 @@ def of(manifest: Mapping[str, Any]) -> Backend | None:
     name = manifest.get("serving", {}).get("backend")
     if name is None:
         return None
-    return _python("published") if name == PYTHON else Backend(name, "published", {}, _native_sources())
+    if manifest["serving"].get("engine") == openvino.NAME:
+        return with_openvino("published")
+    if name == PYTHON:
+        return _python("published")
+    return Backend(name, "published", {}, _native_sources() if name == NATIVE else ())
+
+
+def installed(backends: Path = BACKENDS) -> dict[str, Any]:
+    """What is installed of our backend: `built_from` (a digest), `onnxruntime` (its version), `files` (name: SHA-256).
+
+    Returns:
+        An empty dict where nothing readable is installed.
+    """
+    try:
+        facts = json.loads((backends / NATIVE / INSTALLED).read_bytes())
+        return facts if set(facts["files"]) == {LIBRARY, RUNTIME} and "built_from" in facts else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def damage(backends: Path = BACKENDS) -> str:
+    """What is wrong with the installed backend, in words; empty if it is as it was installed."""
+    facts = installed(backends)
+    if not facts:
+        return f"{files.relative(backends / NATIVE)} holds no whole {NATIVE}"
+    for name, digest in facts["files"].items():
+        try:
+            if files.sha256(backends / NATIVE / name) != digest:
+                return f"{files.relative(backends / NATIVE / name)} is not as it was installed"
+        except OSError as error:
+            return str(error)
+    return ""
+
+
+def with_openvino(why: str) -> Backend:
+    """The python backend with OpenVINO in it."""
+    beside = {source.name: source for source in (_SOURCES / PYTHON / "model.py", openvino.SESSION)}
+    return Backend(PYTHON, why, beside, tuple(beside.values()), engine=openvino.NAME)
 
 
 def _python(why: str) -> Backend:
@@ -125,12 +179,12 @@ def _onnxruntime() -> Path:
     return libraries[0]
 
 
-def _library(libraries: Path) -> Path:
-    """Where our backend's library of these sources is kept."""
-    digest = hashlib.sha256(" ".join(_FLAGS).encode())
+def _digest(runtime: Path) -> str:
+    """What decides our backend's libraries: its sources, the compiler's flags and ONNX Runtime's version."""
+    digest = hashlib.sha256(" ".join((*_FLAGS, runtime.name)).encode())
     for source in _native_sources():
         digest.update(source.read_bytes())
-    return libraries / f"libtriton_{NATIVE}-{digest.hexdigest()[:16]}.so"
+    return digest.hexdigest()
 
 
 def _compiler() -> Sequence[str]:
@@ -147,19 +201,31 @@ def _compiler() -> Sequence[str]:
     return compiler
 
 
-def _compile(compiler: Sequence[str], library: Path) -> None:
-    """Compiles our backend's library, whole or not at all.
+def _install(compiler: Sequence[str], runtime: Path, digest: str, backends: Path) -> None:
+    """Puts our backend's folder in place, whole or not at all. A server that has the old one loaded keeps it.
 
     Raises:
         RuntimeUnavailableError: the compiler fails, or its result cannot be kept.
     """
-    try:
-        with replacing(library) as unfinished:
-            _run(compiler, unfinished)
-    except WriteError as error:
-        raise RuntimeUnavailableError(
-            f"{library.parent} cannot be written: {error.what}", why=error.why, fix=error.fix
-        ) from None
+    with (
+        explained(backends, "the backend cannot be installed", RuntimeUnavailableError),
+        locked(backends / f".{NATIVE}.lock"),
+        tempfile.TemporaryDirectory(prefix=f".{NATIVE}-", dir=backends) as name,
+    ):
+        new, old = Path(name) / "new", Path(name) / "old"
+        new.mkdir()
+        _run(compiler, new / LIBRARY)
+        shutil.copyfile(runtime, new / RUNTIME)
+        for licence in _LICENCES:
+            if (runtime.parent.parent / licence).is_file():
+                shutil.copyfile(runtime.parent.parent / licence, new / f"onnxruntime-{licence}")
+        digests = {library: files.sha256(new / library) for library in (LIBRARY, RUNTIME)}
+        version = importlib.metadata.version("onnxruntime")
+        files.write_json(new / INSTALLED, {"built_from": digest, "onnxruntime": version, "files": digests})
+        target = backends / NATIVE
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
 
 
 def _run(compiler: Sequence[str], library: Path) -> None:
@@ -167,6 +233,8 @@ def _run(compiler: Sequence[str], library: Path) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
         failed = done.returncode and (done.stderr.strip() or f"exit status {done.returncode}")
+        if not failed and not library.is_file():
+            failed = "it wrote no library"
     except (OSError, subprocess.TimeoutExpired) as error:
         failed = str(error)
     if failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from build import contract
 from build.contract import Target
 from build.errors import PublishError
-from build.publish.backend import Backend
+from build.publish import openvino
+from build.publish.backend import NVIDIA, Backend
 from build.spec import Spec
 
 if TYPE_CHECKING:
@@ -19,7 +21,12 @@ if TYPE_CHECKING:
 
 
 def config(
-    spec: Spec, version: int, target: Target, manifest_sha256: str, served_by: Backend | None = None
+    spec: Spec,
+    version: int,
+    target: Target,
+    manifest_sha256: str,
+    served_by: Backend | None = None,
+    model_sha256: str = "",
 ) -> ModelConfig:
     """config.pbtxt of one version: the contract's inputs and outputs, and all that a client needs as parameters.
 
@@ -29,6 +36,7 @@ def config(
         target: what it was built for.
         manifest_sha256: of the version's manifest.
         served_by: the backend that runs an ONNX file; None for a plan.
+        model_sha256: of model.onnx, which the backend compares with what it loads; empty = it does not.
     """
     from tritonclient.grpc import model_config_pb2 as pb
 
@@ -55,15 +63,17 @@ def config(
     for entries, tensors in ((result.input, spec.inputs), (result.output, spec.outputs)):
         for tensor in tensors:
             entries.add(name=tensor.name, data_type=pb.DataType.Value(f"TYPE_{tensor.triton}"), dims=tensor.shape)
-    # On a CPU it gained nothing: a session answers a batch's requests one after the other (docs/perf.md).
-    if spec.serving.dynamic_batching == "on" or (
-        spec.serving.dynamic_batching == "auto" and target.runtime == "tensorrt"
-    ):
+    # On a CPU batching gained nothing: a session answers a batch's requests one after the other (docs/perf.md).
+    batching = spec.serving.dynamic_batching
+    if batching == "on" or (batching == "auto" and target.runtime == "tensorrt"):
         result.dynamic_batching.max_queue_delay_microseconds = spec.serving.queue_delay_us
-        policy = result.dynamic_batching.default_queue_policy
-        policy.timeout_action = pb.ModelQueuePolicy.REJECT
-        policy.default_timeout_microseconds = spec.serving.queue_timeout_ms * 1000
-        policy.max_queue_size = spec.serving.max_queue_size
+    else:  # only a batcher's queue has a limit and drops what nobody waits for: one that hands on single requests
+        result.dynamic_batching.preferred_batch_size.append(1)
+    policy = result.dynamic_batching.default_queue_policy
+    policy.timeout_action = pb.ModelQueuePolicy.REJECT
+    policy.default_timeout_microseconds = spec.serving.queue_timeout_ms * 1000
+    policy.allow_timeout_override = True  # a request's own timeout counts where it is shorter
+    policy.max_queue_size = spec.serving.max_queue_size
     if target.runtime == "tensorrt":
         _serve_with_tensorrt(result, spec, instances)
     else:
@@ -71,6 +81,12 @@ def config(
         result.backend = served_by.name
         result.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances)
         parameters["threads"] = str(threads)
+        if served_by.engine == openvino.NAME:
+            parameters |= {"engine": served_by.engine, "engine_packages": str(openvino.PACKAGES)}
+        if model_sha256:
+            parameters["model_sha256"] = model_sha256
+        if served_by.name == NVIDIA:
+            parameters |= {"intra_op_thread_count": str(threads), "inter_op_thread_count": "1"}
     for name, value in parameters.items():
         result.parameters[name].string_value = value
     return result
@@ -98,6 +114,11 @@ def _serve_with_tensorrt(result: ModelConfig, spec: Spec, instances: int) -> Non
                     given.random_data = True
                 else:
                     given.zero_data = True
+
+
+def batches(result: ModelConfig) -> bool:
+    """Whether the server hands waiting requests over together."""
+    return result.HasField("dynamic_batching") and list(result.dynamic_batching.preferred_batch_size) != [1]
 
 
 def check_engine(spec: Spec, result: ModelConfig, engine: Mapping[str, Any]) -> None:
@@ -138,6 +159,15 @@ def text(message: ModelConfig) -> str:
     from google.protobuf import text_format
 
     return f"# Written by build/publish/; ./invoke build-engines makes it anew.\n{text_format.MessageToString(message)}"
+
+
+def cpu_name() -> str:
+    """The processor's model, as Linux names it; empty elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return ""
 
 
 def cores() -> int:

@@ -7,15 +7,14 @@ tritonserver refuses to start on a repository with a folder that has no config.p
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
@@ -25,8 +24,9 @@ from build import contract, files
 from build.contract import Target
 from build.errors import PublishError
 from build.gate import datasets
+from build.publish import openvino, picture
 from build.publish.backend import Backend
-from build.publish.config import check_engine, config, instances_and_threads, text
+from build.publish.config import check_engine, config, cpu_name, instances_and_threads, text
 from build.spec import Spec
 
 CONFIG, MANIFEST, LABELS = "config.pbtxt", "manifest.json", "labels.txt"
@@ -37,7 +37,7 @@ _BUILDERS = ("build/contract.py", "build/graph/attach.py", "build/graph/ssd_nms.
 _OF_PLANS = ("build/tensorrt/engine.py", "build/tensorrt/compat.py")
 _OF_TYPED = (
     "build/graph/precision.py",
-    *(f"build/quantization/{name}.py" for name in ("calibration", "candidates", "qdq")),
+    *(f"build/quantization/{name}.py" for name in ("calibration", "candidates", "correction", "qdq")),
 )
 _OF_IMPLICIT = ("build/quantization/implicit.py",)
 _OF_PICTURES = ("build/gate/datasets.py", "client/ssd_client/preprocess.py")
@@ -73,6 +73,8 @@ def recipe(spec: Spec, target: Target, served_by: Backend | None = None) -> dict
         builders += _OF_PICTURES
     if target.runtime == "tensorrt":
         builders += _OF_PLANS
+    if spec.serving.picture_input:
+        builders += picture.SOURCES
     settings = spec.quantization
     calibrator = settings.implicit_calibrator if target.implicit else settings.calibrator
     try:
@@ -83,6 +85,9 @@ def recipe(spec: Spec, target: Target, served_by: Backend | None = None) -> dict
                 inputs[str(files.relative(source))] = files.sha256(source)
         if served_by is not None:
             serving["backend"] = served_by.name
+            if spec.serving.engine != openvino.OTHER:  # which one is faster depends on the CPU and on both versions
+                serving |= {"engine": served_by.engine, "cpu": cpu_name()}
+                inputs[openvino.LOCK.name] = files.sha256(openvino.LOCK)
             inputs |= {str(files.relative(source)): files.sha256(source) for source in served_by.sources}
         if target.kind.quantised:
             inputs |= datasets.digest(spec)
@@ -120,6 +125,7 @@ def publish(
     target: Target,
     facts: Mapping[str, Any] = MappingProxyType({}),
     served_by: Backend | None = None,
+    rehearse: Callable[[Path], None] | None = None,
 ) -> int:
     """Publishes a built model as the next version, which is served from then on; the version before stays for rollback.
 
@@ -130,6 +136,7 @@ def publish(
         target: what it was built for.
         facts: more for the manifest: `target` and `engine` of a plan, `verified` of the gate.
         served_by: as for `recipe`.
+        rehearse: called with the version folder as it is about to be published; what it raises stops the publish.
 
     Returns:
         The new version.
@@ -140,7 +147,7 @@ def publish(
     """
     version = 0
     with _locked(repository, spec.model.name) as folder, files.explained(folder, _UNTOUCHED, PublishError):
-        for step in publishing(spec, model, folder, target, facts, served_by):
+        for step in publishing(spec, model, folder, target, facts, served_by, rehearse):
             version = step
     return version
 
@@ -152,6 +159,7 @@ def publishing(
     target: Target,
     facts: Mapping[str, Any] = MappingProxyType({}),
     served_by: Backend | None = None,
+    rehearse: Callable[[Path], None] | None = None,
 ) -> Iterator[int]:
     """The steps of `publish`, one by one: the process may die after any of them, and what was served is still served.
 
@@ -162,27 +170,34 @@ def publishing(
         check_engine(spec, config(spec, 0, target, ""), facts["engine"])
     _clear(folder)
     served = served_version(folder.parent, folder.name)
-    version = max(_versions(folder), default=0) + 1  # never a number that a server may have seen with other content
+    # Never a number that a server may have seen with other content, even if somebody deleted its folder.
+    version = max([*_versions(folder), *_taken(folder), served or 0], default=0) + 1
     staging = folder / _STAGING if folder.exists() else _first_staging(folder)
     try:
         content = staging / str(version)
         content.mkdir(parents=True)
         yield version
         contents = {MODEL_FILE[target.runtime]: model.read_bytes(), LABELS: spec.labels_path.read_bytes()}
-        contents |= {name: path.read_bytes() for name, path in served_by.files.items()} if served_by else {}
+        if served_by:
+            contents |= {name: path.read_bytes() for name, path in served_by.files.items()}
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
         manifest = {
             **recipe(spec, target, served_by),
             **facts,
             "version": version,
-            "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+            "files": digests,
+            **({"libraries": dict(served_by.libraries)} if served_by and served_by.libraries else {}),
             "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         contents[MANIFEST] = (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
         digest = hashlib.sha256(contents[MANIFEST]).hexdigest()
-        contents[CONFIG] = text(config(spec, version, target, digest, served_by)).encode()
+        model_digest = digests[MODEL_FILE[target.runtime]]
+        contents[CONFIG] = text(config(spec, version, target, digest, served_by, model_digest)).encode()
         for name, data in contents.items():
             _write(content / name, data)
             yield version
+        if rehearse is not None:
+            rehearse(content)
         if staging.parent == folder:
             _sync(content)
             content.rename(folder / str(version))
@@ -196,6 +211,8 @@ def publishing(
             yield version
             staging.rename(folder)
             _sync(folder.parent)
+        with suppress(OSError):  # it is served: too late to refuse
+            _take(folder, version)
         yield version
     except OSError:
         if served_version(folder.parent, folder.name) == served:
@@ -218,14 +235,16 @@ def rollback(repository: Path, name: str) -> int:
     Raises:
         PublishError: there is none, or it is damaged.
     """
-    if not (repository / name / CONFIG).is_file():
+    if not is_published(repository / name):
         known = sorted(path.parent.name for path in repository.glob(f"*/{CONFIG}"))
         raise PublishError(
             f"no model {name!r} is published in {repository}",
             fix=f"published are {', '.join(known)}" if known else "publish one: ./invoke build-engines",
         )
     with _locked(repository, name) as folder, files.explained(folder, _UNTOUCHED, PublishError):
-        served = served_version(repository, name) or 0
+        served = served_version(repository, name)
+        if served is None:
+            raise _nothing_named(folder)
         earlier = [version for version in _versions(folder) if version < served]
         if not earlier:
             raise PublishError(f"{name}: there is no version before version {served}, which is served")
@@ -265,7 +284,7 @@ def served(repository: Path, name: str) -> tuple[Path, dict[str, Any]]:
     folder = repository / name / str(version)
     fault = damage(folder)
     if fault:
-        raise PublishError(f"{name}: version {version} is damaged: {fault}", fix="./invoke build-engines --force")
+        raise PublishError(f"{name}: version {version} is damaged: {fault}", fix=_again(name))
     return folder, json.loads((folder / MANIFEST).read_bytes())
 
 
@@ -304,21 +323,90 @@ def damage(folder: Path) -> str:
     return f"{different[0]} has changed since" if different else ""
 
 
+def fault(folder: Path) -> str:
+    """What is wrong with a published model, in words: its config.pbtxt, or the version that this names.
+
+    Args:
+        folder: of the model, in a repository.
+
+    Returns:
+        Empty if it is as it was published, or was not published by this project (no version has a manifest).
+    """
+    versions = _versions(folder)
+    if not any((folder / str(version) / MANIFEST).exists() for version in versions):
+        return ""
+    if not (folder / CONFIG).is_file():
+        return f"its {CONFIG} is missing, so nothing of it is served"
+    served = served_version(folder.parent, folder.name)
+    if served is None:
+        return f"its {CONFIG} cannot be read, or names no version"
+    if served not in versions:
+        return f"its {CONFIG} names version {served}, there are {versions}"
+    harm = damage(folder / str(served))
+    if harm:
+        return f"version {served}: {harm}"
+    same = (folder / CONFIG).read_bytes() == (folder / str(served) / CONFIG).read_bytes()
+    return "" if same else f"its {CONFIG} is not that of version {served}"
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder of a repository is a model: it has a config.pbtxt, or lost it."""
+    return (folder / CONFIG).exists() or any((folder / str(v) / MANIFEST).exists() for v in _versions(folder))
+
+
+def carries_libraries(folder: Path) -> bool:
+    """Whether a version folder holds libraries, where this project put them until backends/ held them."""
+    return any(folder.glob("*.so*"))
+
+
+def _nothing_named(folder: Path) -> PublishError:
+    """The error where config.pbtxt does not tell which version is served."""
+    whole = [version for version in _versions(folder) if not damage(folder / str(version))]
+    there = (folder / CONFIG).is_file()
+    copy = f"; or serve version {max(whole)}: cp {folder / str(max(whole)) / CONFIG} {folder}/" if whole else ""
+    return PublishError(
+        f"{folder.name} {f'has a damaged {CONFIG}' if there else f'lost its {CONFIG}'}: which version was served is "
+        "not known",
+        fix=f"publish again: {_again(folder.name)}{copy}",
+    )
+
+
+def _again(name: str) -> str:
+    return f"./invoke build-engines --model {name} --force"
+
+
 @contextmanager
 def _locked(repository: Path, name: str) -> Iterator[Path]:
     """The model's folder, held against a second publish until the end of the block or of the process."""
-    with files.explained(repository, _UNTOUCHED, PublishError):
-        repository.mkdir(parents=True, exist_ok=True)
-        # A file: of folders, tritonserver takes even hidden ones for models.
-        lock = (repository / f".{name}.lock").open("a")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PublishError(
-                f"{name} is being published to {repository} by another process", fix="wait for it, then try again"
-            ) from None
+    with ExitStack() as held:
+        with files.explained(repository, _UNTOUCHED, PublishError):
+            try:
+                held.enter_context(files.locked(_lock_file(repository / name), wait=False))
+            except BlockingIOError as error:
+                raise PublishError(
+                    f"{name} is being published to {repository} by another process",
+                    why=f"{error.filename}: {error.strerror}" if error.filename else "",
+                    fix="wait for it, then try again",
+                ) from None
         yield repository / name
+
+
+def _lock_file(folder: Path) -> Path:
+    """A file, with every number that a version ever had: of folders, tritonserver takes even hidden ones for models."""
+    return folder.parent / f".{folder.name}.lock"
+
+
+def _taken(folder: Path) -> list[int]:
+    """The numbers that versions of a model had, as far as they were noted."""
+    try:
+        return [int(line) for line in _lock_file(folder).read_text().split() if line.isdecimal()]
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _take(folder: Path, version: int) -> None:
+    with _lock_file(folder).open("a") as file:
+        file.write(f"{version}\n")
 
 
 def _first_staging(folder: Path) -> Path:
@@ -339,7 +427,7 @@ def _clear(folder: Path) -> None:
 
 def _versions(folder: Path) -> list[int]:
     """The version folders, in order."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
 
 
 def _serve_config(folder: Path, data: bytes) -> None:
@@ -354,12 +442,12 @@ def _write(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        files.flush(file.fileno())
 
 
 def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        files.flush(descriptor)
     finally:
         os.close(descriptor)

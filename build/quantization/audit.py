@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 from build import contract, files
 from build.errors import RuntimeUnavailableError, VerifyError
 from build.gate import datasets
-from build.gate.scoring import SHOWN_THRESHOLD, Detected, Detector, Score, detector, differences, score
-from build.gate.verify import share_kept
+from build.gate.scoring import SHOWN_THRESHOLD, Detected, Detector, Score, differences, score
 from build.graph.attach import load_source
-from build.quantization import calibration, qdq
+from build.quantization import calibration, qdq, sensitivity
 from build.quantization.candidates import Candidate, all_calibrators, candidates
-from build.session import runner
+from build.quantization.judgement import Judgement
 from build.spec import Spec
 
 if TYPE_CHECKING:
@@ -32,6 +31,9 @@ TYPED = tuple(name for name, kind in contract.PRECISIONS.items() if kind.typed)
 def approved(spec: Spec, precision: str, artifacts: Path, console: Console) -> Candidate:
     """The graph of a precision that keeps enough of FP32's mAP; of several calibrators the one that keeps most.
 
+    Where no quantised graph passes as the spec has it, the few Convs that cost most are left out: sensitivity.search
+    finds them and writes them to the spec's exclude_nodes, so the caller reads the spec again.
+
     A precision that runs the source's own graph is not judged. Where the spec names no held-out pictures, one without
     calibration passes with a warning.
 
@@ -39,8 +41,8 @@ def approved(spec: Spec, precision: str, artifacts: Path, console: Console) -> C
         VerifyError: none keeps what the spec's gate asks.
         SSDError: no graph can be made, or nothing to judge it on.
     """
-    graphs = candidates(spec, precision, artifacts, console=console)
     kind = contract.PRECISIONS[precision]
+    graphs = candidates(spec, precision, artifacts, console=console)
     if not kind.typed:
         return graphs[0]
     if not kind.quantised and not spec.data.held_out:
@@ -48,46 +50,26 @@ def approved(spec: Spec, precision: str, artifacts: Path, console: Console) -> C
             f"warning: {spec.path}: [data] names no held-out pictures: {precision} was not audited", markup=False
         )
         return graphs[0]
-    pictures = datasets.held_out(spec, artifacts / "datasets")
-    baseline, _ = judged(spec, pictures, candidates(spec, contract.BASELINE, artifacts)[0], console)
-    scores = [judged(spec, pictures, candidate, console)[0] for candidate in graphs]
-    best, result = max(zip(graphs, scores, strict=True), key=lambda pair: pair[1].accuracy.map)
-    share = share_kept(spec, result.accuracy.map, baseline.accuracy.map)
-    summary = (
-        f"{spec.model.name}: {best.name} keeps {share:.2%} of FP32's mAP on {len(pictures)} held-out pictures "
-        f"({result.accuracy.map:.4f} of {baseline.accuracy.map:.4f})"
-    )
-    if not share >= spec.quantization.gate:
+    judgement = Judgement(spec, artifacts, console)
+    best = max((judgement.of(candidate) for candidate in graphs), key=lambda result: result.share)
+    if best.passes:
+        console.print(judgement.sentence(best), markup=False)
+        return best.candidate
+    if not kind.quantised:
         raise VerifyError(
-            f"{summary}, but the gate asks for {spec.quantization.gate:.2%}; it is not published",
-            why="some layer does not bear the precision"
-            + (", or the calibration pictures are unlike the held-out ones" if kind.quantised else ""),
-            fix="find it: ./invoke audit --sensitivity"
-            if kind.quantised
-            else "build a precision with more range or more digits",
+            f"{judgement.sentence(best)}; it is not published",
+            why="some layer does not bear the precision",
+            fix="build a precision with more range or more digits",
         )
-    console.print(summary, markup=False)
-    return best
-
-
-def judged(
-    spec: Spec, pictures: datasets.Pictures, candidate: Candidate, console: Console | None
-) -> tuple[Score, dict[str, float]]:
-    """The worse of a candidate's forms, and the mAP of each.
-
-    `as written` is the graph that TensorRT gets, each Q/DQ pair computed for itself; `onnxruntime` what a CPU serves.
-    """
-    detectors = {}
-    if candidate.kind.quantised:
-        detectors["as written"] = detector(spec, runner(candidate.graph, literal=True))
-    if not candidate.kind.literal:
-        detectors["onnxruntime"] = detector(spec, runner(candidate.runs))
-    scores = {
-        form: score(pictures, detect, f"{candidate.name} {form}: mAP on held-out pictures", console)
-        for form, detect in detectors.items()
-    }
-    worse = min(scores.values(), key=lambda result: result.accuracy.map)
-    return worse, {form: result.accuracy.map for form, result in scores.items()}
+    found = sensitivity.search(spec, artifacts, precision=precision, judgement=judgement, start=best, console=console)
+    if found.best is None or not found.passes:
+        raise VerifyError(
+            f"{found.verdict}; it is not published",
+            why="too many layers do not bear the precision, or the calibration pictures are unlike the held-out ones",
+            fix="calibrate on more pictures like those that will be sent ([data] calibration), build fp16, or lower "
+            "[quantization] gate if that loss is acceptable",
+        )
+    return found.best.candidate
 
 
 def audit(
@@ -121,9 +103,9 @@ def audit(
     from rich.console import Console
 
     show = console or Console(highlight=False)
-    pictures = datasets.held_out(spec, artifacts / "datasets")
-    baseline, forms = judged(spec, pictures, candidates(spec, contract.BASELINE, artifacts)[0], show)
-    share_kept(spec, baseline.accuracy.map, baseline.accuracy.map)
+    judgement = Judgement(spec, artifacts, show)
+    pictures, baseline = judgement.pictures, judgement.baseline
+    forms = {"onnxruntime": baseline.accuracy.map}
     rows: list[dict[str, Any]] = [_row(contract.BASELINE, "", baseline, baseline, (0.0, 0.0), forms)]
     worst: tuple[str, Score] | None = None
     out = artifacts / "audit"
@@ -134,15 +116,20 @@ def audit(
     else:
         for name in precisions:
             for graph in candidates(spec, name, artifacts, calibrators=all_calibrators(name), console=show):
-                results.append((name, graph.calibrator, *judged(spec, pictures, graph, show)))
+                judged = judgement.of(graph)
+                results.append((name, graph.calibrator, judged.score, judged.forms))
     with show.status("confidence intervals: resampling the pictures"):
         intervals = differences(baseline.curves, [result.curves for _, _, result, _ in results])
     for (name, calibrator, result, forms), interval in zip(results, intervals, strict=True):
         rows.append(_row(name, calibrator, result, baseline, interval, forms))
         if worst is None or result.accuracy.map < worst[1].accuracy.map:
             worst = (f"{name} {calibrator}".strip(), result)
+    # A build takes the best of the calibrators that the spec allows, so a verdict counts these alone.
+    asked = spec.quantization.calibrator
     best: dict[str, dict[str, Any]] = {}
     for row in rows:
+        if row["calibrator"] not in (None, asked) and asked != "auto":
+            continue
         if row["precision"] not in best or row["map"] > best[row["precision"]]["map"]:
             best[row["precision"]] = row
     summary = {
@@ -153,6 +140,7 @@ def audit(
     prefix = "" if served is None else "served_"
     files.write_json(out / f"{prefix}summary.json", summary)
     about = {"model": spec.model.name, "pictures": len(pictures), "gate": spec.quantization.gate, "rows": rows}
+    about["labels"] = "FP32's own detections" if pictures.labelled_by else "of the pictures"
     files.write_json(out / f"{prefix}report.json", about)
     with files.explained(out):
         if worst is not None:
@@ -193,7 +181,10 @@ def _row(
 def _table(spec: Spec, rows: Iterable[dict[str, Any]], summary: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"{spec.model.name}: what each precision keeps (gate {spec.quantization.gate:g} of FP32's mAP)")
+    own = ", labelled by FP32's own detections" if spec.data.labels_from == datasets.FP32 else ""
+    table = Table(
+        title=f"{spec.model.name}: what each precision keeps (gate {spec.quantization.gate:g} of FP32's mAP{own})"
+    )
     for column in ("precision", "calibrator", "mAP", "mAP50", "of fp32", "95 % interval", "verdict"):
         table.add_column(column, justify="left" if column in ("precision", "calibrator", "verdict") else "right")
     for row in rows:

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from build.contract import CALIBRATORS, PRECISIONS, Precision
+from build.gate import datasets
 from build.graph import precision
 from build.graph.attach import attach, load_source
 from build.graph.precision import runnable
-from build.quantization import qdq
+from build.quantization import correction, qdq
 from build.quantization.calibration import calibrate
 from build.spec import Spec
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
+    from numpy.typing import NDArray
     from rich.console import Console
 
 
@@ -79,28 +82,75 @@ def candidates(
     if not kind.typed:
         graph = attach(spec, source)
         return [Candidate(name, "", source, graph, graph)]
-    folded = qdq.fold(source)
     if not kind.quantised:
-        typed = precision.half(folded, name)
+        typed = precision.half(qdq.fold(source), name)
         graph = attach(spec, typed)
         return [Candidate(name, "", typed, graph, runnable(graph, name))]
-    settings = spec.quantization
-    calibration = calibrate(spec, folded, artifacts, console)
-    left = settings.exclude_nodes if exclude is None else exclude
-    results = []
-    for calibrator in calibrators or (CALIBRATORS if settings.calibrator == "auto" else (settings.calibrator,)):
-        clips = calibration.clips(calibrator, settings.percentile)
+    quantiser = Quantiser(spec, name, artifacts, console)
+    return [quantiser.candidate(calibrator, exclude) for calibrator in calibrators or quantiser.calibrators]
 
-        def quantised(*, sums: bool, clips: Mapping[str, float] = clips) -> qdq.Placed:
-            placed = qdq.quantize(folded, clips, kind=name, exclude=left, sums=sums)
-            return placed if settings.rest == "fp32" else replace(placed, model=precision.half(placed.model, "fp16"))
 
-        placed = quantised(sums=False)
+class Quantiser:
+    """Makes the quantised graphs of a model; what they share is measured once.
+
+    Args:
+        spec: the spec.
+        name: a quantised precision.
+        artifacts: the artifacts' folder, where calibrations are kept.
+        console: for progress.
+
+    Attributes:
+        calibrators: those that the spec asks for.
+        folded: the folded FP32 source.
+        convs: the names of the Convs that can be quantised, in the order of the graph.
+
+    Raises:
+        SSDError: the model cannot be calibrated.
+    """
+
+    def __init__(self, spec: Spec, name: str, artifacts: Path, console: Console | None = None) -> None:
+        settings = spec.quantization
+        self.calibrators = CALIBRATORS if settings.calibrator == "auto" else (settings.calibrator,)
+        self._spec, self._name = spec, name
+        self.folded = qdq.fold(load_source(spec))
+        held = {constant.name for constant in self.folded.graph.initializer}
+        self.convs = tuple(conv.name for conv in qdq.convs(self.folded) if conv.input[1] in held)
+        self._pictures = datasets.calibration(spec, artifacts / "datasets")
+        self._calibration = calibrate(spec, self.folded, artifacts, console)
+        self._clips: dict[str, Mapping[str, float]] = {}
+        self._errors: dict[str, Mapping[str, NDArray[np.float32]]] = {}
+
+    def candidate(self, calibrator: str, exclude: Collection[str] | None = None) -> Candidate:
+        """One graph.
+
+        Args:
+            calibrator: how activations are clipped.
+            exclude: Convs to leave unquantised; None = the spec's.
+
+        Raises:
+            QuantizeError: an excluded name is no Conv.
+        """
+        spec = self._spec
+        placed = self.placed(calibrator, exclude)
         graph = attach(spec, placed.model)
-        form = qdq.for_onnxruntime(attach(spec, quantised(sums=True).model)) if name == "int8" else None
-        runs = form or runnable(graph, name)
-        results.append(Candidate(name, calibrator, placed.model, graph, runs, placed.nodes))
-    return results
+        runs = runnable(graph, self._name)
+        if self._name == "int8":
+            runs = qdq.for_onnxruntime(attach(spec, self.placed(calibrator, exclude, sums=True).model))
+        return Candidate(self._name, calibrator, placed.model, graph, runs, placed.nodes)
+
+    def placed(self, calibrator: str, exclude: Collection[str] | None = None, *, sums: bool = False) -> qdq.Placed:
+        """The quantised source alone; arguments as for `candidate` and `qdq.quantize`."""
+        settings = self._spec.quantization
+        if calibrator not in self._clips:
+            self._clips[calibrator] = self._calibration.clips(calibrator, settings.percentile)
+        clips = self._clips[calibrator]
+        if self._name == "int8" and calibrator not in self._errors:
+            everything = qdq.quantize(self.folded, clips, kind=self._name)
+            self._errors[calibrator] = correction.mean_errors(self._spec, self.folded, everything, self._pictures)
+        errors = self._errors.get(calibrator)
+        left = settings.exclude_nodes if exclude is None else exclude
+        placed = qdq.quantize(self.folded, clips, kind=self._name, exclude=left, sums=sums, errors=errors)
+        return placed if settings.rest == "fp32" else replace(placed, model=precision.half(placed.model, "fp16"))
 
 
 def all_calibrators(name: str) -> tuple[str, ...]:

@@ -116,6 +116,7 @@ def quantize(
     kind: str = "int8",
     exclude: Collection[str] = (),
     sums: bool = False,
+    errors: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Placed:
     """Puts Q/DQ pairs where TensorRT fuses them; integer kernels of ONNX Runtime take the same places and one more.
 
@@ -200,8 +201,28 @@ def quantize(
                 activation(shortcut[0])
             if node.op_type == "Add" and shortcut and sums:
                 activation(conv.output[0])
+        if errors is not None and conv.name in errors:
+            _correct(model, conv, constants, errors[conv.name])
     _insert(model, pairs)
     return Placed(model, tuple(conv.name for conv in chosen), scales, left)
+
+
+def _correct(
+    model: onnx.ModelProto,
+    conv: onnx.NodeProto,
+    constants: Mapping[str, onnx.TensorProto],
+    error: NDArray[np.float32],
+) -> None:
+    """Takes a mean error off a Conv's bias (in place); a bias that is computed stays as it is."""
+    from onnx import numpy_helper
+
+    given = conv.input[2] if len(conv.input) > 2 else ""
+    if given and given not in constants:
+        return
+    bias = numpy_helper.to_array(constants[given]) if given else 0.0
+    name = f"{conv.name}/corrected"
+    model.graph.initializer.append(numpy_helper.from_array((bias - error).astype(error.dtype), name))
+    conv.input[:] = [*conv.input[:2], name]
 
 
 def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:

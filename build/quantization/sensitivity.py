@@ -1,182 +1,278 @@
-"""Which layers do not bear INT8, and the smallest set to leave out so that the accuracy gate passes."""
+"""Which Convs do not bear INT8 or FP8, and the few to leave out so that the accuracy gate passes."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import io
 import json
-import statistics
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from build import contract, files
 from build import spec as specs
-from build.errors import VerifyError
-from build.gate import datasets, scoring
-from build.graph.attach import attach, before_nms, load_source
-from build.quantization import calibration, qdq
+from build.gate import datasets
+from build.graph.attach import attach, before_nms
+from build.quantization.candidates import Quantiser
+from build.quantization.judgement import Judged, Judgement
 from build.session import runner
 from build.spec import Spec
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
+    from numpy.typing import NDArray
     from rich.console import Console
     from rich.table import Table
+
+MOST_LEFT_OUT = 0.1  # of the Convs; beyond that another precision is the better answer
+_METHOD = "noise over signal, both heads added, weighted by score"
+PICTURES = 4  # of the calibration's, for the ranking
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        layers: signal over quantisation noise in the heads, in dB, when this Conv alone is quantised; the worst first.
+        exclude_nodes: the Convs that are left out.
+        best: the judgement with these left out; None where the budget ended before.
+        verdict: one sentence: whether it passes, and what became of spec.toml.
+        spec: the spec with `exclude_nodes`.
+        done: False where the budget ended the search.
+    """
+
+    layers: Mapping[str, float]
+    exclude_nodes: tuple[str, ...]
+    best: Judged | None
+    verdict: str
+    spec: Spec
+    done: bool = True
+
+    @property
+    def passes(self) -> bool:
+        """Whether the gate passes with these left out."""
+        return self.best is not None and self.best.passes
 
 
 def search(
     spec: Spec,
     artifacts: Path,
     *,
+    precision: str = "int8",
+    judgement: Judgement | None = None,
+    start: Judged | None = None,
     budget: float = 0.0,
-    count: int = 200,
     write: bool = True,
     console: Console | None = None,
-) -> dict[str, Any]:
-    """Which Convs do not bear INT8, and the smallest set that a greedy search leaves out so that the gate passes.
+) -> Found:
+    """The few Convs to leave unquantised so that the gate passes, by a search that is judged exactly as a build is.
 
-    Every Conv is quantised alone, then every one but it; each time mAP on `count` held-out pictures and the heads'
-    signal-to-quantisation-noise ratio are taken. The search starts from the spec's exclude_nodes, leaves out what loses
-    most until the gate passes on all held-out pictures, then takes back in what is not needed. What was measured is
-    kept in `<artifacts>/audit/sensitivity.json`, so that an interrupted or budgeted run goes on where it ended.
+    1. Judge what the spec asks for, with every calibrator that it allows; go on with the best of them.
+    2. Quantise each Conv alone and measure the noise in the heads where something is detected. Rank by it.
+    3. If 1. failed: leave out the 1, 2, 3, 5, 8 … worst, at most a tenth of all, until it passes.
+    4. Take those back in that were not needed, the least noisy first. Try the other calibrators with the rest.
 
     Args:
-        spec: the model.
-        artifacts: where to write.
+        spec: the model; its `exclude_nodes` are left out in any case.
+        artifacts: `audit/sensitivity.json` in it keeps what was measured: an interrupted search goes on where it ended.
+        precision: int8 or fp8.
+        judgement: FP32's, where it is there already.
+        start: the best of step 1, likewise.
         budget: seconds after which to stop; 0 = none.
-        count: held-out pictures for the ranking.
-        write: whether the result goes into the spec.
-        console: for progress and the table.
-
-    Returns:
-        {layers: {name: {alone_map, alone_loss, alone_sqnr_db, others_map, others_gain}}, exclude_nodes, ratio, done}.
+        write: whether a set that passes is written to the spec.
+        console: for progress, table and verdict.
 
     Raises:
-        SSDError: as `audit`.
-        VerifyError: even with every layer left out the gate does not pass.
+        SSDError: nothing to judge on, or no such graph.
     """
     from rich.console import Console
 
     show = console or Console(highlight=False)
-    started = time.monotonic()
-    folded = qdq.fold(load_source(spec))
-    names = [conv.name for conv in qdq.convs(folded)]
-    calibrator = spec.quantization.calibrator if spec.quantization.calibrator != "auto" else "minmax"
-    measured = calibration.calibrate(spec, folded, artifacts, show)
-    clips = measured.clips(calibrator, spec.quantization.percentile)
-    pictures = datasets.held_out(spec, artifacts / "datasets")
-    few = _first(pictures, count)
-    file = artifacts / "audit" / "sensitivity.json"
-    about = json.dumps([spec.model.name, calibrator, clips, len(few), pictures.digest()]).encode()
-    key = hashlib.sha256(about + folded.SerializeToString(deterministic=True)).hexdigest()
-    held = _resume(file, key)
-    base = [name for name in names if name in spec.quantization.exclude_nodes]
-
-    def map_of(what: str, exclude: Collection[str], on: datasets.Pictures) -> float:
-        """mAP with all but `exclude` quantised, from the file where it is there."""
-        if what not in held:
-            if budget and time.monotonic() - started > budget:
-                raise TimeoutError
-            placed = qdq.quantize(folded, clips, exclude=exclude)
-            runs = qdq.for_onnxruntime(attach(spec, qdq.quantize(folded, clips, exclude=exclude, sums=True).model))
-            result = scoring.score(on, scoring.detector(spec, runner(runs)), what, show)
-            held[what] = {"map": result.accuracy.map}
-            if on is few:
-                held[what]["sqnr_db"] = _sqnr(spec, folded, placed.model, few.paths[:8])
-            files.write_json(file, {"key": key, "measured": held})
-        return float(held[what]["map"])
-
-    result: dict[str, Any] = {"layers": {}, "exclude_nodes": base, "ratio": None, "done": False}
+    until = time.monotonic() + budget if budget else float("inf")
+    judgement = judgement or Judgement(spec, artifacts, show)
+    quantiser = Quantiser(spec, precision, artifacts, show)
+    if start is None:
+        every = [judgement.of(quantiser.candidate(calibrator)) for calibrator in quantiser.calibrators]
+        start = max(every, key=lambda result: result.share)
+    count = len(quantiser.convs)
+    show.print(judgement.sentence(start), markup=False)
+    measured = _Measured(artifacts / "audit" / "sensitivity.json", start, judgement)
+    base = tuple(name for name in quantiser.convs if name in spec.quantization.exclude_nodes)
+    layers: dict[str, float] = {}
     try:
-        none, every = map_of("fp32 few", names, few), map_of("all few", (), few)
-        for name in names:
-            alone = map_of(f"alone {name}", [other for other in names if other != name], few)
-            others = map_of(f"without {name}", [name], few)
-            result["layers"][name] = {
-                "alone_map": alone,
-                "alone_loss": none - alone,
-                "alone_sqnr_db": held[f"alone {name}"]["sqnr_db"],
-                "others_map": others,
-                "others_gain": others - every,
-            }
-        whole = map_of("fp32", names, pictures)
-        layers = result["layers"]
-        ranked = sorted(names, key=lambda name: (-layers[name]["alone_loss"], layers[name]["alone_sqnr_db"]))
-        left = list(base)
-
-        def ratio(exclude: Sequence[str]) -> float:
-            what = "leaving " + " ".join(sorted(exclude)) if exclude else "leaving nothing"
-            return map_of(what, exclude, pictures) / whole
-
-        gate = spec.quantization.gate
-        while ratio(left) < gate:
-            worst = next((name for name in ranked if name not in left), None)
-            if worst is None:
-                raise VerifyError(
-                    f"{spec.model.name}: with every Conv left out, INT8 still keeps less than {gate:.2%} of FP32's mAP",
-                    why="the gate asks for more than FP32 has",
-                )
-            left.append(worst)
-        for name in [name for name in left if name not in base]:
-            fewer = [other for other in left if other != name]
-            if ratio(fewer) >= gate:
-                left = fewer
-        result |= {"exclude_nodes": left, "ratio": ratio(left), "done": True}
-        if write and set(left) != set(spec.quantization.exclude_nodes):
-            specs.edit(spec.path, {"quantization.exclude_nodes": left})
+        layers = _ranked(spec, quantiser, start.candidate.calibrator, artifacts, measured, until, show)
+        trial = _Trials(quantiser, judgement, start, base, until)
+        best = trial.fewest([name for name in layers if name not in base], max(1, int(MOST_LEFT_OUT * count)))
     except TimeoutError:
-        show.print(f"the budget of {budget:g} s is used up; run it again to go on ({file})", markup=False)
-    show.print(_table(spec, result))
-    return result
+        verdict = f"{spec.model.name}: the budget of {budget:g} s is used up; run it again to go on ({measured.file})"
+        show.print(verdict, markup=False)
+        return Found(layers, base, None, verdict, spec, done=False)
+    left = tuple(name for name in quantiser.convs if name not in best.candidate.quantised)
+    if left != base:  # the next build tries every calibrator with these, so it must come to the same figure
+        others = [calibrator for calibrator in quantiser.calibrators if calibrator != best.candidate.calibrator]
+        every = [best, *(judgement.of(quantiser.candidate(calibrator, left)) for calibrator in others)]
+        best = max(every, key=lambda result: result.share)
+    _print_whole(show, _table(spec, layers, left))
+    chosen, verdict = spec, judgement.sentence(best)
+    if not best.passes:
+        verdict += f"; nothing was changed: no more than {MOST_LEFT_OUT:.0%} of the convolutions are left out"
+    elif set(left) == set(base):
+        verdict += "; spec.toml stays as it is"
+    elif write:
+        specs.edit(spec.path, {"quantization.exclude_nodes": left})
+        chosen = specs.load(spec.path)
+        verdict += f"; {spec.path} names them in exclude_nodes"
+    show.print(verdict, markup=False)
+    return Found(layers, left, best, verdict, chosen)
 
 
-def _sqnr(spec: Spec, before: onnx.ModelProto, after: onnx.ModelProto, paths: Sequence[Path]) -> float:
-    """10·log10 of signal over quantisation noise in the raw heads, both heads together by their geometric mean."""
+class _Trials:
+    """Judgements with some Convs left out; each set is judged once."""
+
+    def __init__(
+        self, quantiser: Quantiser, judgement: Judgement, start: Judged, base: Sequence[str], until: float
+    ) -> None:
+        self._quantiser, self._judgement, self._until = quantiser, judgement, until
+        self._base, self._calibrator = tuple(base), start.candidate.calibrator
+        self._known: dict[frozenset[str], Judged] = {frozenset(): start}
+
+    def _without(self, more: Sequence[str]) -> Judged:
+        key = frozenset(more)
+        if key not in self._known:
+            if time.monotonic() > self._until:
+                raise TimeoutError
+            candidate = self._quantiser.candidate(self._calibrator, (*self._base, *more))
+            self._known[key] = self._judgement.of(candidate)
+        return self._known[key]
+
+    def fewest(self, ranked: Sequence[str], most: int) -> Judged:
+        """The judgement with as few left out as make the gate pass; the best one where none does."""
+        most = min(most - len(self._base), len(ranked))
+        size, following = 0, 1
+        while not self._without(ranked[:size]).passes and size < most:
+            size, following = min(following, most), following + max(1, size)
+        left = list(ranked[:size])
+        if not self._without(left).passes:
+            return max(self._known.values(), key=lambda result: result.share)
+        for name in reversed(ranked[:size]):
+            fewer = [other for other in left if other != name]
+            if self._without(fewer).passes:
+                left = fewer
+        return self._without(left)
+
+
+class _Measured:
+    """The ranking's figures, in a file as long as graph and pictures are the same."""
+
+    def __init__(self, file: Path, start: Judged, judgement: Judgement) -> None:
+        self.file = file
+        whole = hashlib.sha256(start.candidate.source.SerializeToString(deterministic=True))
+        whole.update(f"{_METHOD} {judgement.pictures.digest()}".encode())
+        self._key = whole.hexdigest()
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8-sig"))
+            self.values: dict[str, float] = dict(stored["sqnr_db"]) if stored["key"] == self._key else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            self.values = {}
+
+    def write(self) -> None:
+        """Keeps what is there."""
+        files.write_json(self.file, {"key": self._key, "sqnr_db": self.values})
+
+
+def _ranked(
+    spec: Spec,
+    quantiser: Quantiser,
+    calibrator: str,
+    artifacts: Path,
+    measured: _Measured,
+    until: float,
+    console: Console,
+) -> dict[str, float]:
+    """Signal over noise in the heads with one Conv quantised, by its name, the worst first."""
+    from rich.progress import Progress
+
+    few = datasets.calibration(spec, artifacts / "datasets").spread(PICTURES)
+    feeds = [{contract.IMAGES: batch} for batch in datasets.arrays(few, spec.input, 1)]
+    exact = _heads(spec, quantiser.folded, feeds)
+    weights = _confidence(spec, exact[contract.HEADS[1]])
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("quantising each convolution alone", total=len(quantiser.convs))
+        for name in quantiser.convs:
+            if name not in measured.values:
+                if time.monotonic() > until:
+                    raise TimeoutError
+                alone = quantiser.placed(calibrator, [other for other in quantiser.convs if other != name])
+                heads = _heads(spec, alone.model, feeds)
+                measured.values[name] = _sqnr(exact, heads, weights)
+                measured.write()
+            progress.advance(task)
+    return dict(sorted(measured.values.items(), key=lambda item: item[1]))
+
+
+def _heads(
+    spec: Spec, source: onnx.ModelProto, feeds: Sequence[Mapping[str, NDArray[np.uint8]]]
+) -> dict[str, NDArray[np.float32]]:
+    """The raw heads on all pictures: [pictures,N,4] and [pictures,N,C]."""
     import numpy as np
 
-    noise = {name: [0.0, 0.0] for name in contract.HEADS}
-    first, second = (runner(before_nms(attach(spec, source))) for source in (before, after))
-    for path in paths:
-        feeds = {contract.IMAGES: datasets.load(path, spec.input)[0][None]}
-        exact_heads, quantised_heads = first(feeds), second(feeds)
-        for name in contract.HEADS:
-            exact, quantised = exact_heads[name], quantised_heads[name]
-            noise[name][0] += float(np.square(exact, dtype=np.float64).sum())
-            noise[name][1] += float(np.square(exact.astype(np.float64) - quantised).sum())
-    return statistics.mean(10 * float(np.log10(signal / max(error, 1e-30))) for signal, error in noise.values())
+    run = runner(before_nms(attach(spec, source)))
+    answers = [run(feed) for feed in feeds]
+    return {name: np.concatenate([answer[name] for answer in answers]).astype(np.float32) for name in contract.HEADS}
 
 
-def _first(pictures: datasets.Pictures, count: int) -> datasets.Pictures:
-    """The first `count` pictures with their part of the labels."""
-    assert pictures.truth is not None
-    ids = set(pictures.image_ids[:count])
-    truth = {
-        **pictures.truth,
-        "images": [image for image in pictures.truth["images"] if image["id"] in ids],
-        "annotations": [annotation for annotation in pictures.truth["annotations"] if annotation["image_id"] in ids],
-    }
-    ids_kept = pictures.image_ids[:count]
-    return dataclasses.replace(pictures, paths=pictures.paths[:count], truth=truth, image_ids=ids_kept)
+def _confidence(spec: Spec, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The best foreground score of each anchor: [pictures,N,1]. Noise matters where something is detected."""
+    import numpy as np
+
+    scores: NDArray[np.floating] = logits
+    if spec.nms.score_activation == "softmax":
+        exponents = np.exp(logits - logits.max(-1, keepdims=True))
+        scores = exponents / exponents.sum(-1, keepdims=True)
+    elif spec.nms.score_activation == "sigmoid":
+        scores = 1 / (1 + np.exp(-logits))
+    if spec.nms.background_class >= 0:
+        scores = np.delete(scores, spec.nms.background_class, axis=-1)
+    return np.asarray(scores.max(-1, keepdims=True), np.float32)
 
 
-def _resume(file: Path, key: str) -> dict[str, dict[str, float]]:
-    try:
-        stored = json.loads(file.read_text())
-        return dict(stored["measured"]) if stored["key"] == key else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def _sqnr(
+    exact: Mapping[str, NDArray[np.float32]], heads: Mapping[str, NDArray[np.float32]], weights: NDArray[np.float32]
+) -> float:
+    """10·log10 of signal over quantisation noise, weighted by anchor; both heads' shares of noise are added."""
+    import numpy as np
+
+    share = 0.0
+    for name, right in exact.items():
+        signal = float((weights * np.square(right, dtype=np.float64)).sum())
+        noise = float((weights * np.square(heads[name].astype(np.float64) - right)).sum())
+        share += noise / max(signal, 1e-30)
+    return -10 * float(np.log10(max(share, 1e-12)))
 
 
-def _table(spec: Spec, result: Mapping[str, Any]) -> Table:
+def _table(spec: Spec, layers: Mapping[str, float], left: Sequence[str]) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"{spec.model.name}: INT8 by layer, what loses most first")
-    for column in ("Conv", "mAP lost alone", "SQNR alone, dB", "mAP gained without", "left out"):
-        table.add_column(column, justify="left" if column == "Conv" else "right")
-    for name, row in sorted(result["layers"].items(), key=lambda item: -item[1]["alone_loss"]):
-        left = "yes" if name in result["exclude_nodes"] else ""
-        values = (f"{row['alone_loss']:+.4f}", f"{row['alone_sqnr_db']:.1f}", f"{row['others_gain']:+.4f}")
-        table.add_row(name, *values, left)
+    table = Table(title=f"{spec.model.name}: each convolution quantised alone, the noisiest first")
+    table.add_column("Conv", overflow="fold")
+    table.add_column("signal over noise in the heads, dB", justify="right")
+    table.add_column("left out")
+    for name, value in layers.items():
+        table.add_row(name, f"{value:.1f}", "yes" if name in left else "")
     return table
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Prints a table; in a file or a pipe each row is one line, as long as it must be."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    from rich.console import Console
+
+    wide = Console(width=1000, file=io.StringIO())
+    wide.print(table)
+    console.print(wide.file.getvalue(), markup=False, highlight=False, soft_wrap=True)  # type: ignore[attr-defined]

@@ -190,7 +190,7 @@ def read_json(path: Path) -> Any:
         FusionError: it cannot be read, or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise FusionError(f"{path}: cannot be read: {error.strerror}", fix="give the file's path") from None
     except ValueError as error:

@@ -88,6 +88,9 @@ def adapt(editor: Editor, front: Front, reading: Reading, labels: int, anchors: 
         boxes, kept = _decoded(editor, front, reading, boxes, given), None
         nms |= {"box_coding": "decoded"}
         nms.pop("box_scales", None)
+    lowest = contract.lowest_for(nms.get("score_threshold", contract.Nms.score_threshold))
+    if lowest < contract.Nms.lowest_score_threshold:
+        nms["lowest_score_threshold"] = lowest
     for key, value in reading.usual.items():
         if nms.get(key) == value and key not in reading.nms:
             reading.suppose(key, value, f"nms.{key}")

@@ -106,7 +106,7 @@ def _read(path: Path) -> ArrayLike:
                 if len(loaded.files) != 1:
                     raise OptionError(f"{path}: has the arrays {', '.join(loaded.files)}", fix="save the anchors alone")
                 return np.asarray(loaded[loaded.files[0]])
-        lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise OptionError(f"{path}: cannot be read as anchors: {reason}", fix="correct the path") from None

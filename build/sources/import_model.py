@@ -154,7 +154,7 @@ def _given(spec_file: Path | None) -> dict[str, dict[str, Any]]:
     if spec_file is None:
         return {}
     try:
-        tables = tomllib.loads(spec_file.read_text(encoding="utf-8"))
+        tables = tomllib.loads(spec_file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ImportModelError(f"{spec_file}: cannot be read: {error}", fix="give the path of a spec.toml") from None
     for table, values in tables.items():
@@ -275,6 +275,7 @@ def _apply(tables: dict[str, dict[str, Any]], settings: Sequence[str]) -> None:
 def _lines(path: Path) -> list[str]:
     """The labels; a byte order mark and blank lines at the end do not count."""
     try:
-        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        text = path.read_text(encoding="utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
         raise ImportModelError(f"{path}: cannot be read: {error}", fix="one foreground label per line, UTF-8") from None
+    return text.split("\n") if text else []  # splitlines() would part a label at characters that spec.load refuses

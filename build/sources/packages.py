@@ -209,7 +209,7 @@ def _made_from(package: Package) -> str:
 def _is_whole(onnx: Path, record: Path, made_from: str) -> bool:
     """Whether the file is there, was made from the same, and was not changed since."""
     try:
-        written: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        written: dict[str, Any] = json.loads(record.read_text(encoding="utf-8-sig"))
         return written.get("made_from") == made_from and written.get("onnx") == sha256(onnx)
     except (OSError, ValueError, AttributeError):
         return False

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build.errors import GraphError, ImportModelError
+from build.gate.matching import ious
 from build.gate.scoring import Detected
-from build.gate.verify import ious
 from build.graph.attach import attach
 from build.session import runner
 from build.sources.decoding import CORNERS, to_corners
@@ -89,7 +89,7 @@ def prove(foreign: Foreign, spec: Spec, pictures: Sequence[Image.Image], drawing
     if proof.detections or "selected" not in foreign.reading.selection:
         return proof
     # Nothing reached the graph's own threshold, as with weights that were not trained: both again without one.
-    bare = dataclasses.replace(spec, nms=dataclasses.replace(spec.nms, score_threshold=0.0))
+    bare = dataclasses.replace(spec, nms=dataclasses.replace(spec.nms, score_threshold=0.0, lowest_score_threshold=0.0))
     original, _ = _original(foreign, bare)
     assert original is not None
     try:

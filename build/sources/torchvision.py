@@ -205,6 +205,7 @@ def write_torchvision(
             "box_scales": list(model.box_coder.weights),
             "clip_boxes": True,
             "class_agnostic": False,
+            "lowest_score_threshold": contract.lowest_for(model.score_thresh),
             "runtime_thresholds": True,
         },
     }

@@ -34,7 +34,7 @@ def load() -> Any:
         raise RuntimeUnavailableError(
             "the Python package tensorrt " + ("is not installed" if missing else f"cannot be imported: {error}"),
             why="" if missing else "a library that it needs is missing, or belongs to another CUDA version",
-            fix="install the group: pip install --group tensorrt (see docs/tensorrt.md)",
+            fix="./invoke install-tensorrt (docs/tensorrt.md says which version a server needs)",
         ) from None
 
 

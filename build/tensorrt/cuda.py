@@ -59,7 +59,7 @@ def runtime() -> Any:
         except ImportError:
             raise RuntimeUnavailableError(
                 "the Python package cuda-python is not installed",
-                fix="install the group: pip install --group tensorrt (see docs/tensorrt.md)",
+                fix="./invoke install-tensorrt (docs/tensorrt.md says which version a server needs)",
             ) from None
     return module
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,12 +14,13 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from build.errors import SSDError
 from build.files import ROOT
+from build.tensorrt import system, toolchain
 
 PLUGINS = ROOT / "plugins"
 LIB = PLUGINS / "lib"
@@ -62,16 +64,20 @@ def build_plugins(
     stage: str = "",
     output: Path = LIB,
     work: Path = PLUGINS / "out",
+    bring: bool = False,
 ) -> PluginBuild:
     """Builds as far as nvcc and TensorRT's headers are at hand, with warnings as errors.
 
     Args:
         tensorrt_source: URL or path of a git repository with TensorRT's headers under include/ (default: NVIDIA's).
-        tensorrt_ref: its tag or branch; without it the headers are those of TENSORRT_ROOT or of the system.
-        architectures: such as "90" or "80,90-virtual"; empty: all from 7.5 to 12.0 that the compiler knows, and PTX.
+        tensorrt_ref: its tag or branch; without it the headers are those of TENSORRT_ROOT, of the system, or else, with
+            `bring`, those of the TensorRT whose library the system has.
+        architectures: such as "90" or "80,90-virtual"; empty: all from 7.5 to 12.1 that the compiler knows, and PTX.
         stage: `reference`, `core` or `plugin` if it must be that one; empty: the furthest that is possible.
         output: the folder for the libraries.
         work: the folder for CMake's own files.
+        bring: whether CMake and nvcc are installed from PyPI (build/tensorrt/toolchain.py) where they are not here and
+            the plugin, or a stage for the GPU, is what is built.
 
     Raises:
         PluginBuildError: no compiler or CMake, what `stage` asks for is not there, or the build failed.
@@ -87,26 +93,44 @@ def build_plugins(
         raise PluginBuildError(
             f"CMake cannot build in {PLUGINS}", why='the name of a folder has ", ; or \\ in it', fix="rename the folder"
         )
-    cmake = _need("cmake", "pip install cmake, or the system's package cmake")
-    if not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
         raise PluginBuildError("there is no C++ compiler", fix="install g++, or set CXX")
+    root = find_tensorrt(tensorrt_source, tensorrt_ref) if stage not in ("reference", "core") else None
+    no_headers = ""
+    if root is None and bring and stage not in ("reference", "core"):
+        root, no_headers = _headers_of_the_server()
+    nvcc = find_nvcc() if stage != "reference" else None
+    cmake, ninja = shutil.which("cmake"), None
+    refusal = ""
+    if bring and (cmake is None or (nvcc is None and stage != "reference" and (root is not None or stage))):
+        refusal = "" if nvcc is not None or root is None else _unfit(root)
+        tools = toolchain.bring()
+        cmake, ninja = cmake or str(tools.cmake), str(tools.ninja)
+        nvcc = nvcc or (tools.nvcc if stage != "reference" and not refusal else None)
+    if cmake is None:
+        raise PluginBuildError("cmake is not on PATH", fix="pip install cmake, or the system's package cmake")
 
     settings = [f"-DSSD_NMS_OUTPUT={output}", f"-DSSD_NMS_ARCHITECTURES={architectures}"]
+    if ninja is not None:
+        settings += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     missing = []
     reached = "reference"
-    nvcc = find_nvcc() if stage != "reference" else None
     if nvcc is None:
         missing.append(
-            "the CUDA core: nvcc is not on PATH, in CUDA_HOME, in /usr/local/cuda or in this Python's packages "
-            "(pip install nvidia-cuda-nvcc nvidia-cuda-runtime)"
+            refusal
+            or "the CUDA core: nvcc is not on PATH, in CUDA_HOME, in /usr/local/cuda or in this Python's packages "
+            "(--stage core brings one)"
         )
     else:
         reached = "core"
         settings.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
-    root = find_tensorrt(tensorrt_source, tensorrt_ref) if stage not in ("reference", "core") else None
+        if shutil.which("gcc") is None:  # which nvcc would ask for
+            settings.append(f"-DCMAKE_CUDA_HOST_COMPILER={compiler}")
     if root is None:
         missing.append(
-            "the TensorRT plugin: NvInfer.h is neither in TENSORRT_ROOT/include nor in the system's include folders "
+            no_headers
+            or "the TensorRT plugin: NvInfer.h is neither in TENSORRT_ROOT/include nor in the system's include folders "
             "(--tensorrt-ref v10.16 fetches the headers of that release from NVIDIA's public repository)"
         )
     elif nvcc is not None:
@@ -123,16 +147,68 @@ def build_plugins(
     if not stamp.is_file() or stamp.read_text() != state:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    _run([cmake, "-S", str(PLUGINS), "--preset", reached, "-B", str(folder), *settings])
+    libraries = _libraries_of(nvcc)
+    _run([cmake, "-S", str(PLUGINS), "--preset", reached, "-B", str(folder), *settings], libraries)
     stamp.write_text(state)
-    _run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)])
+    _run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], libraries)
     names = ["libssd_nms_reference.so", "libssd_nms_core.so", "libssd_nms.so"]
     count = ("reference", "core", "plugin").index(reached) + 1
     return PluginBuild(reached, tuple(output / name for name in names[:count]), tuple(missing))
 
 
+def _headers_of_the_server() -> tuple[Path | None, str]:
+    """The headers of the TensorRT whose library the system has: fetched before, or now; else None, and why."""
+    version = system.system_tensorrt()
+    if not version:
+        return None, ""
+    fetched = {headers_version(path.parent.parent): path.parent.parent for path in _cache().glob("*/include/NvInfer.h")}
+    known = system.tag_of(version, [f"v{number}" for number in fetched if number])
+    if known:
+        return fetched[known[1:]], ""
+    lacking = f"the TensorRT plugin: this machine has TensorRT {version} without its headers"
+    git = shutil.which("git")
+    if git is None:
+        return None, f"{lacking}, and no git to fetch them with"
+    try:
+        listed = _run([git, "ls-remote", "--tags", "--refs", TENSORRT_REPOSITORY])
+        tag = system.tag_of(version, [line.rpartition("/")[2] for line in listed.splitlines()])
+        if tag:
+            return _fetched(TENSORRT_REPOSITORY, tag), ""
+    except PluginBuildError as error:
+        return None, f"{lacking}, and they cannot be fetched: {error.why.splitlines()[0] if error.why else error.what}"
+    return None, f"{lacking}, and {TENSORRT_REPOSITORY} has none of it (--tensorrt-ref TAG takes another release's)"
+
+
+def _unfit(root: Path) -> str:
+    """Why PyPI's nvcc is of the wrong CUDA for a TensorRT; empty where it is not.
+
+    CUDA's major version is that of the driver for which the TensorRT was made: code of a later one would not start.
+    """
+    version = headers_version(root)
+    cuda = system.cuda_of(version)
+    if not version or cuda.split(".")[0] == toolchain.CUDA_MAJOR:
+        return ""
+    return (
+        f"the CUDA core: TensorRT {version} is of CUDA {cuda}, of which PyPI has no nvcc: "
+        f"install the toolkit of CUDA {cuda} (NVIDIA's package cuda-nvcc-{cuda.replace('.', '-')} with "
+        "cuda-cudart-dev), or set CUDA_HOME"
+    )
+
+
+def headers_version(root: Path) -> str:
+    """The version of the TensorRT headers in a folder; empty where it cannot be read."""
+    folders = [root / "include", *(map(Path, _SYSTEM_INCLUDES) if root == Path("/usr") else ())]
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            text = (folder / "NvInferVersion.h").read_text()
+            parts = ("MAJOR", "MINOR", "PATCH")
+            found = [re.search(rf"define (?:NV_TENSORRT_{part}|TRT_{part}_ENTERPRISE) (\d+)", text) for part in parts]
+            return ".".join(match[1] for match in found if match)
+    return ""
+
+
 def find_nvcc() -> Path | None:
-    """CUDA's compiler: on PATH, in CUDA_HOME or CUDA_PATH, in /usr/local/cuda, or installed as a Python package."""
+    """CUDA's compiler: on PATH, in CUDA_HOME or CUDA_PATH, /usr/local/cuda, a Python package, or brought before."""
     on_path = shutil.which("nvcc")
     if on_path:
         return Path(on_path)
@@ -141,7 +217,9 @@ def find_nvcc() -> Path | None:
         _SYSTEM_CUDA,
         *sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*"), reverse=True),
     ]
-    return next((nvcc for folder in folders if os.access(nvcc := folder / "bin" / "nvcc", os.X_OK)), None)
+    tools = toolchain.tools()
+    brought = tools.nvcc if tools else None
+    return next((nvcc for folder in folders if os.access(nvcc := folder / "bin" / "nvcc", os.X_OK)), brought)
 
 
 def find_tensorrt(source: str = "", ref: str = "") -> Path | None:
@@ -164,9 +242,14 @@ def find_tensorrt(source: str = "", ref: str = "") -> Path | None:
     return Path("/usr") if any(Path(folder, "NvInfer.h").is_file() for folder in _SYSTEM_INCLUDES) else None
 
 
+def _cache() -> Path:
+    """Where fetched headers are kept, one folder for each release."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd-on-triton" / "tensorrt"
+
+
 def _fetched(source: str, ref: str) -> Path:
     """The headers of a release, from the user's cache folder or else from the repository."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssd-on-triton" / "tensorrt"
+    cache = _cache()
     name = re.sub(r"[^\w.-]", "_", ref)
     root = cache / f"{name}-{hashlib.sha256(f'{source} {ref}'.encode()).hexdigest()[:8]}"
     if (root / "include" / "NvInfer.h").is_file():
@@ -212,8 +295,16 @@ def _need(tool: str, fix: str) -> str:
     return path
 
 
-def _run(command: Sequence[str]) -> str:
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+def _libraries_of(nvcc: Path | None) -> dict[str, str]:
+    """Where the linker finds CUDA's libraries: PyPI's packages have them in lib/, but nvcc looks in lib64/."""
+    folder = nvcc.resolve().parent.parent / "lib" if nvcc else None
+    if folder is None or not (folder / "libcudart_static.a").is_file():
+        return {}
+    return {"LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LIBRARY_PATH", "")]))}
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str] | None = None) -> str:
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C", **(variables or {})}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         lines = (done.stdout + done.stderr).strip().splitlines()

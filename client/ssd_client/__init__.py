@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from .client import AsyncSSDClient, SSDClient
     from .config import ModelConfig
     from .detections import Detections
+    from .endpoint import TLS
     from .exceptions import (
+        AccessDeniedError,
         ImageError,
         InferenceError,
         InvalidInputError,
@@ -30,11 +32,11 @@ if TYPE_CHECKING:
         SSDClientError,
     )
     from .preprocess import ImageSource
-    from .transport import TLS
 
 __version__ = "0.1.0"
 __all__ = [
     "TLS",
+    "AccessDeniedError",
     "AsyncSSDClient",
     "Detections",
     "ImageError",
@@ -53,7 +55,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "TLS": "transport",
+    "TLS": "endpoint",
     "AsyncSSDClient": "client",
     "Detections": "detections",
     "ImageSource": "preprocess",

@@ -7,28 +7,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
+import re
 import sys
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image
 
+from .budget import PixelBudget
 from .client import SSDClient
 from .config import ModelConfig
 from .detections import Detections
+from .endpoint import TLS
 from .exceptions import ImageError, InferenceError, SSDClientError
-from .preprocess import MAX_PIXELS, SUFFIXES, load_image
-from .transport import TLS
+from .preprocess import MAX_PIXELS, SUFFIXES, out_of_memory
+from .text import escaped
 
 _IN_FLIGHT = 4
+_LINE = "\n"
+# What JSON leaves as it is, and UTF-8 or a terminal does not take.
+_NOT_PLAIN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 _EPILOG = """\
 --json writes one object:
@@ -37,6 +45,10 @@ _EPILOG = """\
   categories           [{id, name}]
   annotations          [{image_id, category_id, bbox: [x, y, width, height] in pixels, score}]: COCO results
   failed               [{file_name, error}]
+
+subcommands, with a --help of their own:
+  video                frames of a film, a camera or a stream
+  batch                a great many pictures, to Parquet
 
 exit status: 0 all pictures done, 1 some failed, 2 nothing could be done or the server went away
 """
@@ -70,12 +82,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    options = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # an encoding without a character must not end the run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] in (["video"], ["batch"]):  # a picture of that name: ./video
+        module: Any = import_module(f"{__package__}.{arguments[0]}_cli")
+        return int(module.main(arguments[1:]))
+    options = _parser().parse_args(arguments)
     Image.MAX_IMAGE_PIXELS = None  # the limit is --max-pixels
     try:
         return _run(options)
     except (SSDClientError, _UsageError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error), keep=_LINE)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -99,9 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         "--url",
         default="localhost",
         metavar="HOST[:PORT]",
-        help="default: localhost, port 8001 (grpc) or 8000 (http)",
+        help="default: localhost, port 8001 (grpc) or 8000 (http); also https://HOST/PREFIX, dns:///NAME:PORT, and "
+        "several with commas between them (grpc)",
     )
-    add("--protocol", choices=("grpc", "http"), default="grpc", help="default: grpc")
+    add("--protocol", choices=("grpc", "http"), help="default: grpc, and http for URLs that begin with http")
+    add("--header", action="append", default=[], metavar="'NAME: VALUE'", help="send this with every request")
     add("--out", type=Path, metavar="DIR", help="write the pictures with boxes on them here, as PNG")
     add("--json", metavar="FILE", help="write the results here; - = standard output")
     add("--score-threshold", type=float, metavar="T", help="keep scores above this, 0..1; default: the model's own")
@@ -109,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=8, metavar="N", help="pictures per request, at most the model's; default: 8")
     add("--shared-memory", action="store_true", help="hand pictures over in shared memory (server on this machine)")
     add("--timeout", type=float, default=30.0, metavar="S", help="seconds for a request with its retries; default: 30")
+    add("--try-timeout", type=float, metavar="S", help="seconds for one try; default: --timeout, or a part of it")
     add("--retries", type=int, default=3, metavar="N", help="while the server is unavailable; default: 3")
     add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"refuse larger files; default: {MAX_PIXELS}")
     add("--tls", action="store_true", help="encrypt; the system's authorities are trusted unless --tls-ca")
@@ -124,6 +146,7 @@ def _run(options: argparse.Namespace) -> int:
     tls = None
     if options.tls or options.tls_ca or options.tls_cert or options.tls_key:
         tls = TLS(options.tls_ca, options.tls_cert, options.tls_key)
+    headers = dict(_header(text) for text in options.header)
     pictures = _plan(options.inputs, options.out)
     if options.json not in (None, "-") and Path(options.json).resolve() in {p.path.resolve() for p in pictures}:
         raise _UsageError(f"--json {options.json} is one of the pictures\nwhat to do: give another file")
@@ -137,8 +160,11 @@ def _run(options: argparse.Namespace) -> int:
         ssl=tls,
         max_in_flight=1,  # each part below is one request; the parts run side by side
         max_pixels=options.max_pixels,
+        headers=headers,
+        try_timeout=options.try_timeout,
     ) as client:
         config = client.model_config()
+        options.pixels = PixelBudget(options.max_pixels)
         outcomes: list[_Outcome] = []
         fatal: SSDClientError | None = None
 
@@ -153,7 +179,7 @@ def _run(options: argparse.Namespace) -> int:
                         if outcome.error:
                             progress.message(f"error: {outcome.error}")
                         elif options.out is None and options.json is None:
-                            print(_line(outcome))
+                            print(escaped(_line(outcome)))
                     progress.advance(len(part))
             except SSDClientError as error:
                 fatal = error
@@ -162,11 +188,20 @@ def _run(options: argparse.Namespace) -> int:
     failed = sum(1 for outcome in outcomes if outcome.error)
     where = f", pictures in {options.out}" if options.out else ""
     count = sum(len(outcome.detections) for outcome in outcomes if outcome.detections is not None)
+    where = escaped(where)
     print(f"{len(outcomes) - failed} pictures done, {failed} failed, {count} detections{where}", file=sys.stderr)
     if fatal is not None:
-        print(f"error: stopped {len(pictures) - len(outcomes)} pictures before the end: {fatal}", file=sys.stderr)
+        reason = escaped(str(fatal), keep=_LINE)
+        print(f"error: stopped {len(pictures) - len(outcomes)} pictures before the end: {reason}", file=sys.stderr)
         return 2
     return 1 if failed else 0
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise _UsageError(f"--header {name[:20]!r} has no colon\nwhat to do: give --header 'NAME: VALUE'")
+    return name.strip(), value.strip()
 
 
 def _plan(inputs: Sequence[Path], out: Path | None) -> list[_Picture]:
@@ -174,9 +209,9 @@ def _plan(inputs: Sequence[Path], out: Path | None) -> list[_Picture]:
     targets: dict[Path, Path] = {}  # the file, and its name below --out
     for path in inputs:
         if path.is_dir():
-            held = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            held = _pictures_in(path)
             if not held:
-                print(f"warning: no pictures in folder {path}", file=sys.stderr)
+                _warn(f"no pictures in folder {path}")
             targets.update((file, file.relative_to(path)) for file in held)
         else:
             targets[path] = Path(path.name)
@@ -199,6 +234,28 @@ def _plan(inputs: Sequence[Path], out: Path | None) -> list[_Picture]:
     return pictures
 
 
+def _pictures_in(folder: Path) -> list[Path]:
+    """The files with a picture's name, below the folder; says what else is there and what cannot be looked at."""
+    held: list[Path] = []
+    others: Counter[str] = Counter()
+    for place, _, names in os.walk(folder, onerror=lambda error: _warn(f"{error.filename}: {error.strerror}")):
+        for name in names:
+            path = Path(place, name)
+            if path.suffix.lower() in SUFFIXES and path.is_file():
+                held.append(path)
+            elif not name.startswith("."):
+                others[path.suffix.lower() or "without a suffix"] += 1
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
+        more = ", ..." if len(others) > 8 else ""
+        _warn(f"{others.total()} other files in folder {folder} are left out: {kinds}{more}")
+    return sorted(held)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {escaped(text)}", file=sys.stderr)
+
+
 def _side_by_side(
     work: Callable[[list[_Picture]], list[_Outcome]], pictures: list[_Picture], size: int
 ) -> Iterator[list[_Outcome]]:
@@ -217,32 +274,43 @@ def _side_by_side(
 
 
 def _process(client: SSDClient, part: list[_Picture], options: argparse.Namespace) -> list[_Outcome]:
-    """Read, detect, draw and write one part; a picture that fails does not touch the others."""
-    images, errors = {}, {}
-    for picture in part:
-        try:
-            images[picture] = load_image(picture.path, max_pixels=options.max_pixels)
-        except ImageError as error:
-            errors[picture] = str(error)
-    results: dict[_Picture, Detections] = {}
-    if images:
-        try:
-            detected = client.detect(
-                list(images.values()), score_threshold=options.score_threshold, iou_threshold=options.iou_threshold
-            )
-            results = dict(zip(images, detected, strict=True))
-        except InferenceError as error:
-            errors.update({picture: f"{picture.path}: {error}" for picture in images})
-    for picture, detections in results.items():
-        if picture.target is not None:
-            try:
-                picture.target.parent.mkdir(parents=True, exist_ok=True)
-                annotated = detections.draw(images[picture])
-                with _replacing(picture.target) as stream:
-                    annotated.save(stream, "PNG")
-            except OSError as error:
-                errors[picture] = f"{picture.target} cannot be written: {error.strerror or error}"
-    return [_Outcome(picture, results.get(picture), errors.get(picture, "")) for picture in part]
+    """Detect, draw and write one part; a picture that fails does not touch the others.
+
+    The client gets paths and opens one picture after the other, so no more than one of a part is in memory.
+    """
+    thresholds = {"score_threshold": options.score_threshold, "iou_threshold": options.iou_threshold}
+    budget: PixelBudget = options.pixels
+    try:
+        found = client.detect([picture.path for picture in part], **thresholds)
+    except (ImageError, InferenceError) as error:
+        if len(part) == 1:
+            named = "" if isinstance(error, ImageError) else f"{part[0].path}: "
+            return [_Outcome(part[0], None, named + _reason(error))]
+        return [outcome for picture in part for outcome in _process(client, [picture], options)]
+    return [_Outcome(picture, each, _drawn(picture, each, budget)) for picture, each in zip(part, found, strict=True)]
+
+
+def _reason(error: SSDClientError) -> str:
+    """Its text without the place in a list of one."""
+    return str(error).removeprefix("picture 0 of the list: ")
+
+
+def _drawn(picture: _Picture, detections: Detections, pixels: PixelBudget) -> str:
+    """Write the picture with its boxes, if it has a target; the error, if there is one."""
+    if picture.target is None:
+        return ""
+    try:
+        picture.target.parent.mkdir(parents=True, exist_ok=True)
+        with pixels.share() as take, _replacing(picture.target) as stream:
+            take(detections.image_size[0] * detections.image_size[1])
+            detections.draw().save(stream, "PNG")
+    except ImageError as error:  # it changed since
+        return str(error)
+    except OSError as error:
+        return f"{picture.target} cannot be written: {error.strerror or error}"
+    except MemoryError:
+        return str(out_of_memory(picture.path))
+    return ""
 
 
 def _line(outcome: _Outcome) -> str:
@@ -267,15 +335,21 @@ def _document(options: argparse.Namespace, config: ModelConfig, outcomes: list[_
 
 
 def _write_json(target: str, document: dict[str, Any]) -> None:
+    # Of a file name that is no UTF-8 the bytes stay as \udcXX, which JSON can say and UTF-8 cannot.
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    data = _NOT_PLAIN.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode()
     if target == "-":
-        sys.stdout.write(text)
         sys.stdout.flush()
+        if hasattr(sys.stdout, "buffer"):  # UTF-8, whatever the terminal's encoding
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        else:
+            sys.stdout.write(data.decode())
         return
     try:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         with _replacing(Path(target)) as stream:
-            stream.write(text.encode("utf-8", "surrogateescape"))
+            stream.write(data)
     except OSError as error:
         raise _UsageError(f"--json {target} cannot be written: {error.strerror or error}") from None
 
@@ -307,6 +381,7 @@ class _Progress:
             print(f"\r{self._done}/{self._total}", end=end, file=sys.stderr, flush=True)
 
     def message(self, text: str) -> None:
+        text = escaped(text, keep=_LINE)
         print(f"\r{text}" if self._shown else text, file=sys.stderr)
 
 
@@ -321,7 +396,7 @@ class _RichProgress(_Progress):
         self._bar.advance(self._task, count)
 
     def message(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._bar.console.print(escaped(text, keep=_LINE), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Lock
@@ -23,21 +23,35 @@ from numpy.typing import NDArray
 
 from .config import ModelConfig
 from .detections import Detections
+from .endpoint import TLS, Endpoint
 from .exceptions import SSDClientError
-from .preprocess import MAX_PIXELS, ImageSource
+from .messages import Message
+from .preprocess import MAX_PIXELS, ImageSource, whole
 from .session import Send, Session, Step, Steps, Work
-from .transport import TLS, AsyncTransport, Endpoint, Message, Transport, async_transport_for, transport_for
+from .transport import AsyncTransport, Transport, async_transport_for, transport_for
 
 T = TypeVar("T")
+_clients: weakref.WeakSet[_Client] = weakref.WeakSet()
+
+
+def _begin_in_child() -> None:
+    """After a fork: no client may use the connections and the shared memory of the process before."""
+    for client in list(_clients):
+        client.begin_in_child()
+
+
+os.register_at_fork(after_in_child=_begin_in_child)
 
 
 def _as_list(images: Any) -> tuple[list[ImageSource], bool]:
-    """The pictures as a list, and whether it was a single picture that came without a list."""
-    if isinstance(images, Iterable) and not isinstance(
-        images, (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray)
-    ):
-        return list(images), False
-    return [images], True
+    """The pictures as a list, and whether it was a single picture that came without a list.
+
+    Open files are read, since a picture may be needed more than once.
+    """
+    single = isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray)) or hasattr(images, "read")
+    if single or not isinstance(images, Iterable):
+        return [whole(images)], True
+    return [whole(image) for image in images], False
 
 
 def _take(steps: Steps[T], send: Callable[[Message, float], Any]) -> T:
@@ -96,7 +110,7 @@ async def _in_thread(step: Work) -> Any:
         raise
 
 
-def _abandon(session: Session, transport: Transport | None) -> None:
+def _abandon(session: Session, transports: Sequence[Transport] | None) -> None:
     """Release what a client that was never closed still holds. Opens no connection and raises nothing.
 
     Shared memory has no name in /dev/shm any more, and its mapping here goes with the session. The server keeps its own
@@ -104,20 +118,21 @@ def _abandon(session: Session, transport: Transport | None) -> None:
 
     Args:
         session: of the client.
-        transport: of a blocking client; None for asyncio, whose transport belongs to an event loop and goes with it.
+        transports: of a blocking client; None for asyncio, whose transports belong to event loops and go with them.
     """
 
     def send_if_connected(message: Message, timeout: float) -> Any:
-        if transport is None or not transport.connected:
-            raise session.endpoint.unavailable("no connection is open")
-        return transport.send(message, timeout)
+        for transport in transports or ():
+            if transport.connected:
+                return transport.send(message, timeout)
+        raise session.endpoint.unavailable("no connection is open")
 
     if os.getpid() != session.process:
         return
     with contextlib.suppress(Exception):
         _take(session.close(), send_if_connected)
-    with contextlib.suppress(Exception):
-        if transport is not None:
+    for transport in transports or ():
+        with contextlib.suppress(Exception):
             transport.close()
     warnings.warn(f"the client of {session.endpoint} was never closed", ResourceWarning, stacklevel=2)
 
@@ -125,50 +140,80 @@ def _abandon(session: Session, transport: Transport | None) -> None:
 class _Client:
     """What both clients are made of."""
 
+    _finalizer: Any
+
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         model: str,
-        protocol: Literal["grpc", "http"] = "grpc",
+        protocol: Literal["grpc", "http"] | None = None,
         shared_memory: Literal["system"] | None = None,
         timeout: float = 30.0,
         retries: int = 3,
         ssl: TLS | None = None,
         max_in_flight: int = 4,
         max_pixels: int = MAX_PIXELS,
+        headers: Mapping[str, str] | None = None,
+        try_timeout: float | None = None,
     ) -> None:
-        endpoint = Endpoint.parse(url, protocol, model, ssl)
-        self._session = Session(endpoint, shared_memory, timeout, retries, max_in_flight, max_pixels)
-        self._set_up(endpoint)
+        endpoint = Endpoint.parse(url, protocol, model, ssl, headers)
+        self._session = Session(endpoint, shared_memory, timeout, retries, max_in_flight, max_pixels, try_timeout)
+        self._set_up()
+        self._watch()
+        _clients.add(self)
 
-    def _set_up(self, endpoint: Endpoint) -> None:
+    def _set_up(self) -> None:
+        """Have no connection and no lock yet."""
         raise NotImplementedError
+
+    def _watch(self) -> None:
+        """Have what is left open released when this client is dropped."""
+        raise NotImplementedError
+
+    def _transports(self) -> Iterable[Transport | AsyncTransport]:
+        raise NotImplementedError
+
+    def begin_in_child(self) -> None:
+        """After a fork: leave everything to the process before, and begin anew when this client is used here."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        for transport in self._transports():
+            transport.abandon()
+        self._session.start()
+        self._set_up()
 
 
 class SSDClient(_Client):
     """A blocking client of one model. Safe from several threads; a context manager.
 
     Args:
-        url: `host:port` of the server; the port is 8001 for gRPC and 8000 for HTTP unless given.
+        url: `host:port` of the server; the port is 8001 for gRPC and 8000 for HTTP unless given. Also
+            `https://host/prefix`, `unix:/path`, and for several servers `dns:///name:port` or a list of `host:port`,
+            which gRPC asks in turn.
         model: the model's name on the server.
-        protocol: `grpc` or `http`.
+        protocol: `grpc` or `http`; None = `http` for URLs that begin with http, else `grpc`.
         shared_memory: `system` hands pictures over in shared memory, for a server on this machine; None sends them.
         timeout: seconds for one request, with its retries.
-        retries: how often a request is repeated while the server is unavailable, with growing pauses.
+        retries: how often a request is repeated while the server is unavailable, with growing pauses, and after
+            `try_timeout`.
         ssl: encrypt; None = do not.
         max_in_flight: how many requests `detect` has on the way at once for a list of pictures.
-        max_pixels: refuse picture files that decode to more pixels than this.
+        max_pixels: refuse picture files that decode to more pixels than this, and decode no more than this at once.
+        headers: sent with every request, such as {"Authorization": "Bearer ..."}; with gRPC as metadata.
+        try_timeout: seconds for one try; None = `timeout`, or with several servers its part for each try.
+
+    A client that was made before a fork can be used in both processes: each has connections of its own.
 
     Raises:
         InvalidInputError: an argument is wrong. Nothing is sent before the first call.
     """
 
-    def _set_up(self, endpoint: Endpoint) -> None:
-        self._transport = transport_for(endpoint)
-        self._threads: ThreadPoolExecutor | None = None
+    def _set_up(self) -> None:
         self._lock = Lock()
-        self._finalizer = weakref.finalize(self, _abandon, self._session, self._transport)
+        self._threads: ThreadPoolExecutor | None = None
+        self._open: list[Transport] = []  # none or one, which the finaliser sees
+        self._finalizer: Any = None
 
     def model_config(self, *, refresh: bool = False) -> ModelConfig:
         """The model's configuration. It is requested once, and again with `refresh`.
@@ -179,7 +224,7 @@ class SSDClient(_Client):
             ServerUnavailableError: no server answers.
             RequestTimeoutError: the answer did not come within `timeout`.
         """
-        return _take(self._session.config(refresh), self._transport.send)
+        return _take(self._session.config(refresh), self._send)
 
     @overload  # a str is a sequence of str, too: the first match counts
     def detect(  # type: ignore[overload-overlap]
@@ -258,7 +303,7 @@ class SSDClient(_Client):
             InvalidInputError: a wrong shape, type, batch or threshold.
             SSDClientError: what `detect` raises.
         """
-        return _take(self._session.infer(images, score_threshold, iou_threshold), self._transport.send)
+        return _take(self._session.infer(images, score_threshold, iou_threshold), self._send)
 
     def close(self) -> None:
         """Wait for the requests in flight and release everything. May be called twice."""
@@ -266,11 +311,14 @@ class SSDClient(_Client):
             threads, self._threads = self._threads, None
         if threads is not None:
             threads.shutdown(cancel_futures=True)
-        if self._finalizer.detach() is not None:
-            try:
-                _take(self._session.close(), self._transport.send)
-            finally:
-                self._transport.close()
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        try:
+            _take(self._session.close(), self._send)
+        finally:
+            for transport in self._open:
+                transport.close()
+            self._open.clear()
 
     def __enter__(self) -> SSDClient:
         return self
@@ -283,7 +331,22 @@ class SSDClient(_Client):
     def _detect(
         self, sources: list[ImageSource], score: float | None, iou: float | None, first: int | None
     ) -> list[Detections]:
-        return _take(self._session.detect(sources, score, iou, first), self._transport.send)
+        return _take(self._session.detect(sources, score, iou, first), self._send)
+
+    def _send(self, message: Message, timeout: float) -> Any:
+        with self._lock:
+            if not self._open:
+                self._open.append(transport_for(self._session.endpoint))
+                self._watch()
+            transport = self._open[0]
+        return transport.send(message, timeout)
+
+    def _watch(self) -> None:
+        if self._finalizer is None:
+            self._finalizer = weakref.finalize(self, _abandon, self._session, self._open)
+
+    def _transports(self) -> Iterable[Transport]:
+        return self._open
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -295,12 +358,13 @@ class SSDClient(_Client):
 class AsyncSSDClient(_Client):
     """`SSDClient` for asyncio: the same arguments, methods and errors, with `async with` and `await`.
 
-    It belongs to the event loop in which it is used first.
+    It may be used in several event loops, one after the other or at once: each has connections of its own.
     """
 
-    def _set_up(self, endpoint: Endpoint) -> None:
-        self._transport: AsyncTransport | None = None
-        self._finalizer = weakref.finalize(self, _abandon, self._session, None)
+    def _set_up(self) -> None:
+        self._lock = Lock()
+        self._loops: dict[asyncio.AbstractEventLoop, AsyncTransport] = {}
+        self._finalizer = None
 
     async def model_config(self, *, refresh: bool = False) -> ModelConfig:
         """See `SSDClient.model_config`."""
@@ -359,14 +423,25 @@ class AsyncSSDClient(_Client):
 
     async def close(self) -> None:
         """See `SSDClient.close`."""
-        transport, self._transport = self._transport, None
-        if transport is not None:
-            try:
+        with self._lock:
+            loops, self._loops = self._loops, {}
+        if self._session.has_regions and asyncio.get_running_loop() not in loops:
+            loops[asyncio.get_running_loop()] = async_transport_for(self._session.endpoint)
+        transport = loops.pop(asyncio.get_running_loop(), None)
+        try:
+            if transport is not None:
                 await _take_async(self._session.close(), transport.send)
-            finally:
+        finally:
+            self._session.closed = True
+            if self._finalizer is not None:
+                self._finalizer.detach()
+            if transport is not None:
                 await transport.close()
-        self._session.closed = True
-        self._finalizer.detach()
+            for loop, other in loops.items():
+                if loop.is_running():  # in another thread
+                    asyncio.run_coroutine_threadsafe(other.close(), loop)
+                else:
+                    other.drop()
 
     async def __aenter__(self) -> AsyncSSDClient:
         return self
@@ -384,6 +459,18 @@ class AsyncSSDClient(_Client):
     def _connected(self) -> AsyncTransport:
         if self._session.closed:
             raise SSDClientError("the client is closed", fix="make a new one")
-        if self._transport is None:
-            self._transport = async_transport_for(self._session.endpoint)
-        return self._transport
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if loop not in self._loops:
+                for ended in [each for each in self._loops if each.is_closed()]:
+                    self._loops.pop(ended).drop()
+                self._loops[loop] = async_transport_for(self._session.endpoint)
+                self._watch()
+            return self._loops[loop]
+
+    def _watch(self) -> None:
+        if self._finalizer is None:
+            self._finalizer = weakref.finalize(self, _abandon, self._session, None)
+
+    def _transports(self) -> Iterable[AsyncTransport]:
+        return self._loops.values()

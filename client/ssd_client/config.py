@@ -12,8 +12,12 @@ from typing import Any, TypeVar
 
 from .exceptions import ModelConfigError
 from .rule import COLOR_ORDERS, RESAMPLES, RESIZES, Preprocessing
+from .text import has_hidden
 
 CONTRACT = "1"
+# Bytes of the largest answer that a transport reads, and what of it may be no tensor.
+MAX_ANSWER, _OVERHEAD = 64 << 20, 1 << 16
+_MOST_PIXELS = 1 << 24  # of the model's input: 4096 x 4096
 
 T = TypeVar("T")
 
@@ -24,7 +28,7 @@ class ModelConfig:
 
     Attributes:
         name: the model's name on the server.
-        max_batch_size: most images in one request.
+        max_batch_size: most images in one request, by the model and by the size of its answers.
         input_width: width of the model's input in pixels.
         input_height: height of the model's input in pixels.
         color_order: `RGB` or `BGR`, order of the channels of the input.
@@ -39,6 +43,7 @@ class ModelConfig:
         precision: such as `fp32` or `int8`.
         runtime: `tensorrt` or `onnxruntime`.
         manifest_sha256: SHA-256 of the manifest of the published version.
+        version: number of the version that this describes; empty if the server has not said.
     """
 
     name: str
@@ -57,6 +62,12 @@ class ModelConfig:
     precision: str
     runtime: str
     manifest_sha256: str
+    version: str = ""
+
+    def asks_like(self, other: ModelConfig) -> bool:
+        """Whether a request made by this configuration is the one that `other` would make."""
+        rules = ((c.preprocessing, c.runtime_thresholds, c.score_threshold, c.iou_threshold) for c in (self, other))
+        return next(rules) == next(rules)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -71,19 +82,22 @@ class ModelConfig:
         )
 
     @classmethod
-    def from_triton(cls, name: str, max_batch_size: int, parameters: Mapping[str, str]) -> ModelConfig:
+    def from_triton(
+        cls, name: str, max_batch_size: int, parameters: Mapping[str, str], version: str = ""
+    ) -> ModelConfig:
         """Check what the server sent.
 
         Args:
             name: the model's name on the server.
             max_batch_size: of the model's Triton configuration.
             parameters: of the model's Triton configuration, name to string value.
+            version: number of the version; empty if it is not known.
 
         Raises:
             ModelConfigError: a parameter is missing or wrong, or the contract has another version.
         """
         read = _Reader(name, parameters)
-        contract = read("contract", str)
+        contract = read("contract", _text)
         if contract != CONTRACT:
             raise ModelConfigError(
                 f"model {name!r} speaks contract {contract!r}, this client knows {CONTRACT!r}",
@@ -94,11 +108,24 @@ class ModelConfig:
                 f"model {name!r} has max_batch_size {max_batch_size}; the contract's tensors start with the batch",
                 fix="publish the model again with max_batch_size of at least 1",
             )
+        width, height = read("input_width", _integer(1, 65535)), read("input_height", _integer(1, 65535))
+        if width * height > _MOST_PIXELS:
+            raise ModelConfigError(
+                f"model {name!r} takes {width} x {height} pixels, this client at most {_MOST_PIXELS}"
+            )
+        most = read("max_detections", _integer(1, 2**31 - 1))
+        room = (MAX_ANSWER - _OVERHEAD) // (4 + most * 6 * 4)  # a count; a box, a score and a class per detection
+        if room < 1:
+            raise ModelConfigError(
+                f"model {name!r} has max_detections {most}: an answer would have {most * 24 / 1e6:.0f} MB, this client "
+                f"reads {MAX_ANSWER / 1e6:.0f} MB",
+                fix="publish the model again with a smaller max_detections",
+            )
         return cls(
             name=name,
-            max_batch_size=max_batch_size,
-            input_width=read("input_width", _integer(1, 65535)),
-            input_height=read("input_height", _integer(1, 65535)),
+            max_batch_size=min(max_batch_size, room),
+            input_width=width,
+            input_height=height,
             color_order=read("color_order", _choice(*COLOR_ORDERS)),
             resize=read("resize", _choice(*RESIZES)),
             resample=read("resample", _choice(*RESAMPLES)),
@@ -107,10 +134,11 @@ class ModelConfig:
             score_threshold=read("score_threshold", _fraction),
             iou_threshold=read("iou_threshold", _fraction),
             runtime_thresholds=read("runtime_thresholds", _choice("true", "false")) == "true",
-            max_detections=read("max_detections", _integer(1, 2**31 - 1)),
-            precision=read("precision", str),
-            runtime=read("runtime", str),
-            manifest_sha256=read("manifest_sha256", str),
+            max_detections=most,
+            precision=read("precision", _text),
+            runtime=read("runtime", _text),
+            manifest_sha256=read("manifest_sha256", _text),
+            version=version,
         )
 
 
@@ -122,7 +150,7 @@ class _Reader:
         if key not in self._parameters:
             raise ModelConfigError(
                 f"the configuration of model {self._name!r} has no parameter {key!r}; "
-                f"it has {sorted(self._parameters) or 'none'}",
+                f"it has {str(sorted(self._parameters) or 'none')[:1000]}",
                 why="it was not published by this project's build, or by an older one",
                 fix="check the model's name, or publish the model again",
             )
@@ -137,7 +165,7 @@ class _Reader:
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        value = int(text) if text.isascii() and text.isdigit() else low - 1
+        value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else low - 1
         if not low <= value <= high:
             raise ValueError(f"expected a whole number in {low}..{high}")
         return value
@@ -154,6 +182,12 @@ def _choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def _text(text: str) -> str:
+    if has_hidden(text) or len(text) > 1000:
+        raise ValueError("expected a short text without control characters")
+    return text
+
+
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0.0 <= value <= 1.0:  # false for NaN, too
@@ -168,4 +202,7 @@ def _labels(text: str) -> tuple[str, ...]:
         raise ValueError("expected a JSON list of strings") from None
     if not isinstance(value, list) or not value or not all(isinstance(label, str) for label in value):
         raise ValueError("expected a JSON list of strings")
+    for label in value:
+        if has_hidden(label):
+            raise ValueError(f"label {label[:100]!r} has control characters or marks of writing direction")
     return tuple(value)

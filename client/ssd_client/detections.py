@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .exceptions import InvalidInputError
-from .preprocess import ImageSource, load_image
+from .fonts import fitting
+from .preprocess import MAX_PIXELS, ImageSource, load_image
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class Detections:
         labels: the classes' names, n of them.
         image_size: (width, height) of the picture in pixels.
         source: what was given to `detect`, for `draw`.
+        max_pixels: `draw` refuses picture files with more pixels than this.
     """
 
     boxes: NDArray[np.float32]
@@ -34,6 +36,7 @@ class Detections:
     labels: tuple[str, ...]
     image_size: tuple[int, int]
     source: ImageSource | None = field(default=None, repr=False)
+    max_pixels: int = field(default=MAX_PIXELS, repr=False)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -69,6 +72,11 @@ class Detections:
             results.append({"image_id": image_id, "category_id": category, "bbox": bbox, "score": score})
         return results
 
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One {box: [x1, y1, x2, y2] in pixels, score, class_id, label} per detection, ready for JSON."""
+        rows = zip(self.boxes.tolist(), self.scores.tolist(), self.class_ids.tolist(), self.labels, strict=True)
+        return [{"box": box, "score": score, "class_id": number, "label": label} for box, score, number, label in rows]
+
     def draw(self, image: ImageSource | None = None) -> Image.Image:
         """The picture with boxes, labels and scores on it.
 
@@ -85,7 +93,7 @@ class Detections:
         source = self.source if image is None else image
         if source is None:
             raise InvalidInputError("these detections do not know their picture", fix="give it: draw(image)")
-        canvas = load_image(source)
+        canvas = load_image(source, max_pixels=self.max_pixels)
         if canvas.size != self.image_size:
             raise InvalidInputError(
                 f"the picture has {canvas.width} x {canvas.height} pixels, the detections are of one with "
@@ -106,7 +114,7 @@ def _draw(canvas: Image.Image, detections: Detections) -> None:
     pen = ImageDraw.Draw(canvas)
     width, height = canvas.size
     line = max(1, round(min(width, height) / 200))
-    font = ImageFont.load_default(size=max(10, round(min(width, height) / 32)))
+    size = max(10, round(min(width, height) / 32))
     worst_first = range(len(detections) - 1, -1, -1)
     for k in worst_first:
         x1, y1, x2, y2 = _corners(detections.boxes[k], canvas.size)
@@ -114,7 +122,7 @@ def _draw(canvas: Image.Image, detections: Detections) -> None:
     for k in worst_first:  # labels lie over every box
         x1, y1, _, _ = _corners(detections.boxes[k], canvas.size)
         color = color_of(int(detections.class_ids[k]))
-        text = f"{detections.labels[k]} {detections.scores[k]:.2f}"
+        font, text = fitting(f"{detections.labels[k]} {detections.scores[k]:.2f}", size)
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
         label_width, label_height = right - left + 2 * line + 2, bottom - top + 2 * line + 2
         x = max(0, min(x1, width - label_width))

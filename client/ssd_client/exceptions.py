@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from .text import escaped
+
 
 class SSDClientError(Exception):
     """Base of everything that this package raises on purpose.
+
+    Characters of file names and of a server's words that would disturb a terminal are escaped.
 
     Args:
         what: one sentence with the actual values in it.
@@ -13,9 +17,8 @@ class SSDClientError(Exception):
     """
 
     def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
-        super().__init__(
-            "\n".join(filter(None, [what, why and f"likely because: {why}", fix and f"what to do: {fix}"]))
-        )
+        parts = (what, why and f"likely because: {why}", fix and f"what to do: {fix}")
+        super().__init__(escaped("\n".join(filter(None, parts)), keep="\n"))
 
 
 class InvalidInputError(SSDClientError, ValueError):
@@ -32,6 +35,10 @@ class ServerUnavailableError(SSDClientError, ConnectionError):
 
 class RequestTimeoutError(SSDClientError, TimeoutError):
     """The answer did not come before the deadline."""
+
+
+class AccessDeniedError(SSDClientError, PermissionError):
+    """The server, or what stands before it, does not let this client in."""
 
 
 class ModelNotFoundError(SSDClientError):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +30,9 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from .exceptions import ImageError
 from .rule import BILINEAR_PLAIN, PAD, Preprocessing
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[Any]"
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | NDArray[Any]"
+)
 
 # Pillow's own limit, 89 megapixels: an RGB picture of a quarter of a gigabyte.
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
@@ -96,12 +98,16 @@ class Placement:
         return np.clip(points, 0, self.image_size).astype(np.float32).reshape(-1, 4)
 
 
-def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    source: ImageSource, *, max_pixels: int = MAX_PIXELS, before_decoding: Callable[[int], None] | None = None
+) -> Image.Image:
     """Read a picture and bring it to 8-bit RGB, upright.
 
     Args:
-        source: a path, the bytes of an image file, a Pillow image, or an array UINT8 [H,W,3] (RGB) or [H,W].
+        source: a path, the bytes of an image file, such a file opened for reading bytes, a Pillow image, or an array
+            UINT8 [H,W,3] (RGB) or [H,W].
         max_pixels: refuse files that would decode to more pixels than this.
+        before_decoding: called with a file's number of pixels before they take memory.
 
     Returns:
         An RGB image that carries no metadata.
@@ -111,16 +117,17 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
+    source = whole(source)
     name = _name(source)
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source, name)
         if isinstance(source, (bytes, bytearray, memoryview)):
             with io.BytesIO(source) as stream:
-                return _decode(stream, name, max_pixels)
+                return _decode(stream, name, max_pixels, before_decoding)
         if isinstance(source, (str, os.PathLike)):
             with Path(source).open("rb") as stream:
-                return _decode(stream, name, max_pixels)
+                return _decode(stream, name, max_pixels, before_decoding)
     except ImageError:
         raise
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
@@ -136,7 +143,11 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
             f"{name}: {error}",
             fix="if you trust it, raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS (the command line: --max-pixels)",
         ) from None
+    except MemoryError:
+        raise out_of_memory(source) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        if "out of memory" in str(error):  # a decoder that could not get any
+            raise out_of_memory(source) from None
         raise ImageError(
             f"{name} cannot be decoded: {error or type(error).__name__}",
             why="the file is damaged or was cut off on its way",
@@ -144,8 +155,37 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         ) from error
     raise ImageError(
         f"cannot read a picture from {type(source).__name__}",
-        fix="give a path, the bytes of an image file, a Pillow image, or a UINT8 array [H,W,3] or [H,W]",
+        fix="give a path, the bytes of an image file, a file opened for reading bytes, a Pillow image, or an array "
+        "UINT8 [H,W,3] or [H,W]",
     )
+
+
+def out_of_memory(source: ImageSource) -> ImageError:
+    """The error for a picture that is too large for this machine's memory; nothing is wrong with the picture."""
+    return ImageError(
+        f"{_name(source)} needs more memory than there is",
+        fix="free some, look at fewer pictures at once, or make the picture smaller",
+    )
+
+
+def whole(source: Any) -> Any:
+    """What is left to read of an open file, as bytes; anything else as it is.
+
+    Raises:
+        ImageError: the file cannot be read, or was opened for reading text.
+    """
+    if isinstance(source, (str, os.PathLike, Image.Image)) or not hasattr(source, "read"):
+        return source
+    name = f"the open file {getattr(source, 'name', type(source).__name__)!s}"
+    try:
+        content = source.read()
+    except (OSError, ValueError) as error:  # ValueError: closed, or text that is not UTF-8
+        raise ImageError(f"{name} cannot be read: {error}", fix="open it for reading bytes: open(path, 'rb')") from None
+    if not isinstance(content, (bytes, bytearray, memoryview)):
+        raise ImageError(
+            f"{name} gives {type(content).__name__}, not bytes", fix="open it for reading bytes: open(path, 'rb')"
+        )
+    return bytes(content)
 
 
 def place(image_size: tuple[int, int], rule: Preprocessing) -> Placement:
@@ -300,7 +340,9 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _decode(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+def _decode(
+    stream: IO[bytes], name: str, max_pixels: int, before_decoding: Callable[[int], None] | None
+) -> Image.Image:
     try:
         image = Image.open(stream, formats=_formats())
     except UnidentifiedImageError:
@@ -315,6 +357,8 @@ def _decode(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
                 why="it is a very large picture, or a small file made to fill the memory",
                 fix="make it smaller, or raise max_pixels (the command line: --max-pixels)",
             )
+        if before_decoding is not None:
+            before_decoding(width * height)
         return _to_rgb(image, name)
 
 

@@ -7,6 +7,7 @@ work on pixels. It is resumed with a step's result, or with its error.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import random
@@ -18,26 +19,30 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from . import answers
+from .budget import PixelBudget
 from .config import ModelConfig
 from .detections import Detections
+from .endpoint import Endpoint
 from .exceptions import (
     ImageError,
     InferenceError,
     InvalidInputError,
+    ModelNotFoundError,
     ModelNotReadyError,
     RequestTimeoutError,
     ServerUnavailableError,
     SharedMemoryError,
     SSDClientError,
 )
-from .preprocess import ImageSource, Placement, load_image, preprocess
-from .shared_memory import Region, RegionPool
-from .transport import Endpoint, Input, Message, codec_for
+from .messages import Input, Message, codec_for
+from .preprocess import ImageSource, Placement, load_image, out_of_memory, preprocess
+from .shared_memory import Region, RegionPool, is_abandoned
 
 Arrays: TypeAlias = "dict[str, NDArray[Any]]"
-_OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.1, 2.0  # seconds
 _CLOSE_TIMEOUT = 2.0  # seconds for making the server let go of shared memory
+_MOST_REPLACEMENTS = 10  # of the model while one request is made
 
 T = TypeVar("T")
 
@@ -69,6 +74,17 @@ Step: TypeAlias = Send | Sleep | Work
 Steps: TypeAlias = "Generator[Step, Any, T]"
 
 
+class _Replaced(Exception):  # noqa: N818 - not an error
+    """The model was replaced by one that wants another request.
+
+    Args:
+        config: of the new one.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+
+
 class Session:
     """Everything that both clients do, without I/O."""
 
@@ -80,15 +96,24 @@ class Session:
         retries: int,
         max_in_flight: int,
         max_pixels: int,
+        try_timeout: float | None = None,
     ) -> None:
         if shared_memory not in (None, "system"):
             raise InvalidInputError(f"shared_memory is {shared_memory!r}", fix="give None or 'system'")
-        if not 0 < timeout < math.inf:
-            raise InvalidInputError(f"timeout is {timeout!r}", fix="give seconds, more than 0")
-        if retries < 0 or max_in_flight < 1 or max_pixels < 1:
+        if shared_memory is not None and endpoint.is_balanced:
             raise InvalidInputError(
-                f"retries is {retries}, max_in_flight {max_in_flight}, max_pixels {max_pixels}",
-                fix="give retries of at least 0, and at least 1 for the others",
+                f"shared memory with several servers ({endpoint.url})",
+                why="a picture would lie in the memory of one server and the request would go to another",
+                fix="give the one address of the server on this machine, or use shared_memory=None",
+            )
+        for name, seconds in (("timeout", timeout), ("try_timeout", timeout if try_timeout is None else try_timeout)):
+            if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+                raise InvalidInputError(f"{name} is {seconds!r}", fix="give seconds, more than 0")
+        whole = all(isinstance(number, int) for number in (retries, max_in_flight, max_pixels))
+        if not whole or retries < 0 or max_in_flight < 1 or max_pixels < 1:
+            raise InvalidInputError(
+                f"retries is {retries!r}, max_in_flight {max_in_flight!r}, max_pixels {max_pixels!r}",
+                fix="give whole numbers: retries of at least 0, and at least 1 for the others",
             )
         self.endpoint = endpoint
         self.max_in_flight = max_in_flight
@@ -96,15 +121,39 @@ class Session:
         self._codec = codec_for(endpoint)
         self._shared = shared_memory is not None
         self._timeout, self._retries, self._max_pixels = timeout, retries, max_pixels
+        if try_timeout is None:  # one that hangs leaves time for the others
+            try_timeout = timeout / (retries + 1) if endpoint.is_balanced else timeout
+        self._try_timeout = try_timeout
         self._config: ModelConfig | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Begin in this process: regions of the one that it was forked from are that one's business."""
         self._regions = RegionPool()
+        self._pixels = PixelBudget(self._max_pixels)
+        self._swept = False  # whether regions of killed processes were looked for
         self.process = os.getpid()
 
+    @property
+    def has_regions(self) -> bool:
+        """Whether the server knows or may know shared memory of this client."""
+        return len(self._regions) > 0
+
     def config(self, refresh: bool = False) -> Steps[ModelConfig]:
-        """The model's configuration, asked for once."""
-        if self._config is None or refresh:
-            self._config = self._codec.read_config((yield from self._call(self._codec.config())))
-        return self._config
+        """The model's configuration, asked for once and after every interruption of the service."""
+        config = self._config
+        if config is None or refresh:
+            config = yield from self._read_config("")
+        return config
+
+    def _read_config(self, version: str) -> Steps[ModelConfig]:
+        """The configuration of a version; without a number, of the newest."""
+        answer = yield from self._call(self._codec.config(version), wait_for_model=not version)
+        config = answers.checked(self.endpoint, self._codec.read_config, answer)
+        if version:
+            config = dataclasses.replace(config, version=version)
+        self._config = config
+        return config
 
     def infer(
         self,
@@ -113,27 +162,40 @@ class Session:
         iou_threshold: NDArray[np.float32] | float | None,
     ) -> Steps[Arrays]:
         config = yield from self.config()
-        row = (config.input_height, config.input_width, 3)
-        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != row:
-            got = f"{images.dtype}{list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
-            raise InvalidInputError(
-                f"images is {got}, model {config.name!r} takes uint8[batch, {row[0]}, {row[1]}, 3]",
-                fix="see preprocess.input_array, or let detect() do it",
-            )
-        if not 1 <= len(images) <= config.max_batch_size:
-            raise InvalidInputError(
-                f"the batch has {len(images)} images, model {config.name!r} takes 1 to {config.max_batch_size}",
-                fix="send it in parts; detect() does",
-            )
-        thresholds = _threshold_inputs(config, len(images), score_threshold, iou_threshold)
-        if not self._shared:
-            return (yield from self._request(images, None, thresholds))
+        rule = config.preprocessing
+        for _ in range(_MOST_REPLACEMENTS):
+            row = (config.input_height, config.input_width, 3)
+            if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != row:
+                got = f"{images.dtype}{list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
+                raise InvalidInputError(
+                    f"images is {got}, model {config.name!r} takes uint8[batch, {row[0]}, {row[1]}, 3]",
+                    fix="see preprocess.input_array, or let detect() do it",
+                )
+            if not 1 <= len(images) <= config.max_batch_size:
+                raise InvalidInputError(
+                    f"the batch has {len(images)} images, model {config.name!r} takes 1 to {config.max_batch_size}",
+                    fix="send it in parts; detect() does",
+                )
+            if config.preprocessing != rule:
+                raise InvalidInputError(
+                    f"model {config.name!r} was replaced by one whose input is made by {config.preprocessing}; "
+                    f"these images may follow {rule}",
+                    fix="make them by model_config().preprocessing, which is the new one's now",
+                )
+            thresholds = _threshold_inputs(config, len(images), score_threshold, iou_threshold)
 
-        def fill(out: NDArray[np.uint8]) -> None:
-            out[...] = images
+            def fill(out: NDArray[np.uint8]) -> None:
+                out[...] = images
 
-        outputs, _ = yield from self._infer_filled(images.shape, fill, thresholds)
-        return outputs
+            try:
+                if self._shared:
+                    _, outputs, _ = yield from self._infer_filled(config, images.shape, fill, thresholds)
+                else:
+                    _, outputs = yield from self._request(config, images, None, thresholds)
+                return outputs
+            except _Replaced as replaced:
+                config = replaced.config
+        raise self._never_the_same()
 
     def detect(
         self,
@@ -144,6 +206,27 @@ class Session:
     ) -> Steps[list[Detections]]:
         """One request's worth of pictures; `first` is the number of the first one in the caller's list."""
         config = yield from self.config()
+        for _ in range(_MOST_REPLACEMENTS):
+            try:
+                results: list[Detections] = []
+                while len(results) < len(sources):  # once, unless a new version takes fewer at once
+                    start = len(results)
+                    part = sources[start : start + config.max_batch_size]
+                    number = None if first is None else first + start
+                    results += yield from self._detect(config, part, score_threshold, iou_threshold, number)
+                return results
+            except _Replaced as replaced:
+                config = replaced.config
+        raise self._never_the_same()
+
+    def _detect(
+        self,
+        config: ModelConfig,
+        sources: Sequence[ImageSource],
+        score_threshold: float | None,
+        iou_threshold: float | None,
+        first: int | None,
+    ) -> Steps[list[Detections]]:
         keep_above = None
         if not config.runtime_thresholds:
             keep_above, score_threshold = _fixed_thresholds(config, score_threshold, iou_threshold), None
@@ -154,11 +237,18 @@ class Session:
             return [self._prepare(source, config, out, k, first) for k, source in enumerate(sources)]
 
         shape = (len(sources), config.input_height, config.input_width, 3)
-        outputs, placements = yield from self._infer_filled(shape, fill, thresholds, heavy=True)
+        answered, outputs, placements = yield from self._infer_filled(config, shape, fill, thresholds, heavy=True)
         return [
-            _detections(config, outputs, k, placement, source, keep_above)
+            _detections(answered, outputs, k, placement, source, keep_above, self._max_pixels)
             for k, (placement, source) in enumerate(zip(placements, sources, strict=True))
         ]
+
+    def _never_the_same(self) -> InferenceError:
+        return InferenceError(
+            f"model {self.endpoint.model!r} at {self.endpoint} changed {_MOST_REPLACEMENTS} times during one request",
+            why="several servers behind one address serve versions that want different input",
+            fix="let all of them serve the same version",
+        )
 
     def split(self, count: int, config: ModelConfig) -> list[slice]:
         """Requests for `count` pictures: none above the model's batch, and enough to keep `max_in_flight` busy."""
@@ -190,7 +280,11 @@ class Session:
         self, source: ImageSource, config: ModelConfig, out: NDArray[np.uint8], k: int, first: int | None
     ) -> Placement:
         try:
-            return preprocess(load_image(source, max_pixels=self._max_pixels), config.preprocessing, out[k])
+            with self._pixels.share() as take:
+                image = load_image(source, max_pixels=self._max_pixels, before_decoding=take)
+                return preprocess(image, config.preprocessing, out[k])
+        except MemoryError:
+            raise out_of_memory(source) from None
         except ImageError as error:
             if first is None:
                 raise
@@ -198,46 +292,73 @@ class Session:
 
     def _infer_filled(
         self,
+        config: ModelConfig,
         shape: tuple[int, ...],
         fill: Callable[[NDArray[np.uint8]], T],
         thresholds: Sequence[Input],
         heavy: bool = False,
-    ) -> Steps[tuple[Arrays, T]]:
-        """Let `fill` write the images to where they are sent from, and send them."""
+    ) -> Steps[tuple[ModelConfig, Arrays, T]]:
+        """Let `fill` write the images to where they are sent from, and send them; see `_request`."""
         if not self._shared:
             images = np.empty(shape, np.uint8)
             filled: T = (yield Work(fill, images)) if heavy else fill(images)
-            return (yield from self._request(images, None, thresholds)), filled
+            return *(yield from self._request(config, images, None, thresholds)), filled
         for last in (False, True):
             region = yield from self._region(math.prod(shape), fresh=last)
             known = True
             try:
                 images = region.images(shape)
                 filled = (yield Work(fill, images)) if heavy else fill(images)
-                return (yield from self._request(images, region.name, thresholds)), filled
-            except SharedMemoryError:
+                return *(yield from self._request(config, images, region.name, thresholds)), filled
+            except SharedMemoryError as error:
                 known = False  # a server that was started again does not know the regions of its predecessor
                 self._regions.forget(region)
                 if last:
-                    raise
+                    raise SharedMemoryError(
+                        f"the server at {self.endpoint} took shared memory, and then did not know it: {error}",
+                        why="several servers stand behind this address, and request and memory went to different ones",
+                        fix="give the address of the one server on this machine, or use shared_memory=None",
+                    ) from error
             finally:
                 if known:
                     self._regions.give_back(region)
         raise AssertionError("unreachable")
 
-    def _request(self, images: NDArray[np.uint8], region: str | None, thresholds: Sequence[Input]) -> Steps[Arrays]:
-        answer = yield from self._call(self._codec.infer([Input("images", images, region), *thresholds]))
-        outputs = self._codec.read_outputs(answer)
-        batch, most = len(images), self._config.max_detections if self._config else 0
-        shapes = dict(zip(_OUTPUTS, ((batch, 1), (batch, most, 4), (batch, most), (batch, most)), strict=True))
-        if {name: array.shape for name, array in outputs.items()} != shapes:
-            raise InferenceError(
-                f"model {self.endpoint.model!r} answered { ({name: array.shape for name, array in outputs.items()}) }, "
-                f"its configuration promises {shapes}",
-                why="the model was replaced since its configuration was read",
-                fix="read it again: model_config(refresh=True)",
-            )
-        return outputs
+    def _request(
+        self, config: ModelConfig, images: NDArray[np.uint8], region: str | None, thresholds: Sequence[Input]
+    ) -> Steps[tuple[ModelConfig, Arrays]]:
+        """One request, made by `config`, and the configuration of the version that answered.
+
+        Raises:
+            _Replaced: that version wants another request.
+        """
+        try:
+            sent = yield from self._call(self._codec.infer([Input("images", images, region), *thresholds]))
+        except (InvalidInputError, SharedMemoryError):  # refused: it may fit the version before
+            newer = yield from self.config(refresh=True)
+            if not newer.asks_like(config) or newer.max_batch_size < len(images):
+                raise _Replaced(newer) from None
+            raise
+        answer = answers.checked(self.endpoint, self._codec.read_answer, sent)
+        answered = yield from self._config_of(answer.version, config)
+        if not answered.asks_like(config):
+            raise _Replaced(answered)
+        return answered, answers.outputs(self.endpoint, answered, len(images), answer)
+
+    def _config_of(self, version: str, config: ModelConfig) -> Steps[ModelConfig]:
+        """The configuration of the version that answered a request made by `config`."""
+        current = self._config
+        if current is None:  # the service was interrupted: a number may mean another model now
+            current = yield from self.config()
+        if version in ("", current.version):
+            return current
+        if version == config.version:
+            return config
+        try:
+            return (yield from self._read_config(version))
+        except ModelNotFoundError:  # it was replaced already
+            newest = yield from self.config(refresh=True)
+            raise _Replaced(newest) from None
 
     def _region(self, byte_size: int, fresh: bool) -> Steps[Region]:
         """A region of at least this size that is registered with the server. With `fresh` it is a new one."""
@@ -248,6 +369,9 @@ class Session:
             with contextlib.suppress(SSDClientError):  # in use by a request that was given up: close() sees to it
                 yield Send(self._codec.unregister(region.name), self._timeout)
                 self._regions.forget(region)
+        if not self._swept:
+            self._swept = True
+            yield from self._sweep()
         region = Region(byte_size)
         # Before it is registered: a task that is cancelled in between does not know whether it was.
         self._regions.add(region)
@@ -266,15 +390,33 @@ class Session:
             region.hide()
         return region
 
-    def _call(self, message: Message) -> Steps[Any]:
+    def _sweep(self) -> Steps[None]:
+        """Make the server let go of what killed clients of this machine left with it."""
+        with contextlib.suppress(SSDClientError):  # of a server that restricts this, for example
+            names = answers.checked(
+                self.endpoint, self._codec.read_regions, (yield Send(self._codec.regions(), self._try_timeout))
+            )
+            for name in filter(is_abandoned, names):
+                yield Send(self._codec.unregister(name), self._try_timeout)
+
+    def _call(self, message: Message, wait_for_model: bool = True) -> Steps[Any]:
         """Send, and send again while the server is away and there is time; inference may be repeated without harm."""
         if self.closed:
             raise SSDClientError("the client is closed", fix="make a new one")
         deadline = time.monotonic() + self._timeout
         for attempt in range(self._retries + 1):
+            left = max(deadline - time.monotonic(), 0.001)
             try:
-                return (yield Send(message, max(deadline - time.monotonic(), 0.001)))
-            except (ServerUnavailableError, ModelNotReadyError):
+                return (yield Send(message, min(left, self._try_timeout)))
+            except RequestTimeoutError:
+                if left <= self._try_timeout:
+                    raise self.endpoint.timed_out(self._timeout) from None
+                if attempt == self._retries:
+                    raise
+            except (ServerUnavailableError, ModelNotReadyError) as error:
+                if isinstance(error, ModelNotReadyError) and not wait_for_model:
+                    raise  # that version was replaced, and does not come back
+                self._config = None  # whatever comes back may be another model
                 backoff = min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2**attempt) * random.uniform(0.5, 1.0)
                 if attempt == self._retries or time.monotonic() + backoff >= deadline:
                     raise
@@ -331,15 +473,10 @@ def _detections(
     placement: Placement,
     source: ImageSource,
     keep_above: float | None,
+    max_pixels: int,
 ) -> Detections:
-    count, boxes, scores, classes = (outputs[name][row] for name in _OUTPUTS)
-    number = int(count[0])
-    if not 0 <= number <= len(scores) or not ((classes[:number] >= 0) & (classes[:number] < len(config.labels))).all():
-        raise InferenceError(
-            f"model {config.name!r} answered {number} detections of classes {classes[: max(number, 0)].tolist()}; "
-            f"it has room for {len(scores)} and {len(config.labels)} labels",
-            fix="check that its labels belong to its weights, and publish it again",
-        )
+    boxes, scores, classes = (outputs[f"detection_{name}"][row] for name in ("boxes", "scores", "classes"))
+    number = int(outputs["num_detections"][row, 0])
     if keep_above is not None:
         number = int((scores[:number] > keep_above).sum())  # best first
     ids = classes[:number].astype(np.int32)
@@ -350,4 +487,5 @@ def _detections(
         labels=tuple(config.labels[k] for k in ids.tolist()),
         image_size=placement.image_size,
         source=source,
+        max_pixels=max_pixels,
     )

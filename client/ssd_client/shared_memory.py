@@ -1,13 +1,16 @@
 """System shared memory: pictures are written where the server reads them, instead of being sent.
 
 A region's name leaves /dev/shm as soon as the server has mapped it. The memory lives on in the two mappings and goes
-with them, so nothing is left behind however this process ends.
+with them, so nothing is left in /dev/shm however this process ends. A killed process cannot tell the server to let go
+of its mapping; the region's name tells whose it was, and the next client tells the server instead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import re
 import threading
 import uuid
 from pathlib import Path
@@ -18,6 +21,41 @@ from numpy.typing import NDArray
 from .exceptions import SharedMemoryError
 
 _FOLDER = Path("/dev/shm")
+_NAME = re.compile(r"ssd_client_(\d+)_(\d+)_(\d+)_[0-9a-f]{16}")
+
+
+def is_abandoned(name: str) -> bool:
+    """Whether the process that made the region of this name has ended.
+
+    Of a process in another container (another process namespace) nothing is known: its regions count as in use.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None or int(match[1]) != _namespace():
+        return False
+    process, started = int(match[2]), int(match[3])
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # it is another user's
+        pass
+    return _started(process) not in (None, started)
+
+
+def _namespace() -> int:
+    """Number of the namespace in which this process's number means something; 0 if the system does not tell."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
+
+
+def _started(process: int) -> int | None:
+    """When a process started, in the kernel's ticks since boot; None if the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # The name of the program comes second, in parentheses, and may hold anything.
+        return int(Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+    return None
 
 
 class Region:
@@ -36,7 +74,8 @@ class Region:
     """
 
     def __init__(self, byte_size: int) -> None:
-        self.name = f"ssd_client_{os.getpid()}_{uuid.uuid4().hex[:16]}"
+        process = os.getpid()
+        self.name = f"ssd_client_{_namespace()}_{process}_{_started(process) or 0}_{uuid.uuid4().hex[:16]}"
         self.key = f"/{self.name}"
         self.byte_size = byte_size
         try:
@@ -72,6 +111,10 @@ class RegionPool:
         self._known: dict[str, Region] = {}
         self._free: list[Region] = []
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """How many regions the server knows or may know."""
+        return len(self._known)
 
     def add(self, region: Region) -> None:
         """Note a region that the server is told of. The caller uses it first."""

@@ -11,7 +11,6 @@ box_coding 1), which decodes survivors only; a network of its own for each batch
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import statistics
@@ -326,7 +325,7 @@ class Peer:
         names = ("score_threshold", "iou_threshold", "max_detections", "background_class", "box_scales")
         case = {name: getattr(settings, name) for name in names}
         case |= {"batch": batch, "anchors": count, "classes": classes, "replays": replays}
-        case |= {"type": str(inputs[0].logits.dtype).removeprefix("torch.")}
+        case |= {"type": str(inputs[0].logits.dtype)}
         case |= {"sets": [self._files(i) for i in range(len(inputs))], "anchors_file": str(self._folder / "anchors")}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(case) + "\n")
@@ -342,11 +341,11 @@ class Peer:
         self._folder.mkdir(parents=True, exist_ok=True)
         for old in self._folder.iterdir():
             old.unlink()
-        _dump(inputs[0].anchors, self._folder / "anchors")
+        inputs[0].anchors.tofile(self._folder / "anchors")
         for index, given in enumerate(inputs):
             files = self._files(index)
-            _dump(given.deltas, Path(files["box_deltas"]))
-            _dump(given.logits, Path(files["class_logits"]))
+            given.deltas.tofile(files["box_deltas"])
+            given.logits.tofile(files["class_logits"])
 
     def _answer(self) -> dict[str, Any]:
         """The next line; a process that ends or takes too long instead has the reason in it."""
@@ -391,14 +390,6 @@ class Peer:
 
     def __exit__(self, *_: object) -> None:
         self._end()
-
-
-def _dump(tensor: Any, path: Path) -> None:
-    """A torch tensor's bytes, without numpy."""
-    there = tensor.cpu().contiguous()
-    size = there.numel() * there.element_size()
-    with path.open("wb") as file:
-        file.write(memoryview((ctypes.c_ubyte * size).from_address(there.data_ptr())))
 
 
 if __name__ == "__main__":

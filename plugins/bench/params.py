@@ -20,6 +20,7 @@ class Settings:
     box_scales: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
     clip_boxes: int = 1
     class_agnostic: int = 0
+    lowest_score_threshold: float = 0.01
 
 
 class Params(ctypes.Structure):
@@ -32,4 +33,5 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("score_activation", "box_coding")),
         ("box_scales", ctypes.c_float * 4),
         *((name, ctypes.c_int32) for name in ("clip_boxes", "class_agnostic")),
+        ("lowest_score_threshold", ctypes.c_float),
     )

@@ -74,7 +74,9 @@ bool checkParams(Checker& check, SsdNmsParams const& p)
         && check(p.boxCoding == SSD_NMS_CENTER_SIZE || p.boxCoding == SSD_NMS_CORNER, kInvalid,
             "box_coding is %d, must be 0 (center_size) or 1 (corner)", p.boxCoding)
         && check(isFlag(p.clipBoxes), kInvalid, "clip_boxes is %d, must be 0 or 1", p.clipBoxes)
-        && check(isFlag(p.classAgnostic), kInvalid, "class_agnostic is %d, must be 0 or 1", p.classAgnostic);
+        && check(isFlag(p.classAgnostic), kInvalid, "class_agnostic is %d, must be 0 or 1", p.classAgnostic)
+        && check(isFraction(p.lowestScoreThreshold), kInvalid, "lowest_score_threshold is %g, must be in [0, 1]",
+            p.lowestScoreThreshold);
     for (int32_t i = 0; passed && i < 4; ++i)
     {
         float const scale = p.boxScales[i];
@@ -164,7 +166,7 @@ char const* ssdNmsStatusString(SsdNmsStatus status)
     case SSD_NMS_WORKSPACE_TOO_SMALL:
         return "the workspace is smaller than ssdNmsWorkspaceSize() asks for";
     case SSD_NMS_LAUNCH_FAILED:
-        return "CUDA refused a kernel launch (cudaGetLastError says why)";
+        return "CUDA refused a kernel launch (ssdNmsLastError says why)";
     }
     return "unknown status";
 }

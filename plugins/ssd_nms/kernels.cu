@@ -11,6 +11,7 @@
 //! different, then put everything in order.
 
 #include "find.cuh"
+#include "launch_error.cuh"
 #include "select.cuh"
 
 namespace ssd_nms
@@ -21,6 +22,7 @@ namespace
 //! The parts of the workspace: offsets in bytes.
 struct Layout
 {
+    size_t sorted;
     size_t counts;
     size_t seen;
     size_t size;
@@ -40,13 +42,21 @@ Tiling tilingOf(SsdNmsParams const& params, SsdNmsShape const& shape)
     tiling.sharedBytes = fitting == 0 ? 0 : static_cast<int32_t>(anchorBytes) * tiling.anchorsPerTile;
     tiling.tilesPerRow = (shape.anchors - 1) / tiling.anchorsPerTile + 1;
     int32_t const foreground = foregroundClasses(params, shape);
-    bool const isBounded = params.scoreActivation == SSD_NMS_SOFTMAX && !shape.hasScoreThresholds;
+    bool const isSoftmax = params.scoreActivation == SSD_NMS_SOFTMAX;
+    // A threshold that comes with a request is not known here, but it is not below the lowest.
+    float const threshold =
+        effectiveThreshold(shape.hasScoreThresholds ? 0.0F : params.scoreThreshold, params.lowestScoreThreshold);
     tiling.keysPerTile = static_cast<int64_t>(tiling.anchorsPerTile)
-        * (isBounded ? softmaxCandidatesPerAnchor(foreground, params.scoreThreshold) : foreground);
+        * (isSoftmax ? softmaxCandidatesPerAnchor(foreground, threshold) : foreground);
+    tiling.lanesPerTile = 1;
+    while (tiling.lanesPerTile < kWarpSize && tiling.lanesPerTile * 2 * tiling.tilesPerRow <= kSelectThreads)
+    {
+        tiling.lanesPerTile *= 2;
+    }
     return tiling;
 }
 
-//! Keys first (offset 0), then counts, then what the cap needs.
+//! Keys first (offset 0), then room for as many, then counts, then what the cap needs.
 Layout layoutOf(SsdNmsParams const& params, SsdNmsShape const& shape)
 {
     auto const aligned = [](size_t bytes)
@@ -57,14 +67,27 @@ Layout layoutOf(SsdNmsParams const& params, SsdNmsShape const& shape)
     size_t const tiles = static_cast<size_t>(shape.batch) * static_cast<size_t>(tiling.tilesPerRow);
     size_t const labels = static_cast<size_t>(shape.batch) * static_cast<size_t>(foregroundClasses(params, shape));
     Layout layout{};
-    layout.counts = aligned(tiles * static_cast<size_t>(tiling.keysPerTile) * sizeof(uint64_t));
+    layout.sorted = aligned(tiles * static_cast<size_t>(tiling.keysPerTile) * sizeof(uint64_t));
+    layout.counts = 2 * layout.sorted;
     layout.seen = layout.counts + aligned(tiles * sizeof(int32_t));
     layout.size = layout.seen + (params.topkPerClass > 0 ? aligned(labels * sizeof(int32_t)) : 0);
     return layout;
 }
 
-cudaError_t launch(void (*kernel)(Problem), int32_t blocks, int32_t threads, size_t sharedBytes, Problem const& problem,
-    cudaStream_t stream)
+using Kernel = void (*)(Problem);
+
+Kernel findKernelOf(SsdNmsShape const& shape, Tiling const& tiling)
+{
+    bool const isStaged = tiling.sharedBytes != 0;
+    if (shape.logitsType == SSD_NMS_FLOAT16)
+    {
+        return isStaged ? findCandidates<Half, true> : findCandidates<Half, false>;
+    }
+    return isStaged ? findCandidates<float, true> : findCandidates<float, false>;
+}
+
+cudaError_t launch(
+    Kernel kernel, int32_t blocks, int32_t threads, size_t sharedBytes, Problem const& problem, cudaStream_t stream)
 {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<uint32_t>(blocks));
@@ -109,19 +132,33 @@ SsdNmsStatus ssdNmsLaunch(SsdNmsParams const* params, SsdNmsShape const* shape, 
     problem.tensors = *tensors;
     problem.tiling = tilingOf(*params, *shape);
     problem.foregroundClasses = foregroundClasses(*params, *shape);
+    problem.inverseAnchors = inverseOf(shape->anchors);
     problem.keys = reinterpret_cast<uint64_t*>(bytes);
+    problem.sorted = reinterpret_cast<uint64_t*>(bytes + layout.sorted);
     problem.counts = reinterpret_cast<int32_t*>(bytes + layout.counts);
     problem.seen = reinterpret_cast<int32_t*>(bytes + layout.seen);
 
     auto const cudaStream = static_cast<cudaStream_t>(stream);
-    // The counter of a tile, the tile, and what its alignment may cost.
-    size_t const findBytes = sizeof(uint4) + static_cast<size_t>(problem.tiling.sharedBytes) + sizeof(uint4);
-    cudaError_t error = launch(shape->logitsType == SSD_NMS_FLOAT16 ? findCandidates<Half> : findCandidates<float>,
-        shape->batch * problem.tiling.tilesPerRow, kFindThreads, findBytes, problem, cudaStream);
+    char const* kernel = "findCandidates";
+    // What the block shares, the tile, and what its alignment may cost.
+    size_t const findBytes = sizeof(FindShared) + static_cast<size_t>(problem.tiling.sharedBytes) + sizeof(uint4);
+    cudaError_t error = launch(findKernelOf(*shape, problem.tiling), shape->batch * problem.tiling.tilesPerRow,
+        kFindThreads, findBytes, problem, cudaStream);
     if (error == cudaSuccess)
     {
+        kernel = "selectDetections";
         error = launch(shape->deltasType == SSD_NMS_FLOAT16 ? selectDetections<Half> : selectDetections<float>,
             shape->batch, kSelectThreads, sizeof(SelectShared), problem, cudaStream);
     }
-    return error == cudaSuccess ? SSD_NMS_OK : SSD_NMS_LAUNCH_FAILED;
+    if (error != cudaSuccess)
+    {
+        keepLaunchError(error, kernel);
+        return SSD_NMS_LAUNCH_FAILED;
+    }
+    return SSD_NMS_OK;
+}
+
+char const* ssdNmsLastError()
+{
+    return ssd_nms::tLaunchError;
 }

@@ -2,8 +2,8 @@
 //! The arithmetic of SSDNMS, for host and device: conversion, exp, activation, decode, IoU, and the key that orders.
 //!
 //! Every function gives the same bits on the GPU and on the CPU: only IEEE operations, an exp of our own instead of the
-//! two platforms' different ones, and no contraction of a*b+c (-fmad=false, -ffp-contract=off). So the reference and the
-//! kernels can be compared bit for bit.
+//! two platforms' different ones, and no contraction of a*b+c (-fmad=false, -ffp-contract=off). So the reference and
+//! the kernels can be compared bit for bit.
 
 #ifndef SSD_NMS_NUMERICS_H
 #define SSD_NMS_NUMERICS_H
@@ -81,14 +81,8 @@ SSD_NMS_HOST_DEVICE float toFloat(Half value)
 //! e^x within 1 unit in the last place: 2^n * e^r with |r| <= ln(2)/2 (Cody and Waite 1980, chapter 6).
 SSD_NMS_HOST_DEVICE float expOf(float x)
 {
-    if (x > 88.8F)
-    {
-        return INFINITY;
-    }
-    if (x < -104.0F)
-    {
-        return 0.0F;
-    }
+    x = x > 88.8F ? 88.8F : x; // infinite from here on
+    x = x < -104.0F ? -104.0F : x; // 0 from here on
     float const n = rintf(x * 0x1.715476p0F); // 1 / ln(2)
     float r = fmaf(n, -0x1.62e4p-1F, x); // ln(2), its upper 15 bits: n times them is exact
     r = fmaf(n, -0x1.7f7d1cp-20F, r); // and the rest
@@ -100,7 +94,7 @@ SSD_NMS_HOST_DEVICE float expOf(float x)
     power = fmaf(power * r, r, r) + 1.0F;
     // In two steps, so that neither factor leaves the range and a subnormal result is rounded once.
     // NaN reaches this line; its conversion is kept defined.
-    int32_t const exponent = x == x ? static_cast<int32_t>(n) : 0;
+    auto const exponent = static_cast<int32_t>(x == x ? n : 0.0F);
     int32_t const half = exponent >> 1;
     float const first = floatOf(static_cast<uint32_t>(127 + half) << 23);
     float const second = floatOf(static_cast<uint32_t>(127 + exponent - half) << 23);
@@ -110,6 +104,15 @@ SSD_NMS_HOST_DEVICE float expOf(float x)
 SSD_NMS_HOST_DEVICE float sigmoidOf(float logit)
 {
     return 1.0F / (1.0F + expOf(-logit));
+}
+
+//! At most ln(x), and at least ln(x) - 0.07 (but -infinity for what is not a normal number above 0).
+//!
+//! The mantissa stands for its logarithm: log2(1 + m) is concave and equals m at both ends of 0..1.
+SSD_NMS_HOST_DEVICE float logBelow(float x)
+{
+    float const exponent = static_cast<float>(bitsOf(x)) * 0x1p-23F - 127.0F;
+    return x >= 0x1p-126F ? exponent * 0x1.62e43p-1F - 0.001F : -INFINITY;
 }
 
 //! A logit (for softmax: its distance from the background's) that is not above this has no score above the threshold.
@@ -127,6 +130,13 @@ SSD_NMS_HOST_DEVICE float logitBound(float scoreThreshold)
         return INFINITY;
     }
     return logf(scoreThreshold / (1.0F - scoreThreshold)) - 0.01F;
+}
+
+//! The threshold that counts: what was asked for, but not below the lowest that is allowed. NaN stays NaN: no score is
+//! above it.
+SSD_NMS_HOST_DEVICE float effectiveThreshold(float asked, float lowest)
+{
+    return asked < lowest ? lowest : asked;
 }
 
 //! The classes of one anchor that can have a softmax score above the threshold: each takes more than the threshold of a
@@ -171,6 +181,26 @@ SSD_NMS_HOST_DEVICE float scoreOf(Key key)
 SSD_NMS_HOST_DEVICE uint32_t indexOf(Key key)
 {
     return ~static_cast<uint32_t>(key.value);
+}
+
+//! What splitIndex() needs of the number of anchors.
+SSD_NMS_HOST_DEVICE uint32_t inverseOf(int32_t anchors)
+{
+    uint64_t const inverse = (uint64_t{1} << 32) / static_cast<uint32_t>(anchors);
+    return inverse > 0xFFFFFFFFU ? 0xFFFFFFFFU : static_cast<uint32_t>(inverse);
+}
+
+//! The label and the anchor of an index, without a division: the product is at most 1 too small.
+SSD_NMS_HOST_DEVICE void splitIndex(uint32_t index, int32_t anchors, uint32_t inverse, int32_t& label, int32_t& anchor)
+{
+    auto const count = static_cast<uint32_t>(anchors);
+    auto quotient = static_cast<uint32_t>((static_cast<uint64_t>(index) * inverse) >> 32);
+    uint32_t rest = index - quotient * count;
+    bool const isShort = rest >= count;
+    quotient += isShort ? 1U : 0U;
+    rest -= isShort ? count : 0U;
+    label = static_cast<int32_t>(quotient);
+    anchor = static_cast<int32_t>(rest);
 }
 
 SSD_NMS_HOST_DEVICE float clipped(float value)
@@ -218,18 +248,17 @@ SSD_NMS_HOST_DEVICE float areaOf(Box const& box)
     return area > 0.0F ? area : 0.0F;
 }
 
-//! Whether the IoU of two boxes is above the threshold; symmetric.
+//! Whether the IoU of two boxes is above the threshold; symmetric. All conditions are looked at together: branches
+//! would cost a warp more than a division that is not needed, and no condition depends on another one's.
 SSD_NMS_HOST_DEVICE bool overlaps(Box const& a, float areaA, Box const& b, float areaB, float iouThreshold)
 {
     float const width = fminf(a.x2, b.x2) - fmaxf(a.x1, b.x1);
     float const height = fminf(a.y2, b.y2) - fmaxf(a.y1, b.y1);
-    if (!(width > 0.0F && height > 0.0F && areaA > 0.0F && areaB > 0.0F))
-    {
-        return false;
-    }
     float const inter = width * height;
     float const both = (areaA + areaB) - inter;
-    return inter > 0.0F && both > 0.0F && inter / both > iouThreshold;
+    bool const hasOverlap = (width > 0.0F) & (height > 0.0F) & (inter > 0.0F);
+    bool const hasArea = (areaA > 0.0F) & (areaB > 0.0F) & (both > 0.0F);
+    return hasOverlap & hasArea & (inter / both > iouThreshold);
 }
 
 } // namespace ssd_nms

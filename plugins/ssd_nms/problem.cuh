@@ -29,6 +29,7 @@ struct Tiling
     int32_t tilesPerRow;
     int32_t sharedBytes; //!< 0: the logits are read where they are.
     int64_t keysPerTile;
+    int32_t lanesPerTile; //!< That read a tile's keys in selectDetections; a power of 2.
 };
 
 //! What both kernels get.
@@ -39,14 +40,18 @@ struct Problem
     SsdNmsTensors tensors;
     Tiling tiling;
     int32_t foregroundClasses;
+    uint32_t inverseAnchors; //!< For splitIndex().
     uint64_t* keys; //!< [B, tilesPerRow, keysPerTile]
+    uint64_t* sorted; //!< The same shape: room to put a row's keys in the order of their buckets.
     int32_t* counts; //!< [B, tilesPerRow]: candidates in each tile
     int32_t* seen; //!< [B, foregroundClasses] with a cap: candidates of the class in the groups before this one
 };
 
 __device__ __forceinline__ float scoreThresholdOf(Problem const& problem, int32_t row)
 {
-    return problem.shape.hasScoreThresholds ? problem.tensors.scoreThresholds[row] : problem.params.scoreThreshold;
+    float const asked =
+        problem.shape.hasScoreThresholds ? problem.tensors.scoreThresholds[row] : problem.params.scoreThreshold;
+    return effectiveThreshold(asked, problem.params.lowestScoreThreshold);
 }
 
 } // namespace

@@ -2,8 +2,9 @@
 //! The interface of SSDNMS: activate the class scores, decode the boxes, cap, suppress, merge and pad, for a batch.
 //!
 //! Plain C, without a CUDA or TensorRT type. Two libraries implement it: `ssd_nms_core` on the GPU (all tensors and the
-//! workspace are device memory, the stream is a cudaStream_t) and `ssd_nms_reference` on the CPU (all of it host memory,
-//! the stream is ignored). No function throws, keeps state between calls, or allocates device memory.
+//! workspace are device memory, the stream is a cudaStream_t) and `ssd_nms_reference` on the CPU (all of it host
+//! memory, the stream is ignored). No function throws, keeps state between calls but the text of ssdNmsLastError(), or
+//! allocates device memory.
 
 #ifndef SSD_NMS_H
 #define SSD_NMS_H
@@ -30,7 +31,7 @@ extern "C"
         SSD_NMS_TOO_LARGE = 3, //!< The problem has more candidates than the order's 32-bit index can tell apart.
         SSD_NMS_INVALID_POINTER = 4, //!< A pointer is null or not aligned to 16 bytes.
         SSD_NMS_WORKSPACE_TOO_SMALL = 5, //!< The workspace has fewer bytes than ssdNmsWorkspaceSize() asks for.
-        SSD_NMS_LAUNCH_FAILED = 6, //!< CUDA refused a launch; cudaGetLastError() says why.
+        SSD_NMS_LAUNCH_FAILED = 6, //!< CUDA refused a launch; ssdNmsLastError() says why.
     } SsdNmsStatus;
 
     typedef enum SsdNmsActivation
@@ -65,6 +66,7 @@ extern "C"
         float boxScales[4]; //!< Above 0; the deltas are divided by them.
         int32_t clipBoxes; //!< 0 or 1
         int32_t classAgnostic; //!< 0 or 1
+        float lowestScoreThreshold; //!< 0..1; a lower score threshold, attribute or input, acts as this one.
     } SsdNmsParams;
 
     //! The dimensions and types of one call, or the largest ones of many.
@@ -111,6 +113,11 @@ extern "C"
     //! \param stream is a cudaStream_t.
     SSD_NMS_API SsdNmsStatus ssdNmsLaunch(SsdNmsParams const* params, SsdNmsShape const* shape,
         SsdNmsTensors const* tensors, void* workspace, size_t workspaceSize, void* stream);
+
+    //! What CUDA said when the last ssdNmsLaunch() of this thread that ended with SSD_NMS_LAUNCH_FAILED was refused:
+    //! the kernel and the error; where the library has no code for the device, the device and what there is code for.
+    //! \return "" if there was none. The text lives until this thread's next such launch.
+    SSD_NMS_API char const* ssdNmsLastError(void);
 
 #ifdef __cplusplus
 } // extern "C"

@@ -180,17 +180,53 @@ def test_a_config_without_its_version_is_a_problem(machine: Machine) -> None:
 
 @pytest.fixture
 def tiny(machine: Machine, tmp_path: Path) -> Path:
-    """The spec.toml of a tiny model that is really published, with stand-ins for our backend's libraries."""
+    """The spec.toml of a tiny model that is really published, for a backend that is not installed here."""
     path = tiny_model.write(machine.models / "tiny")
-    built, library = tmp_path / "built.onnx", tmp_path / "library"
+    built = tmp_path / "built.onnx"
     spec = specs.load(path)
     built.write_bytes(attach(spec).SerializeToString())
-    library.write_bytes(b"a library")
     ours = backend.of({"serving": {"backend": backend.NATIVE}})
     assert ours
-    served_by = Backend(ours.name, "a stand-in", {f"libtriton_{ours.name}.so": library}, ours.sources)
+    served_by = Backend(ours.name, "a stand-in", {}, ours.sources, {"libtriton_ssd_onnxruntime.so": "ab" * 32})
     repository.publish(spec, built, machine.repository, Target("onnxruntime"), served_by=served_by)
     return path
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (Path.unlink, "its config.pbtxt is missing"),
+        (lambda config: config.write_text(""), "cannot be read, or names no version"),
+        (lambda config: config.write_text(config.read_text() + "#"), "is not that of version 1"),
+    ],
+)
+def test_damage_to_the_config_is_a_problem(machine: Machine, tiny: Path, damage: Any, text: str) -> None:
+    damage(machine.repository / "tiny" / "config.pbtxt")
+    finding = only(examine(machine), "Published", "tiny")
+    assert (finding.state, finding.fix) == ("problem", "./invoke build-engines --model tiny --force")
+    assert text in finding.text
+
+
+def test_the_backend_that_a_version_was_tested_with(machine: Machine, tiny: Path) -> None:
+    label = "tiny version 1, served: backend"
+    finding = only(examine(machine), "Published", label)
+    assert (finding.state, "holds no whole ssd_onnxruntime" in finding.text) == ("problem", True)
+    folder = machine.backends / backend.NATIVE
+    folder.mkdir(parents=True)
+    digests = {}
+    for name in (backend.LIBRARY, backend.RUNTIME):
+        (folder / name).write_bytes(b"a library")
+        digests[name] = hashlib.sha256(b"a library").hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({"built_from": "", "onnxruntime": "1", "files": digests}))
+    assert "tested with other libraries" in only(examine(machine), "Published", label).text
+    (folder / backend.LIBRARY).write_bytes(b"half")
+    assert "is not as it was installed" in only(examine(machine), "Published", label).text
+
+
+def test_libraries_in_a_version_folder_are_of_an_older_build(machine: Machine, tiny: Path) -> None:
+    (machine.repository / "tiny" / "1" / "libonnxruntime.so.1").write_bytes(b"a library")
+    finding = only(examine(machine), "Published", "tiny version 1, served: libraries")
+    assert (finding.state, finding.fix) == ("warning", "./invoke build-engines --model tiny --force")
 
 
 @pytest.fixture

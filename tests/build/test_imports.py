@@ -11,9 +11,9 @@ import pytest
 from build.files import ROOT
 
 # From the bottom to the top: the foundations, the rooms, and what ties them together.
-FOUNDATIONS = ("contract", "errors", "files", "session", "spec", "tables")
+FOUNDATIONS = ("contract", "errors", "files", "releases", "session", "spec", "tables")
 ROOMS = ("graph", "tensorrt", "gate", "quantization", "publish", "reports", "sources")
-OF_THE_CLIENT = {"ssd_client.exceptions", "ssd_client.preprocess", "ssd_client.rule"}
+OF_THE_CLIENT = {"ssd_client.exceptions", "ssd_client.preprocess", "ssd_client.rule", "ssd_client.text"}
 FILES = sorted(path for path in (ROOT / "build").rglob("*.py") if "backends" not in path.parts)
 
 

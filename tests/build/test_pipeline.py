@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,9 @@ from onnx import numpy_helper
 from rich.console import Console
 
 from build import contract, pipeline, session
+from build import spec as specs
 from build.contract import Target
+from build.doctor import examine
 from build.errors import (
     DataError,
     GraphError,
@@ -34,7 +38,8 @@ from build.gate import verify
 from build.gate.self_check import self_check
 from build.graph.attach import attach
 from build.graph.precision import widened
-from build.publish import repository
+from build.machine import Machine
+from build.publish import backend, picture, repository
 from build.session import runner
 from build.spec import Spec, load
 from build.tensorrt import compat, timing
@@ -57,7 +62,7 @@ class Place:
             sources=self.sources,
             artifacts=self.artifacts,
             console=Console(file=text, soft_wrap=True),
-            **options,
+            **{"rehearse": False, **options},
         )
         return versions, text.getvalue()
 
@@ -126,6 +131,34 @@ def test_rollback(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert repository.served_version(place.repository, "tiny") == 1
     with pytest.raises(OptionError, match="which model"):
         pipeline.rollback("", place.repository)
+
+
+def test_the_picture_input_goes_with_its_model(place: Place) -> None:
+    spec = place.sources / "tiny" / "spec.toml"
+    specs.edit(spec, {"serving.picture_input": True})
+    _, said = place.build()
+    assert "tiny: tiny_picture takes the files of pictures" in said
+    names = {"tiny", *picture.parts("tiny")}
+
+    def served() -> dict[str, int | None]:
+        return {path.parent.name: repository.served_version(place.repository, path.parent.name) for path in configs()}
+
+    def configs() -> list[Path]:
+        return sorted(place.repository.glob("*/config.pbtxt"))
+
+    assert served() == dict.fromkeys(names, 1)
+    shutil.rmtree(place.repository / "tiny_picture")  # as if the first publish had been killed before it
+    assert place.build()[0] == {"tiny": 1}
+    assert served() == dict.fromkeys(names, 1)
+    place.build(force=True)
+    pipeline.rollback("tiny", place.repository)
+    assert served() == dict.fromkeys(names, 1)
+    machine = Machine(models=place.sources, repository=place.repository, ports=())
+    published = {finding.name for finding in examine(machine) if finding.area == "Published"}
+    assert not [name for name in published if "picture" in name]
+    specs.edit(spec, {"serving.picture_input": False})
+    place.build()
+    assert served() == {"tiny": 3}
 
 
 def test_auto_says_why(place: Place) -> None:
@@ -248,6 +281,17 @@ def test_only_a_plan_can_be_timed(place: Place) -> None:
     place.build()
     with pytest.raises(OptionError, match="published for onnxruntime"):
         pipeline.benchmark_published("tiny", place.repository, sources=place.sources, artifacts=place.artifacts)
+
+
+def test_a_damaged_backend_fails_verify(
+    place: Place, monkeypatch: pytest.MonkeyPatch, native: None, tmp_path: Path
+) -> None:
+    place.build()
+    folder = tmp_path / "backends"
+    damage = functools.partial(backend.damage, folder)
+    monkeypatch.setattr(backend, "damage", lambda: damage())
+    with pytest.raises(PublishError, match=r"its backend is damaged: .*holds no whole(?s:.*)build-engines"):
+        checked(place)
 
 
 def test_what_is_published_can_be_verified_again(place: Place) -> None:
@@ -420,7 +464,8 @@ def test_implicit_and_explicit_plans_are_not_taken_for_each_other(
     manifest = json.loads((place.repository / "tiny" / "2" / "manifest.json").read_text())
     assert manifest["calibration"] == {"way": "implicit", "method": "minmax"}
 
-    monkeypatch.setattr(pipeline.audit, "judged", lambda *_: (SimpleNamespace(accuracy=SimpleNamespace(map=0.5)), None))
+    half = SimpleNamespace(accuracy=SimpleNamespace(map=0.5))
+    monkeypatch.setattr(pipeline.audit.Judgement, "of_forms", lambda *_: (half, {}))
     assert place.build(**kind)[0] == {"tiny": 3}
     manifest = json.loads((place.repository / "tiny" / "3" / "manifest.json").read_text())
     assert manifest["calibration"] == {"way": "explicit", "method": "minmax"}
@@ -464,7 +509,8 @@ def test_every_precision_reaches_the_repository_and_a_wrong_plan_does_not(
     """Up to the plan's runner, whose stand-in computes the graph's own types; the gate compares with the same graph."""
     in_place_of_tensorrt(monkeypatch)
     with_pictures(place)
-    monkeypatch.setattr(pipeline.audit, "judged", lambda *_: (SimpleNamespace(accuracy=SimpleNamespace(map=0.5)), None))
+    half = SimpleNamespace(accuracy=SimpleNamespace(map=0.5))
+    monkeypatch.setattr(pipeline.audit.Judgement, "of_forms", lambda *_: (half, {}))
     kind: dict[str, Any] = {"runtime": "tensorrt", "precision": precision, "judge": lambda *_: 0.5}
     assert place.build(**kind)[0] == {"tiny": 1}
     manifest = json.loads((place.repository / "tiny" / "1" / "manifest.json").read_text())
@@ -486,7 +532,8 @@ def test_a_plan_of_other_numbers_is_refused(place: Place, monkeypatch: pytest.Mo
     """A plan whose weights are a tenth off fails parity in the precisions whose reference is not the graph as it is."""
     in_place_of_tensorrt(monkeypatch)
     with_pictures(place)
-    monkeypatch.setattr(pipeline.audit, "judged", lambda *_: (SimpleNamespace(accuracy=SimpleNamespace(map=0.5)), None))
+    half = SimpleNamespace(accuracy=SimpleNamespace(map=0.5))
+    monkeypatch.setattr(pipeline.audit.Judgement, "of_forms", lambda *_: (half, {}))
     right = pipeline.engine.build
 
     def off(spec: Spec, model: onnx.ModelProto, target: Target, plan: Path, **options: Any) -> dict[str, Any]:

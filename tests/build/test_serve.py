@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,10 @@ from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm
 
 from build.errors import ServeError
+from build.publish import backend
 from build.serve import TritonServer
 from models.shapes.scenes import scene
-from tests.conftest import TOKEN, Traces, new_traces, unregister
+from tests.conftest import unregister
 
 ROOT = Path(__file__).parents[2]
 OUTPUTS = ["num_detections", "detection_boxes", "detection_scores", "detection_classes"]
@@ -252,31 +251,89 @@ def test_a_taken_port_is_reported_before_anything_starts(repository: Path, which
 
 @pytest.mark.triton
 def test_a_corrupt_model_is_explained(copied: Path, traces: Any) -> None:
-    (copied / "shapes" / "1" / "model.onnx").write_bytes(b"this is no ONNX")
-    with pytest.raises(ServeError, match=r"(?s)model shapes did not load: .*Protobuf parsing failed.*build-engines"):
+    """One that was never published, since what was published is held against its manifest."""
+    version = copied / "shapes" / "1"
+    (version / "manifest.json").unlink()
+    (version / "model.onnx").write_bytes(b"this is no ONNX")
+    config = copied / "shapes" / "config.pbtxt"
+    config.write_text(config.read_text().replace("model_sha256", "unknown"))
+    with pytest.raises(ServeError, match=r"(?s)model shapes did not load: .*protobuf parsing failed.*build-engines"):
         TritonServer(copied).start()
     assert traces.gone(0)
 
 
 @pytest.mark.triton
 def test_a_missing_backend_is_explained(copied: Path, traces: Any) -> None:
-    config = copied / "shapes" / "config.pbtxt"
-    config.write_text(re.sub('backend: "[a-z_]+"', 'backend: "nothing"', config.read_text()))
+    for config in copied.rglob("config.pbtxt"):
+        config.write_text(re.sub('backend: "[a-z_]+"', 'backend: "nothing"', config.read_text()))
     with pytest.raises(ServeError, match=r"(?s)without the nothing backend.*--runtime onnxruntime"):
         TritonServer(copied).start()
 
 
+@pytest.fixture
+def backends(native: None, tmp_path: Path) -> Path:
+    """A copy of the folder of backends."""
+    return Path(shutil.copytree(backend.BACKENDS, tmp_path / "backends"))
+
+
+@pytest.mark.parametrize("lost", ["libtriton_ssd_onnxruntime.so", "libonnxruntime.so.1", "manifest.json"])
+def test_a_damaged_backend_is_named_before_anything_starts(copied: Path, backends: Path, lost: str) -> None:
+    path = backends / backend.NATIVE / lost
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ServeError, match=r"(?s)ssd_onnxruntime cannot be used: .*ssd_onnxruntime.*build-engines"):
+        TritonServer(copied, backends=backends).start()
+
+
 @pytest.mark.triton
-@pytest.mark.parametrize(
-    ("lost", "reason"),
-    [
-        ("libtriton_ssd_onnxruntime.so", r"the version folder lacks its libtriton_ssd_onnxruntime\.so"),
-        ("libonnxruntime.so.1", r"ONNX Runtime cannot be loaded, publish the model again: .*libonnxruntime\.so\.1"),
-    ],
-)
-def test_a_lost_library_is_named(native: None, copied: Path, lost: str, reason: str, traces: Any) -> None:
-    (copied / "shapes" / "1" / lost).unlink()
-    with pytest.raises(ServeError, match=rf"(?s)model shapes did not load.*{reason}.*build-engines --force"):
+def test_what_an_older_build_published_is_served_without_a_backend_folder(
+    copied: Path, backends: Path, traces: Any
+) -> None:
+    """Its libraries lie beside model.onnx."""
+    for name in (backend.LIBRARY, backend.RUNTIME):
+        shutil.move(backends / backend.NATIVE / name, copied / "shapes" / "1" / name)
+    with TritonServer(copied, backends=backends / "nowhere") as server:
+        server.check()
+
+
+@pytest.mark.triton
+def test_a_backend_that_cannot_be_loaded_is_explained(copied: Path, backends: Path, traces: Any) -> None:
+    """Whole as it was installed, but for another machine."""
+    library = backends / backend.NATIVE / "libonnxruntime.so.1"
+    library.write_bytes(b"no library")
+    facts = json.loads((library.parent / "manifest.json").read_bytes())
+    facts["files"][library.name] = hashlib.sha256(b"no library").hexdigest()
+    (library.parent / "manifest.json").write_text(json.dumps(facts))
+    reason = "ONNX Runtime cannot be loaded, publish the model again: .*libonnxruntime"
+    with pytest.raises(ServeError, match=rf"(?s)model shapes did not load.*{reason}"):
+        TritonServer(copied, backends=backends).start()
+
+
+def flip(path: Path, byte: int, bit: int) -> None:
+    """Turns one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[byte % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "model.onnx, a bit": lambda model: flip(model / "1" / "model.onnx", 4_000_000, 3),
+    "model.onnx, half": lambda model: os.truncate(model / "1" / "model.onnx", 3_000_000),
+    "labels.txt, a bit": lambda model: flip(model / "1" / "labels.txt", 5, 0),
+    "manifest.json, a bit": lambda model: flip(model / "1" / "manifest.json", 500, 0),
+    "the version's config.pbtxt, a bit": lambda model: flip(model / "1" / "config.pbtxt", 400, 0),
+    "config.pbtxt, a bit": lambda model: flip(model / "config.pbtxt", 1500, 1),
+    "config.pbtxt, empty": lambda model: (model / "config.pbtxt").write_text(""),
+    "config.pbtxt, half": lambda model: os.truncate(model / "config.pbtxt", 700),
+    "config.pbtxt, gone": lambda model: (model / "config.pbtxt").unlink(),
+    "version folder, gone": lambda model: (model / "1").rename(model / "9"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_model_is_not_served(repository: Path, tmp_path: Path, what: str) -> None:
+    copied = Path(shutil.copytree(repository, tmp_path / "model_repository"))
+    DAMAGES[what](copied / "shapes")
+    with pytest.raises(ServeError, match=r"model shapes is damaged: (?s:.*)build-engines --model shapes --force"):
         TritonServer(copied).start()
 
 
@@ -340,96 +397,3 @@ def test_a_dead_instance_and_then_a_killed_server_are_noticed_and_cleaned_up(cop
         with pytest.raises(ServeError, match="tritonserver is gone"):
             server.check()
     assert traces.gone(5)
-
-
-@dataclass
-class Served:
-    """`build.serve.serve` in a process of its own, with instances that are processes, too."""
-
-    process: subprocess.Popen[str]
-    traces: Traces
-
-    def wait_ready(self) -> None:
-        assert self.process.stdout is not None
-        shown = ""
-        while "Ctrl-C stops it.\n" not in shown:
-            line = self.process.stdout.readline()
-            assert line, f"it did not come up: {shown}"
-            shown += line
-        assert self.traces.regions()
-
-    def rest(self) -> str:
-        """What it printed until its end."""
-        return self.process.communicate(timeout=120)[0]
-
-    def kill_instances(self) -> None:
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            if child.name().startswith("triton_python"):
-                child.kill()
-
-
-ENDINGS: dict[str, Callable[[Served], None]] = {
-    "interrupted": lambda served: served.process.send_signal(signal.SIGINT),
-    "terminated": lambda served: served.process.send_signal(signal.SIGTERM),
-    "killed": lambda served: served.process.kill(),
-    "instances killed": Served.kill_instances,
-}
-
-
-@pytest.fixture(scope="module")
-def ended(python_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
-    """A server for each way to end; all of them start and end side by side, since that is mostly waiting."""
-    folder = tmp_path_factory.mktemp("served")
-    servers = {}
-    try:
-        for name in ENDINGS:
-            traces = new_traces()
-            code = (
-                f"from pathlib import Path; import build.serve as s; s.SHM_PREFIX = {traces.token!r}; s.serve("
-                f"{str(python_repository)!r}, http_port=0, grpc_port=0, metrics_port=0, "
-                f"log=Path({str(folder / name)!r}))"
-            )
-            process = subprocess.Popen(
-                [sys.executable, "-u", "-c", code],
-                cwd=ROOT,
-                env={**os.environ, TOKEN: traces.token},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            servers[name] = Served(process, traces)
-        for server in servers.values():
-            server.wait_ready()
-        for name, end in ENDINGS.items():
-            end(servers[name])
-        yield servers
-    finally:
-        for server in servers.values():
-            server.process.kill()
-            server.process.wait()
-            assert server.process.stdout is not None
-            server.process.stdout.close()
-    for server in servers.values():
-        assert server.traces.gone(), (server.traces.processes(), server.traces.regions())
-
-
-@pytest.mark.triton
-@pytest.mark.parametrize("name", ["interrupted", "terminated"])
-def test_signals_stop_it_cleanly(ended: dict[str, Served], name: str) -> None:
-    rest, traces = ended[name].rest(), ended[name].traces
-    assert (ended[name].process.returncode, rest.split()[-1]) == (0, "stopped")
-    assert traces.gone(0), (traces.processes(), traces.regions())
-
-
-@pytest.mark.triton
-def test_the_server_does_not_outlive_a_killed_parent(ended: dict[str, Served]) -> None:
-    traces = ended["killed"].traces
-    ended["killed"].process.wait()
-    assert traces.gone(20), (traces.processes(), traces.regions())
-
-
-@pytest.mark.triton
-def test_serve_ends_with_an_error_when_an_instance_dies(ended: dict[str, Served]) -> None:
-    rest = ended["instances killed"].rest()
-    assert ended["instances killed"].process.returncode != 0
-    assert "2 instance(s) of a model died" in rest or "1 instance(s) of a model died" in rest

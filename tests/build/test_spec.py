@@ -37,6 +37,16 @@ def test_a_whole_spec(path: Path) -> None:
         spec.nms.max_detections = 7  # type: ignore[misc]
 
 
+def test_a_byte_order_mark_is_no_content(path: Path) -> None:
+    """As Windows editors write it, at the start of both files; and with their line ends."""
+    wanted = load(path)
+    for file in (path, path.parent / "labels.txt"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert load(path) == wanted
+    edit(path, {"nms.iou_threshold": 0.4})
+    assert load(path).nms.iou_threshold == 0.4
+
+
 def test_the_models_here_have_valid_specs() -> None:
     found = sorted(ROOT.glob("models/*/spec.toml"))
     assert found
@@ -114,6 +124,10 @@ def test_a_spec_that_cannot_be_read(tmp_path: Path) -> None:
         (b"cat\ncat\n", "line 2 repeats the label 'cat'"),
         (b"cat \ndog\n", "line 1 is 'cat '"),
         (b"\xff\n", "cannot be read"),
+        (b"cat\nd\x1b[31mog\n", r"line 2 is 'd\\x1b\[31mog'(.|\n)*control characters"),
+        ("cat\nd\u202eog\n".encode(), r"line 2 is 'd\\u202eog'"),
+        ("cat\nd\u2028og\n".encode(), r"line 2 is 'd\\u2028og'"),  # splitlines() would make two labels of it
+        (b"\xef\xbb\xbf\xef\xbb\xbfcat\ndog\n", r"line 1 is '\\ufeffcat'"),
     ],
 )
 def test_wrong_labels(path: Path, content: bytes, message: str) -> None:
@@ -351,3 +365,13 @@ def test_an_edit_of_a_list_leaves_the_rest(path: Path, before: str, names: tuple
     assert (new.nms, new.data, new.input) == (old.nms, old.data, old.input)
     assert path.read_text().startswith("# mine\n")
     assert not list(path.parent.glob("*.new*"))
+
+
+@pytest.mark.parametrize("generator", ["../gen.py", "sub/../../gen.py", "/tmp/gen.py", "link.py"])
+def test_a_generator_outside_the_models_folder_is_refused(path: Path, generator: str) -> None:
+    """A build would run it."""
+    (path.parent.parent / "gen.py").write_text("raise SystemExit('it ran')")
+    (path.parent / "link.py").symlink_to(path.parent.parent / "gen.py")
+    path.write_text(path.read_text() + f'[data]\ngenerator = "{generator}"\nheld_out = "a"\n')
+    with pytest.raises(SpecError, match=r"\[data\] generator is .*outside the model's folder"):
+        load(path)

@@ -85,7 +85,8 @@ def url_of(server: TritonServer, protocol: str) -> str:
 
 def server_regions(server: TritonServer) -> list[str]:
     """Names of the system shared memory regions that the server knows."""
-    with urllib.request.urlopen(f"http://{server.http_url}/v2/systemsharedmemory/status") as answer:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever the environment says
+    with direct.open(f"http://{server.http_url}/v2/systemsharedmemory/status") as answer:
         return [region["name"] for region in json.load(answer)]
 
 
@@ -120,6 +121,16 @@ def listening(handle: Callable[[socket.socket], None]) -> Iterator[int]:
             yield listener.getsockname()[1]
         finally:
             listener.shutdown(socket.SHUT_RDWR)
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    """Hands on what comes until one side ends, then ends the other."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    for end in (source, target):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
 
 
 @functools.cache

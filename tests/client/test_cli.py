@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import ssd_client
 from PIL import Image
-from ssd_client import cli
+from ssd_client import cli, detections, preprocess, session
 
 from build.serve import TritonServer
 from tests.client.conftest import order, scene, server_regions, url_of
@@ -174,3 +175,120 @@ def test_as_a_module() -> None:
     )
     assert done.returncode == 0
     assert "exit status: 0 all pictures done" in done.stdout
+
+
+@pytest.mark.triton
+def test_other_files_are_counted(server: TritonServer, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.heic", "b.HEIC", "c.svg", "README", ".hidden"):
+        (pictures / "sub" / name).touch()
+    assert cli.main([str(pictures), "--model", "fake", "--url", server.grpc_url]) == 0
+    error = capsys.readouterr().err
+    assert (
+        f"warning: 5 other files in folder {pictures} are left out: 2 .heic, 1 .txt, 1 .svg, 1 without a suffix"
+        in error
+    )
+
+
+@pytest.mark.triton
+def test_names_that_are_no_text(server: TritonServer, tmp_path: Path) -> None:
+    """Bytes that are no UTF-8, and what a terminal would obey."""
+    names = [os.fsdecode(b"\xff\xe9.png"), "a\x1b[31mred\n.png", "ü人.png", "x\u202egnp.png"]
+    for name in names:
+        Image.fromarray(scene()).save(tmp_path / name)
+    (tmp_path / "e\x1b[31m.png").touch()
+    where = [str(tmp_path), "--model", "fake", "--url", server.grpc_url, "--out", str(tmp_path / "out")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(ssd_client.__file__).parent.parent),
+        "PYTHONIOENCODING": "ascii",
+    }
+    command = [sys.executable, "-m", "ssd_client", *where, "--json", "-"]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert b"\x1b" not in done.stdout + done.stderr
+    document = json.loads(done.stdout.decode("utf-8"))
+    assert {Path(image["file_name"]).name for image in document["images"]} == set(names)
+    assert b"e\\x1b[31m.png" in done.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    plain = subprocess.run([*command[:-4]], env=environment, capture_output=True, timeout=60)
+    assert b"\\xff\\xe9.png: red 0.900" in plain.stdout
+    assert b"a\\x1b[31mred\\x0a.png: red" in plain.stdout
+    assert b"\x1b" not in plain.stdout + plain.stderr
+
+
+@pytest.mark.triton
+def test_pictures_leave_memory_as_soon_as_they_are_done(
+    server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the results nor the requests that wait hold pixels; every picture fits the limit only alone."""
+    for k in range(40):
+        Image.fromarray(scene()).save(tmp_path / f"{k}.png")
+    alive: list[weakref.ref[Image.Image]] = []
+    counts = []
+    original = preprocess.load_image
+
+    def load(*arguments: Any, **options: Any) -> Image.Image:
+        image = original(*arguments, **options)
+        alive.append(weakref.ref(image))
+        counts.append(sum(each() is not None for each in alive))
+        return image
+
+    monkeypatch.setattr(session, "load_image", load)
+    monkeypatch.setattr(detections, "load_image", load)
+    where = [str(tmp_path), "--model", "fake", "--url", server.grpc_url, "--max-pixels", "20000"]
+    assert cli.main([*where, "--json", str(tmp_path / "r.json"), "--out", str(tmp_path / "out")]) == 0
+    assert len(counts) == 80
+    assert max(counts) <= 4, "one that becomes input, one that is drawn; a loop's last one beside each"
+
+
+@pytest.mark.long
+@pytest.mark.triton
+def test_memory_of_a_hundred_pictures(server: TritonServer, tmp_path: Path) -> None:
+    """100 pictures of 6 megapixels, 1.8 GB; a picture of one colour with 80 megapixels, 16 times."""
+    Image.new("RGB", (3000, 2000), "grey").save(tmp_path / "0.jpg")
+    Image.new("RGB", (9000, 9000), "grey").save(tmp_path / "0.webp")
+    for k in range(1, 100):
+        os.link(tmp_path / "0.jpg", tmp_path / f"{k}.jpg")
+    for k in range(1, 16):
+        os.link(tmp_path / "0.webp", tmp_path / f"{k}.webp")
+    code = (
+        "import resource, sys; from ssd_client.cli import main; status = main(sys.argv[1:]);"
+        "print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(ssd_client.__file__).parent.parent)}
+    for kind, limit in (("jpg", 1000), ("webp", 2500)):
+        files = sorted(map(str, tmp_path.glob(f"*.{kind}")))
+        arguments = [*files, "--model", "fake", "--url", server.grpc_url, "--json", str(tmp_path / "r.json")]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+        status, megabytes = done.stdout.split()
+        assert status == "0", done.stderr
+        assert int(megabytes) < limit
+
+
+@pytest.mark.triton
+def test_too_little_memory_is_no_damage(
+    server: TritonServer, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = preprocess._to_rgb
+
+    def short(image: Image.Image, name: str) -> Image.Image:
+        if name.endswith("p3.png"):
+            raise MemoryError
+        return original(image, name)
+
+    monkeypatch.setattr(preprocess, "_to_rgb", short)
+    assert cli.main([str(pictures), "--model", "fake", "--url", server.grpc_url]) == 1
+    error = capsys.readouterr().err
+    assert "p3.png needs more memory than there is" in error
+    assert "damaged" not in error
+    assert "5 pictures done, 1 failed" in error
+
+
+@pytest.mark.triton
+def test_headers_and_urls(server: TritonServer, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = str(pictures / "p0.png")
+    for url in (f"http://{server.http_url}", f"{server.grpc_url},{server.grpc_url}", f"dns:///{server.grpc_url}"):
+        assert cli.main([picture, "--model", "fake", "--url", url, "--header", "Authorization: Bearer x: y"]) == 0
+    assert cli.main([picture, "--model", "fake", "--header", "Bearer-secret"]) == 2
+    assert cli.main([picture, "--model", "fake", "--url", "a,b", "--shared-memory"]) == 2
+    assert "several servers" in capsys.readouterr().err

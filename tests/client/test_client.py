@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import inspect
+import io
 import json
 import math
 import os
@@ -68,7 +69,13 @@ ROOT = Path(ssd_client.__file__).parent.parent
 
 
 def own_regions() -> list[str]:
-    return [path.name for path in Path("/dev/shm").glob("ssd_client_*")]
+    """Names that stay in /dev/shm; those of other clients on this machine are there for milliseconds."""
+    deadline = time.monotonic() + 2
+    while names := [path.name for path in Path("/dev/shm").glob("ssd_client_*")]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return names
 
 
 @pytest.fixture(autouse=True)
@@ -253,6 +260,43 @@ def test_detect_thresholds(client: SSDClient) -> None:
     assert [len(detections) for detections in client.detect([scene()] * 9, score_threshold=0)] == [3] * 9
 
 
+def test_open_files(client: SSDClient, tmp_path: Path) -> None:
+    path = tmp_path / "p.png"
+    Image.fromarray(scene(300, 150)).save(path)
+    wanted = client.detect(path).boxes.tobytes()
+    memory = io.BytesIO(path.read_bytes())
+    with path.open("rb") as file, path.open("rb") as other:
+        (again, first) = client.detect([file, memory])
+        assert client.detect(other).boxes.tobytes() == wanted
+    assert first.boxes.tobytes() == again.boxes.tobytes() == wanted
+    assert first.draw().tobytes() == client.detect(path).draw().tobytes()
+    for wrong, message in ((io.StringIO("text"), "gives str, not bytes"), (file, "cannot be read: .*closed file")):
+        with pytest.raises(ImageError, match=message):
+            client.detect(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match="is empty"):
+        client.detect(memory)
+
+
+@pytest.mark.parametrize(("protocol", "memory"), TRANSPORTS)
+def test_one_client_in_several_event_loops(server: TritonServer, protocol: Any, memory: Any) -> None:
+    """One after the other, and two at once in two threads."""
+    client = AsyncSSDClient(url_of(server, protocol), model="fake", protocol=protocol, shared_memory=memory)
+    picture = scene()
+
+    async def count(times: int) -> list[int]:
+        return [len(await client.detect(picture)) for _ in range(times)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # a loop that was closed leaves its sockets to Python
+        assert asyncio.run(count(2)) == [3, 3]
+        assert asyncio.run(count(2)) == [3, 3]
+        with ThreadPoolExecutor(2) as threads:
+            assert list(threads.map(lambda _: asyncio.run(count(5)), range(2))) == [[3] * 5] * 2
+        asyncio.run(client.close())
+    with pytest.raises(SSDClientError, match="closed"):
+        asyncio.run(count(1))
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_letterbox_bgr_and_built_in_thresholds(server: TritonServer, protocol: Any, client_type: Any) -> None:
     with client_type(url_of(server, protocol), model="letterbox", protocol=protocol) as client:
@@ -343,14 +387,19 @@ def test_an_error_of_the_model(client: SSDClient) -> None:
     ("options", "named"),
     [
         ({"protocol": "rest"}, "rest"),
-        ({"url": "http://localhost:8000"}, "http://localhost:8000"),
+        ({"url": "ftp://localhost:8000"}, "ftp://localhost:8000"),
         ({"url": "localhost:99999"}, "99999"),
         ({"url": ""}, "url"),
         ({"model": ""}, "model"),
         ({"shared_memory": "cuda"}, "cuda"),
         ({"timeout": 0}, "timeout"),
         ({"timeout": math.nan}, "timeout"),
+        ({"timeout": "3"}, "timeout is '3'"),
+        ({"try_timeout": 0}, "try_timeout is 0"),
         ({"retries": -1}, "retries"),
+        ({"retries": 1.5}, "retries is 1.5"),
+        ({"ssl": True}, "ssl is True"),
+        ({"headers": "a: b"}, "headers is of type str"),
         ({"max_in_flight": 0}, "max_in_flight"),
     ],
 )
@@ -403,7 +452,7 @@ def test_deadline(server: TritonServer) -> None:
             eventually(client.model_config)
             started = time.monotonic()
             with pytest.raises(RequestTimeoutError, match=r"no answer .* within 0\.4 s") as caught:
-                client.infer(order(fake_model.SLEEP, 10))
+                client.infer(order(fake_model.SLEEP, 6))
             assert time.monotonic() - started > 0.3, name
             assert isinstance(caught.value, TimeoutError)
             images = noise(1)
@@ -501,7 +550,7 @@ def test_a_server_that_cannot_open_the_region(
         client.infer(noise(1))
 
 
-@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(3)", "raise ValueError", "del client", "os.fork()"])
+@pytest.mark.parametrize("ending", ["pass", "del client", "os.fork()"])
 @pytest.mark.parametrize("kind", ["SSDClient", "AsyncSSDClient"])
 def test_a_client_that_nobody_closes(server: TritonServer, kind: str, ending: str) -> None:
     """The blocking client uses its open connection once more; that of asyncio cannot, as its loop has ended."""
@@ -573,23 +622,10 @@ def test_a_finaliser_opens_no_connection(client_type: Any, monkeypatch: pytest.M
 
         collect(monkeypatch, make)
         time.sleep(0.2)
-    assert [request.split()[0] for request in requests] == [b"GET", b"POST", b"POST"], "configuration, region, images"
+    assert [request.split()[0] for request in requests] == [b"GET", b"GET", b"POST", b"POST"], (
+        "configuration, regions of killed clients, region, images"
+    )
     assert own_regions() == []
-
-
-def test_a_client_that_is_killed_leaves_nothing_in_dev_shm(server: TritonServer) -> None:
-    code = f"""
-        import os, numpy as np
-        from ssd_client import SSDClient
-        client = SSDClient("{server.grpc_url}", model="fake", shared_memory="system")
-        client.infer(np.zeros((2, {HEIGHT}, {WIDTH}, 3), np.uint8))
-        os.kill(os.getpid(), 9)
-    """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, timeout=60)
-    assert done.returncode == -9
-    assert own_regions() == []
-    forget_regions(server, 1)
 
 
 # -- many at once ------------------------------------------------------------------------------------------------------

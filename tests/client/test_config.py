@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 from ssd_client import ModelConfig, ModelConfigError
+from ssd_client.config import MAX_ANSWER
 
 from tests.client.conftest import LETTERBOX, PARAMETERS
 
@@ -29,6 +30,7 @@ def test_reads_every_parameter() -> None:
         "precision": "fp32",
         "runtime": "onnxruntime",
         "manifest_sha256": "0" * 64,
+        "version": "",
     }
 
 
@@ -70,6 +72,9 @@ def test_every_parameter_is_needed(missing: str) -> None:
         ("iou_threshold", "half"),
         ("runtime_thresholds", "True"),
         ("max_detections", "0"),
+        ("max_detections", "9" * 5000),
+        ("labels", "[" + "9" * 5000 + "]"),
+        ("precision", "x" * 2000),
     ],
 )
 def test_wrong_values_are_named(key: str, value: str) -> None:
@@ -82,3 +87,22 @@ def test_wrong_values_are_named(key: str, value: str) -> None:
 def test_a_model_without_batch_dimension_is_refused() -> None:
     with pytest.raises(ModelConfigError, match="max_batch_size 0"):
         ModelConfig.from_triton("m", 0, PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"input_width": "65535", "input_height": "65535"}, "takes 65535 x 65535 pixels"),
+        ({"max_detections": "100000000"}, "an answer would have 2400 MB"),
+    ],
+)
+def test_absurd_models_are_refused(changed: dict[str, str], complaint: str) -> None:
+    """Before anything is allocated for them."""
+    with pytest.raises(ModelConfigError, match=complaint):
+        ModelConfig.from_triton("m", 8, {**PARAMETERS, **changed})
+
+
+def test_batches_keep_answers_small_enough() -> None:
+    config = ModelConfig.from_triton("m", 1000, {**PARAMETERS, "max_detections": "100000"})
+    assert config.max_batch_size == 27
+    assert 27 * (4 + 100_000 * 24) < MAX_ANSWER < 28 * (4 + 100_000 * 24)

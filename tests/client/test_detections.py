@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
-from ssd_client import Detections, InvalidInputError
+from ssd_client import Detections, ImageError, InvalidInputError, fonts
 from ssd_client.detections import color_of
+from ssd_client.fonts import fitting
 
 
 def detections(boxes: list[list[float]], size: tuple[int, int], source: Any = None) -> Detections:
@@ -100,3 +103,43 @@ def test_draw_reads_the_source_again(tmp_path: Path) -> None:
 
 def test_classes_have_colours_of_their_own() -> None:
     assert len({color_of(k) for k in range(90)}) == 90
+
+
+def drawn_label(label: str) -> NDArray[np.uint8]:
+    """The pixels of a picture with this label."""
+    found = dataclasses.replace(detections([[10, 60, 390, 290]], (400, 300)), labels=(label,))
+    return np.asarray(found.draw(Image.new("RGB", (400, 300))))
+
+
+@pytest.mark.parametrize("label", ["Fußgänger", "ключ", "Łódź", "σκύλος"])
+def test_labels_are_drawn_with_their_own_characters(label: str) -> None:
+    font, text = fitting(label, 20)
+    assert text == label
+    missing = bytes(font.getmask("\uffff"))
+    assert [character for character in label if bytes(font.getmask(character)) == missing] == []
+    assert (drawn_label(label) != drawn_label("?" * len(label))).any()
+
+
+def test_no_label_is_drawn_as_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no font has is written in letters that it has."""
+    monkeypatch.setattr(fonts, "_SYSTEM_FONTS", ())
+    monkeypatch.setattr(fonts, "find_spec", lambda _: None)
+    fonts._fonts.cache_clear()
+    try:
+        assert [
+            fitting(label, 20)[1] for label in ("Fußgänger", "Łódź", "Ørsted", "犬 2", "cafe\u0301", "a\u202eb")
+        ] == [*("Fussganger", "Lodz", "Orsted", "U+72AC 2", "cafe", "a\\u202eb")]
+    finally:
+        fonts._fonts.cache_clear()
+    for label in ("犬", "🙂", "\u0378"):
+        font, text = fitting(label, 20)
+        assert all(bytes(font.getmask(character)) != bytes(font.getmask("\uffff")) for character in text), text
+
+
+def test_draw_has_the_clients_pixel_limit(tmp_path: Path) -> None:
+    path = tmp_path / "p.png"
+    Image.new("RGB", (60, 50)).save(path)
+    found = detections([], (60, 50), path)
+    assert found.draw().size == (60, 50)
+    with pytest.raises(ImageError, match="the limit is 0"):
+        dataclasses.replace(found, max_pixels=2999).draw()

@@ -34,6 +34,7 @@ def test_preprocess_brings_in_numpy_and_pillow_only() -> None:
         "ssd_client.exceptions",
         "ssd_client.preprocess",
         "ssd_client.rule",
+        "ssd_client.text",
     }
 
 

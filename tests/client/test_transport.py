@@ -19,22 +19,13 @@ from ssd_client import (
     InvalidInputError,
     RequestTimeoutError,
     ServerUnavailableError,
-    SSDClient,
     SSDClientError,
-    transport,
+    grpc_transport,
+    http_transport,
 )
 
 from build.serve import TritonServer
-from tests.client.conftest import CLIENTS, listening, scene, server_on, url_of
-
-
-def pump(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    for end in (source, target):
-        with contextlib.suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
+from tests.client.conftest import CLIENTS, listening, pump, scene, server_on, url_of
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +80,10 @@ def test_tls(encrypted: dict[str, str], certificate: tuple[Path, Path], protocol
     url = encrypted[protocol]
     with client_type(url, model="fake", protocol=protocol, ssl=TLS(root_certificates=certificate[0])) as client:
         assert client.detect(scene()).labels == ("red", "blue", "checksum")
+    with client_type(
+        f"https://{url}", model="fake", protocol=protocol, ssl=TLS(root_certificates=certificate[0])
+    ) as client:
+        assert client.model_config().name == "fake"
     for trust in (TLS(), None):  # an authority nobody knows; no encryption at all
         refusal = pytest.raises(SSDClientError, match=rf"{url}(.|\n)*what to do")
         with client_type(url, model="fake", protocol=protocol, ssl=trust, retries=0, timeout=10) as client, refusal:
@@ -150,10 +145,10 @@ def test_a_server_that_hangs_up_is_asked_again(client_type: Any, protocol: Any) 
 def test_a_deadline_is_not_retried(client_type: Any, protocol: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for kind in (
-        transport.GrpcTransport,
-        transport.AsyncGrpcTransport,
-        transport.HttpTransport,
-        transport.AsyncHttpTransport,
+        grpc_transport.GrpcTransport,
+        grpc_transport.AsyncGrpcTransport,
+        http_transport.HttpTransport,
+        http_transport.AsyncHttpTransport,
     ):
 
         def counted(self: Any, *arguments: Any, send: Any = kind.send) -> Any:
@@ -192,20 +187,3 @@ def test_a_slow_connection_is_waited_for(server: TritonServer, client_type: Any,
         client = client_type(f"127.0.0.1:{proxy}", model="fake", protocol=protocol, retries=0)
         with client:
             assert client.model_config().name == "fake"
-
-
-def test_ipv6_and_default_ports() -> None:
-    for url, protocol, expected in (
-        ("::1", "grpc", None),
-        ("[::1]", "grpc", "[::1]:8001"),
-        ("[::1]:5", "http", "[::1]:5"),
-        ("triton", "http", "triton:8000"),
-        ("triton", "grpc", "triton:8001"),
-    ):
-        if expected is None:
-            with pytest.raises(InvalidInputError, match="host:port"):
-                SSDClient(url, model="m")
-        else:
-            client = SSDClient(url, model="m", protocol=protocol)  # type: ignore[arg-type]
-            assert client._session.endpoint.url == expected
-            client.close()

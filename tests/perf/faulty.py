@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from build.files import sha256
 
 # Appended to a published model.py: what ONNX Runtime answers is spoilt, or comes late.
 SPOILT = """
@@ -32,6 +35,12 @@ SWAP = "arrays = [array[[1, 0, *range(2, len(array))]] if len(array) > 1 else ar
 
 
 def spoil(model: Path, fault: str) -> None:
-    """Puts `fault` into the backend of every version in a published model's folder."""
+    """Puts `fault` into the backend of every version in a published model's folder; as if it was published so."""
     for path in model.glob("*/model.py"):
         path.write_text(path.read_text() + SPOILT.format(fault=fault))
+        manifest = path.with_name("manifest.json")
+        before, facts = sha256(manifest), json.loads(manifest.read_bytes())
+        facts["files"][path.name] = sha256(path)
+        manifest.write_text(json.dumps(facts))
+        for config in model.rglob("config.pbtxt"):
+            config.write_text(config.read_text().replace(before, sha256(manifest)))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from build.tensorrt.plugins import PLUGINS, build_plugins, find_nvcc
+from tests.conftest import once
 from tests.plugins.library import Library
 
 EMULATOR = Path(__file__).parent / "emulator"
@@ -40,25 +41,36 @@ def compile_host(output: Path, *arguments: str | Path) -> Path:
     return output
 
 
+def _built(tmp_path_factory: pytest.TempPathFactory, stage: str, **options: str) -> Library:
+    """The last library of a stage of `build_plugins`."""
+
+    def make(folder: Path) -> None:
+        build = build_plugins(stage=stage, output=folder, work=folder / "out", **options)
+        (folder / "library").write_text(str(build.libraries[-1]))
+
+    return Library(Path((once(tmp_path_factory, stage, make) / "library").read_text()))
+
+
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Library:
     """The CPU reference."""
     need_cmake()
-    folder = tmp_path_factory.mktemp("reference")
-    return Library(build_plugins(stage="reference", output=folder, work=folder / "out").libraries[-1])
+    return _built(tmp_path_factory, "reference")
 
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Library:
     """ssd_nms/kernels.cu, its threads run one after the other; undefined behaviour ends the program."""
-    output = tmp_path_factory.mktemp("emulator") / "libssd_nms_emulated.so"
     source = PLUGINS / "ssd_nms"
     sanitizer = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    include = [f"-I{EMULATOR}", f"-I{source}", "-Wno-unknown-pragmas", "-shared"]
+    include = [f"-I{EMULATOR}", f"-I{source}", "-Wno-unknown-pragmas", "-shared", '-DSSD_NMS_ARCHITECTURES="75-real"']
     kernels = ["-x", "c++", source / "kernels.cu", source / "checks.cpp"]
-    return Library(
-        compile_host(output, *sanitizer, *include, *kernels, EMULATOR / "emulator.cpp", EMULATOR / "numerics.cpp")
-    )
+    own = [EMULATOR / "emulator.cpp", EMULATOR / "numerics.cpp"]
+
+    def make(folder: Path) -> None:
+        compile_host(folder / "libssd_nms_emulated.so", *sanitizer, *include, *kernels, *own)
+
+    return Library(once(tmp_path_factory, "emulator", make) / "libssd_nms_emulated.so")
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +79,4 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Library:
     need_cmake()
     if find_nvcc() is None:
         pytest.skip("needs nvcc (PATH, CUDA_HOME or pip install nvidia-cuda-nvcc nvidia-cuda-runtime)")
-    folder = tmp_path_factory.mktemp("core")
-    build = build_plugins(stage="core", architectures="90", output=folder, work=folder / "out")
-    return Library(build.libraries[-1])
+    return _built(tmp_path_factory, "core", architectures="90")

@@ -32,6 +32,7 @@ class Params(ctypes.Structure):
         ("box_scales", ctypes.c_float * 4),
         ("clip_boxes", ctypes.c_int32),
         ("class_agnostic", ctypes.c_int32),
+        ("lowest_score_threshold", ctypes.c_float),
     )
 
 
@@ -130,7 +131,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
-        self.c.ssdNmsStatusString.restype = ctypes.c_char_p
+        self.c.ssdNmsStatusString.restype = self.c.ssdNmsLastError.restype = ctypes.c_char_p
         self.c.ssdNmsWorkspaceSize.restype = ctypes.c_size_t
         self.c.ssdNmsValidate.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
 

@@ -39,35 +39,11 @@ SETTINGS = SimpleNamespace(
 BATCH, COUNT, CLASSES = 2, 7, 5
 
 
-class Tensor:
-    """What the peer asks of a torch tensor."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = np.ascontiguousarray(array)
-        self.shape, self.dtype = self.array.shape, f"torch.{self.array.dtype}"
-
-    def cpu(self) -> Tensor:
-        return self
-
-    contiguous = cpu
-
-    def numel(self) -> int:
-        return int(self.array.size)
-
-    def element_size(self) -> int:
-        return int(self.array.itemsize)
-
-    def data_ptr(self) -> int:
-        return int(self.array.ctypes.data)
-
-
 def inputs(kind: str, seed: int) -> SimpleNamespace:
     random = np.random.default_rng(seed)
     anchors = random.uniform(0.1, 0.9, (COUNT, 4)).astype(np.float32)
     deltas, logits = random.normal(size=(BATCH, COUNT, 4)), random.normal(size=(BATCH, COUNT, CLASSES)) * 3
-    return SimpleNamespace(
-        deltas=Tensor(deltas.astype(kind)), logits=Tensor(logits.astype(kind)), anchors=Tensor(anchors)
-    )
+    return SimpleNamespace(deltas=deltas.astype(kind), logits=logits.astype(kind), anchors=anchors)
 
 
 @pytest.fixture(params=["float16", "float32"])
@@ -104,14 +80,14 @@ def test_the_network_before_the_plugin_is_softmax_and_what_its_decoder_expects(c
         before.graph.output.append(onnx.helper.make_tensor_value_info(name, element, None))
     given_set = inputs(case["type"], 1)
     session = onnxruntime.InferenceSession(before.SerializeToString(), providers=["CPUExecutionProvider"])
-    given = {"box_deltas": given_set.deltas.array, "class_logits": given_set.logits.array}
+    given = {"box_deltas": given_set.deltas, "class_logits": given_set.logits}
     offsets, scores, anchors = (np.asarray(value, np.float64) for value in session.run(None, given))
 
     tolerance = 4e-3 if case["type"] == "float16" else 1e-6
-    powers = np.exp(given_set.logits.array.astype(np.float64))
+    powers = np.exp(given_set.logits.astype(np.float64))
     np.testing.assert_allclose(scores, powers / powers.sum(-1, keepdims=True), atol=tolerance)
-    first = inputs(case["type"], 0).anchors.array.astype(np.float64)  # all sets share the first one's
-    d = given_set.deltas.array.astype(np.float64)
+    first = inputs(case["type"], 0).anchors.astype(np.float64)  # all sets share the first one's
+    d = given_set.deltas.astype(np.float64)
     centre = first[:, :2] + d[..., :2] / 10 * first[:, 2:]
     size = first[:, 2:] * np.exp(d[..., 2:] / 5)
     np.testing.assert_allclose(anchors[..., :2] + offsets[..., :2] * anchors[..., 2:], centre, atol=tolerance)
@@ -231,7 +207,7 @@ def test_a_case_goes_there_and_its_figures_come_back(tmp_path: Path) -> None:
         case = told["case"]
         assert (case["batch"], case["anchors"], case["classes"], case["type"]) == (BATCH, COUNT, CLASSES, "float16")
         written = np.fromfile(case["sets"][0]["class_logits"], np.float16)
-        assert (written == inputs("float16", 0).logits.array.ravel()).all()
+        assert (written == inputs("float16", 0).logits.ravel()).all()
         assert ask(running, SimpleNamespace(**(vars(SETTINGS) | {"topk_per_class": 400}))) == peer.not_measured(
             "the peer is set up for softmax, centre coding and one type of inputs, without a cap"
         )

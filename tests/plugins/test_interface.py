@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import shutil
+import threading
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,7 @@ def params(**changes: Any) -> Params:
         ({"box_coding": -1}, "box_coding is -1, must be 0 (center_size) or 1 (corner)"),
         ({"clip_boxes": 2}, "clip_boxes is 2, must be 0 or 1"),
         ({"class_agnostic": -1}, "class_agnostic is -1, must be 0 or 1"),
+        ({"lowest_score_threshold": -0.5}, "lowest_score_threshold is -0.5, must be in [0, 1]"),
         ({"box_scales": (ctypes.c_float * 4)(10, 0, 5, 5)}, "box_scales[1] is 0, must be above 0 and finite"),
         (
             {"box_scales": (ctypes.c_float * 4)(1, 1, 1, float("inf"))},
@@ -122,19 +126,58 @@ def test_bad_pointers_are_refused_Negative(request: pytest.FixtureRequest, which
         assert launch(at=workspace.ctypes.data + 8) == "pointer"
 
 
+def small_call(library: Library) -> str:
+    """Launches four anchors of three classes, on the host's memory."""
+    memory = [aligned(1 << 14, fill=0) for _ in range(len(Tensors._fields_) + 1)]
+    *tensors, workspace = (array.ctypes.data for array in memory)
+    return library.launch(params(), Shape(1, 4, 3, 0, 0, 0, 0), Tensors(*tensors), workspace, 1 << 14)
+
+
+def test_the_cuda_error_of_a_failed_launch_is_kept_and_worded(emulated: Library) -> None:
+    try:
+        emulated.c.emulatorRefuse(209, 0)
+        assert small_call(emulated) == "launch"
+        assert emulated.c.ssdNmsLastError().decode() == (
+            "findCandidates: no kernel image is available for execution on the device (cudaErrorNoKernelImageForDevice)"
+            "; the device is GPU 3, Emulated GPU, of compute capability 8.7, the library has code for 75-real"
+        )
+        emulated.c.emulatorRefuse(719, 1)  # the first launch passes
+        assert small_call(emulated) == "launch"
+        assert emulated.c.ssdNmsLastError() == b"selectDetections: another error (cudaErrorOther)"
+        texts = []  # each thread has its own
+        thread = threading.Thread(target=lambda: texts.append(emulated.c.ssdNmsLastError()))
+        thread.start()
+        thread.join()
+        assert texts == [b""]
+    finally:
+        emulated.c.emulatorRefuse(0, 0)
+
+
+def test_the_cuda_core_says_what_cuda_said(core: Library) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("there is a GPU, which takes no memory of the host: needs a machine without one")
+    assert core.c.ssdNmsLastError() == b""
+    assert small_call(core) == "launch"
+    assert re.fullmatch(r"findCandidates: .+ \(cudaError\w+\)", core.c.ssdNmsLastError().decode())
+
+
 def test_the_workspace_grows_with_what_can_pass(emulated: Library) -> None:
     def size(changes: dict[str, int] | None = None, **settings: Any) -> int:
         return emulated.workspace_size(params(**settings), shape(**(changes or {})))
 
     tiles, anchors = 137, 137 * 64  # 8,732 anchors in tiles of 64
     counts = (tiles * 4 + 15) // 16 * 16
-    assert size() == anchors * 20 * 8 + counts  # at most 20 classes of an anchor can be above 0.05
-    assert size(score_threshold=0.5) == anchors * 2 * 8 + counts
-    assert size(score_threshold=0.0) == anchors * 80 * 8 + counts
-    assert size({"has_score_thresholds": 1}) == anchors * 80 * 8 + counts
-    assert size(score_activation=1) == anchors * 80 * 8 + counts
+    key = 2 * 8  # a key, and room to sort it
+    assert size() == anchors * 20 * key + counts  # at most 20 classes of an anchor can be above 0.05
+    assert size(score_threshold=0.5) == anchors * 2 * key + counts
+    assert size(score_threshold=0.0, lowest_score_threshold=0.0) == anchors * 80 * key + counts
+    assert size(score_activation=1) == anchors * 80 * key + counts
+    for asked in ({"score_threshold": 0.0}, {"score_threshold": 0.5}):
+        given = size({"has_score_thresholds": 1}, **asked, lowest_score_threshold=0.1)
+        assert given == anchors * 10 * key + counts  # whatever a request may ask for
+    assert size(score_threshold=0.0, lowest_score_threshold=0.1) == anchors * 10 * key + counts
     assert size(topk_per_class=400) == size() + 80 * 4
-    assert size({"batch": 64}) >= 64 * anchors * 20 * 8
+    assert size({"batch": 64}) >= 64 * anchors * 20 * key
     assert size(max_detections=0) == 0
     for less in ({"batch": 63}, {"anchors": 8731}, {"anchors": 1}):
         assert size({"batch": 64, **less}) <= size({"batch": 64})

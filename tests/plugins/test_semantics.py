@@ -50,9 +50,9 @@ def test_reference_onnx_function_and_oracle_agree_on_1000_cases(reference: Libra
         assert tally["ambiguous"] <= 1000 // 50, tallies
 
 
-@pytest.mark.slow
-def test_kernels_equal_the_reference_bit_for_bit_on_400_cases(reference: Library, emulated: Library) -> None:
-    for index, case in enumerate(oracle.cases(400, seed=1)):
+def test_kernels_equal_the_reference_bit_for_bit(reference: Library, emulated: Library) -> None:
+    # Few: where there is nvcc, test_ptx.py runs many more. Here the sanitizer for undefined behaviour looks on.
+    for index, case in enumerate(oracle.cases(78, seed=1)):
         want = reference.run(case)
         assert oracle.agree(case, want)
         assert_same_bits(case, run_emulated(emulated, case, SCHEDULES[index % 3] + index // 3), want)
@@ -67,6 +67,7 @@ def large(name: str, batch: int, anchors: int, classes: int, **settings: Any) ->
     """
     random = np.random.default_rng(len(name))
     half = settings.pop("half", False)
+    settings.setdefault("lowest_score_threshold", 0.0)
     corners = [random.uniform(0, 1, (anchors, 2)), random.uniform(0.05, 0.3, (anchors, 2))]
     deltas, logits = random.normal(0, 1, (batch, anchors, 4)), random.normal(0, 2, (batch, anchors, classes))
     if name.startswith("background"):
@@ -89,7 +90,16 @@ LARGE = (
     large("background, every candidate", 1, 700, 21, max_detections=5000, iou_threshold=1.0),
     large("sigmoid, every candidate", 1, 700, 6, max_detections=5000, iou_threshold=1.0, score_activation="sigmoid"),
     large("dense", 1, 700, 21, score_threshold=0.01, max_detections=1000, iou_threshold=0.3),
-    large("dense, every candidate", 1, 700, 6, score_threshold=0.0, max_detections=5000, iou_threshold=1.0),
+    large(
+        "dense, every candidate",
+        1,
+        700,
+        6,
+        score_threshold=0.0,
+        lowest_score_threshold=0.0,
+        max_detections=5000,
+        iou_threshold=1.0,
+    ),
     large("ties", 1, 900, 6, score_activation="sigmoid", background_class=-1, score_threshold=0.1, max_detections=700),
     large("equal", 1, 900, 6, score_activation="sigmoid", score_threshold=0.1, max_detections=600, class_agnostic=True),
     large("equal, capped", 1, 900, 6, score_threshold=0.1, max_detections=600, topk_per_class=37),
@@ -118,8 +128,8 @@ LARGE = (
 def test_kernels_equal_the_reference_where_there_is_much(reference: Library, emulated: Library, case: Case) -> None:
     want = reference.run(case)
     assert want[0].max() > 0
-    for schedule in SCHEDULES:
-        assert_same_bits(case, run_emulated(emulated, case, schedule), want)
+    schedule = SCHEDULES[LARGE.index(case) % len(SCHEDULES)]
+    assert_same_bits(case, run_emulated(emulated, case, schedule), want)
 
 
 def test_rows_do_not_influence_each_other(reference: Library, emulated: Library) -> None:

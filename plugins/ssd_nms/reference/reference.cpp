@@ -73,7 +73,8 @@ std::vector<float> activate(std::vector<float> values, int32_t activation)
 std::vector<Candidate> findCandidates(
     SsdNmsParams const& params, SsdNmsShape const& shape, SsdNmsTensors const& tensors, int32_t row)
 {
-    float const threshold = shape.hasScoreThresholds ? tensors.scoreThresholds[row] : params.scoreThreshold;
+    float const asked = shape.hasScoreThresholds ? tensors.scoreThresholds[row] : params.scoreThreshold;
+    float const threshold = effectiveThreshold(asked, params.lowestScoreThreshold);
     std::vector<Candidate> candidates;
     std::vector<float> logits(static_cast<size_t>(shape.classes));
     for (int32_t anchor = 0; anchor < shape.anchors; ++anchor)
@@ -109,8 +110,7 @@ std::vector<Candidate> suppress(std::vector<Candidate> const& candidates, float 
     std::vector<Candidate> kept;
     for (Candidate const& candidate : candidates)
     {
-        bool const isSuppressed = std::any_of(kept.begin(), kept.end(),
-            [&](Candidate const& better)
+        bool const isSuppressed = std::any_of(kept.begin(), kept.end(), [&](Candidate const& better)
             { return overlaps(better.box, areaOf(better.box), candidate.box, areaOf(candidate.box), iouThreshold); });
         if (!isSuppressed)
         {
@@ -195,4 +195,9 @@ SsdNmsStatus ssdNmsLaunch(SsdNmsParams const* params, SsdNmsShape const* shape, 
         return SSD_NMS_LAUNCH_FAILED;
     }
     return SSD_NMS_OK;
+}
+
+char const* ssdNmsLastError()
+{
+    return ""; // nothing is launched
 }

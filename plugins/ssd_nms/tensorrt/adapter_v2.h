@@ -20,17 +20,17 @@ struct Serialized
     int32_t version;
     int32_t inputs;
     SsdNmsParams params;
+    int64_t workspace;
 };
 
 constexpr char kMagic[4] = {'S', 'S', 'D', 'N'};
-static_assert(sizeof(Serialized) == 64, "the layout is part of the plan: change kSerializationVersion with it");
+static_assert(sizeof(Serialized) == 80, "the layout is part of the plan: change kSerializationVersion with it");
 
 class SsdNmsPlugin : public IPluginV2DynamicExt
 {
 public:
-    SsdNmsPlugin(SsdNmsParams const& params, int32_t inputs)
-        : mParams{params}
-        , mInputs{inputs}
+    explicit SsdNmsPlugin(Operator const& op)
+        : mOperator{op}
     {
     }
 
@@ -48,7 +48,7 @@ public:
             [&]
             {
                 checkCounts(nbInputs, kOutputs);
-                return outputShape(mParams, outputIndex, inputs, exprBuilder);
+                return outputShape(mOperator.params(), outputIndex, inputs, exprBuilder);
             });
     }
 
@@ -65,10 +65,7 @@ public:
         guarded(-1,
             [&]
             {
-                mInputs = nbInputs;
-                checkCounts(nbInputs, nbOutputs);
-                SsdNmsShape const shape = shapeFrom(in, nbInputs);
-                check(mParams, &shape);
+                mOperator.configure(in, nbInputs, nbOutputs);
                 return 0;
             });
     }
@@ -80,7 +77,7 @@ public:
             [&]
             {
                 SsdNmsShape const shape = shapeFrom(inputs, nbInputs);
-                return ssdNmsWorkspaceSize(&mParams, &shape);
+                return ssdNmsWorkspaceSize(&mOperator.params(), &shape);
             });
     }
 
@@ -90,7 +87,7 @@ public:
         return guarded(-1,
             [&]
             {
-                enqueueOn(mParams, inputDesc, mInputs, inputs, outputs, workspace, stream);
+                mOperator.enqueue(inputDesc, inputs, outputs, workspace, stream);
                 return 0;
             });
     }
@@ -135,8 +132,9 @@ public:
         Serialized serialized{};
         std::memcpy(serialized.magic, kMagic, sizeof(kMagic));
         serialized.version = kSerializationVersion;
-        serialized.inputs = mInputs;
-        serialized.params = mParams;
+        serialized.inputs = mOperator.inputs();
+        serialized.params = mOperator.params();
+        serialized.workspace = mOperator.workspace();
         std::memcpy(buffer, &serialized, sizeof(serialized));
     }
 
@@ -161,8 +159,7 @@ public:
     }
 
 private:
-    SsdNmsParams mParams;
-    int32_t mInputs;
+    Operator mOperator;
     std::string mNamespace;
 };
 
@@ -171,7 +168,7 @@ class SsdNmsCreator : public IPluginCreator
 public:
     IPluginV2* createPlugin(AsciiChar const* /* name */, PluginFieldCollection const* fields) noexcept override
     {
-        return guarded<IPluginV2*>(nullptr, [&] { return make(paramsFrom(fields, false), kFewestInputs); });
+        return guarded<IPluginV2*>(nullptr, [&] { return make(Operator{paramsFrom(fields), kFewestInputs, 0}); });
     }
 
     IPluginV2* deserializePlugin(
@@ -192,9 +189,8 @@ public:
                     throw std::invalid_argument{"the plan's bytes for SSDNMS are not SSDNMS's"};
                 }
                 checkSerializationVersion(serialized.version);
-                checkCounts(serialized.inputs, kOutputs);
                 check(serialized.params, nullptr);
-                return make(serialized.params, serialized.inputs);
+                return make(Operator{serialized.params, serialized.inputs, serialized.workspace});
             });
     }
 
@@ -229,9 +225,9 @@ public:
     }
 
 private:
-    IPluginV2* make(SsdNmsParams const& params, int32_t inputs) const
+    IPluginV2* make(Operator const& op) const
     {
-        auto* const plugin = new SsdNmsPlugin{params, inputs};
+        auto* const plugin = new SsdNmsPlugin{op};
         plugin->setPluginNamespace(mNamespace.c_str());
         return plugin;
     }

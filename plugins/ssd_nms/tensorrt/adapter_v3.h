@@ -16,10 +16,18 @@ using namespace nvinfer1;
 class SsdNmsPlugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime
 {
 public:
-    explicit SsdNmsPlugin(SsdNmsParams const& params)
-        : mParams{params}
+    explicit SsdNmsPlugin(Operator const& op)
+        : mOperator{op}
     {
     }
+
+    //! The fields point into the plugin that made them, so each makes its own.
+    SsdNmsPlugin(SsdNmsPlugin const& other)
+        : SsdNmsPlugin{other.mOperator}
+    {
+    }
+
+    SsdNmsPlugin& operator=(SsdNmsPlugin const&) = delete;
 
     IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override
     {
@@ -61,9 +69,7 @@ public:
         return guarded(-1,
             [&]
             {
-                checkCounts(nbInputs, nbOutputs);
-                SsdNmsShape const shape = shapeFrom(in, nbInputs);
-                check(mParams, &shape);
+                mOperator.configure(in, nbInputs, nbOutputs);
                 return 0;
             });
     }
@@ -89,7 +95,7 @@ public:
                 checkCounts(nbInputs, nbOutputs);
                 for (int32_t i = 0; i < nbOutputs; ++i)
                 {
-                    outputs[i] = outputShape(mParams, i, inputs, exprBuilder);
+                    outputs[i] = outputShape(mOperator.params(), i, inputs, exprBuilder);
                 }
                 return 0;
             });
@@ -113,7 +119,7 @@ public:
             [&]
             {
                 SsdNmsShape const shape = shapeFrom(inputs, nbInputs);
-                return ssdNmsWorkspaceSize(&mParams, &shape);
+                return ssdNmsWorkspaceSize(&mOperator.params(), &shape);
             });
     }
 
@@ -123,8 +129,7 @@ public:
         return guarded(-1,
             [&]
             {
-                shapeFrom(in, nbInputs);
-                mInputs = nbInputs;
+                mOperator.prepare(in, nbInputs);
                 return 0;
             });
     }
@@ -135,7 +140,7 @@ public:
         return guarded(-1,
             [&]
             {
-                enqueueOn(mParams, inputDesc, mInputs, inputs, outputs, workspace, stream);
+                mOperator.enqueue(inputDesc, inputs, outputs, workspace, stream);
                 return 0;
             });
     }
@@ -150,16 +155,17 @@ public:
         return guarded<PluginFieldCollection const*>(nullptr,
             [&]
             {
-                mFields = fieldsOf(mParams);
+                mFields = fieldsOf(mOperator.params());
                 mFields.emplace_back(kSerializationVersionField, &kSerializationVersion, PluginFieldType::kINT32, 1);
+                mFields.emplace_back(kInputsField, &mOperator.inputs(), PluginFieldType::kINT32, 1);
+                mFields.emplace_back(kWorkspaceField, &mOperator.workspace(), PluginFieldType::kINT64, 1);
                 mCollection = PluginFieldCollection{static_cast<int32_t>(mFields.size()), mFields.data()};
                 return &mCollection;
             });
     }
 
 private:
-    SsdNmsParams mParams;
-    int32_t mInputs{kFewestInputs};
+    Operator mOperator;
     std::vector<PluginField> mFields;
     PluginFieldCollection mCollection{};
 };
@@ -170,8 +176,13 @@ public:
     IPluginV3* createPlugin(
         AsciiChar const* /* name */, PluginFieldCollection const* fields, TensorRTPhase phase) noexcept override
     {
-        return guarded<IPluginV3*>(
-            nullptr, [&] { return new SsdNmsPlugin{paramsFrom(fields, phase == TensorRTPhase::kRUNTIME)}; });
+        return guarded<IPluginV3*>(nullptr,
+            [&]
+            {
+                PlanFields plan{kFewestInputs, 0};
+                SsdNmsParams const params = paramsFrom(fields, phase == TensorRTPhase::kRUNTIME ? &plan : nullptr);
+                return new SsdNmsPlugin{Operator{params, plan.inputs, plan.workspace}};
+            });
     }
 
     PluginFieldCollection const* getFieldNames() noexcept override

@@ -5,12 +5,11 @@
 #define SSD_NMS_TENSORRT_ATTRIBUTES_H
 
 #include "../ssd_nms.h"
+#include "logging.h"
 
 #include <NvInfer.h>
 
-#include <cstdio>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -26,51 +25,10 @@ using namespace nvinfer1;
 constexpr char kName[] = "SSDNMS";
 constexpr char kVersion[] = "1";
 //! Of what a plan holds; a plan of another version is refused.
-constexpr int32_t kSerializationVersion = 1;
+constexpr int32_t kSerializationVersion = 2;
 
 constexpr char const* kActivations[] = {"softmax", "sigmoid", "none"};
 constexpr char const* kCodings[] = {"center_size", "corner"};
-
-void logError(char const* message) noexcept
-{
-    std::string text;
-    try
-    {
-        text = std::string{"[SSDNMS] "} + message;
-    }
-    catch (std::exception const&) // no memory for the prefix
-    {
-    }
-    char const* const line = text.empty() ? message : text.c_str();
-    if (ILogger* const logger = getLogger())
-    {
-        logger->log(ILogger::Severity::kERROR, line);
-    }
-    else
-    {
-        std::fprintf(stderr, "%s\n", line);
-    }
-}
-
-//! Runs a function that may throw, at the border to TensorRT, which must see no exception.
-//! \return its result, or `failure` with the reason logged.
-template <typename Result, typename Function>
-Result guarded(Result failure, Function&& function) noexcept
-{
-    try
-    {
-        return function();
-    }
-    catch (std::exception const& error)
-    {
-        logError(error.what());
-    }
-    catch (...)
-    {
-        logError("unknown error");
-    }
-    return failure;
-}
 
 void check(SsdNmsParams const& params, SsdNmsShape const* shape)
 {
@@ -83,7 +41,8 @@ void check(SsdNmsParams const& params, SsdNmsShape const* shape)
 
 SsdNmsParams defaultParams()
 {
-    return SsdNmsParams{0.05F, 0.45F, 100, 0, 0, SSD_NMS_SOFTMAX, SSD_NMS_CENTER_SIZE, {10.F, 10.F, 5.F, 5.F}, 1, 0};
+    return SsdNmsParams{0.05F, 0.45F, 100, 0, 0, SSD_NMS_SOFTMAX, SSD_NMS_CENTER_SIZE, {10.F, 10.F, 5.F, 5.F}, 1, 0,
+        0.01F};
 }
 
 std::string quoted(std::string const& text)
@@ -190,10 +149,20 @@ std::vector<PluginField> fieldsOf(SsdNmsParams const& p)
         real("box_scales", p.boxScales, 4),
         whole("clip_boxes", &p.clipBoxes),
         whole("class_agnostic", &p.classAgnostic),
+        real("lowest_score_threshold", &p.lowestScoreThreshold, 1),
     };
 }
 
 constexpr char kSerializationVersionField[] = "serialization_version";
+constexpr char kInputsField[] = "inputs";
+constexpr char kWorkspaceField[] = "workspace_bytes";
+
+//! What a plan's fields hold beside the attributes and the version.
+struct PlanFields
+{
+    int32_t inputs;
+    int64_t workspace;
+};
 
 void checkSerializationVersion(int32_t version)
 {
@@ -205,11 +174,12 @@ void checkSerializationVersion(int32_t version)
     }
 }
 
-//! \param isPlan whether the fields come from a plan (then the version must be among them) or from a network.
-SsdNmsParams paramsFrom(PluginFieldCollection const* fields, bool isPlan)
+//! \param plan receives what a plan holds beside the attributes; null: the fields come from a network.
+SsdNmsParams paramsFrom(PluginFieldCollection const* fields, PlanFields* plan = nullptr)
 {
     SsdNmsParams p = defaultParams();
     bool hasVersion = false;
+    bool hasInputs = false;
     for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i)
     {
         PluginField const& field = fields->fields[i];
@@ -262,11 +232,27 @@ SsdNmsParams paramsFrom(PluginFieldCollection const* fields, bool isPlan)
         {
             p.classAgnostic = oneInt(field);
         }
-        else if (isPlan && name == kSerializationVersionField)
+        else if (name == "lowest_score_threshold")
+        {
+            p.lowestScoreThreshold = oneFloat(field);
+        }
+        else if (plan != nullptr && name == kSerializationVersionField)
         {
             checkSerializationVersion(oneInt(field));
             hasVersion = true;
         }
+        else if (plan != nullptr && name == kInputsField)
+        {
+            plan->inputs = oneInt(field);
+            hasInputs = true;
+        }
+#if NV_TENSORRT_MAJOR >= 10
+        else if (plan != nullptr && name == kWorkspaceField)
+        {
+            requireField(field.type == PluginFieldType::kINT64 && field.length == 1, field, "1 integer of 64 bits");
+            plan->workspace = *static_cast<int64_t const*>(field.data);
+        }
+#endif
         else
         {
             std::string known;
@@ -277,9 +263,13 @@ SsdNmsParams paramsFrom(PluginFieldCollection const* fields, bool isPlan)
             throw std::invalid_argument{"unknown attribute " + quoted(name) + "; known: " + known};
         }
     }
-    if (isPlan && !hasVersion)
+    if (plan != nullptr && !hasVersion)
     {
         throw std::invalid_argument{"the plan's SSDNMS has no serialization version"};
+    }
+    if (plan != nullptr && !hasInputs)
+    {
+        throw std::invalid_argument{"the plan's SSDNMS does not say how many inputs it has"};
     }
     check(p, nullptr);
     return p;

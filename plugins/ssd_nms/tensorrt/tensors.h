@@ -9,6 +9,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 
 namespace ssd_nms
 {
@@ -73,10 +74,18 @@ std::string textOf(Dims const& dims)
     return text + "]";
 }
 
-//! Dimensions that all inputs agree on.
-//! \param dims, types one for each input.
-SsdNmsShape shapeFrom(std::vector<Dims> const& dims, std::vector<DataType> const& types)
+//! What the inputs' descriptions say, in one place for both kinds of description; no heap, since enqueue() needs it.
+struct Described
 {
+    int32_t count{0};
+    std::array<Dims, kMostInputs> dims{};
+    std::array<DataType, kMostInputs> types{};
+};
+
+//! Dimensions that all inputs agree on.
+SsdNmsShape shapeFrom(Described const& inputs)
+{
+    auto const& dims = inputs.dims;
     auto const require = [&](bool passed, Input input, char const* name, char const* wanted)
     {
         if (!passed)
@@ -99,11 +108,11 @@ SsdNmsShape shapeFrom(std::vector<Dims> const& dims, std::vector<DataType> const
     require(
         logits.nbDims == 3 && logits.d[0] == batch && logits.d[1] == anchors, kCLASS_LOGITS, "class_logits", "[B,N,C]");
     require(is(kANCHORS, {anchors, 4}), kANCHORS, "anchors", "[N,4]");
-    if (dims.size() > kSCORE_THRESHOLD)
+    if (inputs.count > kSCORE_THRESHOLD)
     {
         require(is(kSCORE_THRESHOLD, {batch, 1}), kSCORE_THRESHOLD, "score_threshold", "[B,1]");
     }
-    if (dims.size() > kIOU_THRESHOLD)
+    if (inputs.count > kIOU_THRESHOLD)
     {
         require(is(kIOU_THRESHOLD, {batch, 1}), kIOU_THRESHOLD, "iou_threshold", "[B,1]");
     }
@@ -117,38 +126,38 @@ SsdNmsShape shapeFrom(std::vector<Dims> const& dims, std::vector<DataType> const
     }
     auto const typeOf = [&](Input input)
     {
-        return types[static_cast<size_t>(input)] == DataType::kHALF ? SSD_NMS_FLOAT16 : SSD_NMS_FLOAT32;
+        return inputs.types[static_cast<size_t>(input)] == DataType::kHALF ? SSD_NMS_FLOAT16 : SSD_NMS_FLOAT32;
     };
     return SsdNmsShape{static_cast<int32_t>(batch), static_cast<int32_t>(anchors), static_cast<int32_t>(logits.d[2]),
-        typeOf(kBOX_DELTAS), typeOf(kCLASS_LOGITS), dims.size() > kSCORE_THRESHOLD ? 1 : 0,
-        dims.size() > kIOU_THRESHOLD ? 1 : 0};
+        typeOf(kBOX_DELTAS), typeOf(kCLASS_LOGITS), inputs.count > kSCORE_THRESHOLD ? 1 : 0,
+        inputs.count > kIOU_THRESHOLD ? 1 : 0};
 }
 
 SsdNmsShape shapeFrom(PluginTensorDesc const* inputs, int32_t count)
 {
     checkCounts(count, kOutputs);
-    std::vector<Dims> dims;
-    std::vector<DataType> types;
-    for (int32_t i = 0; i < count; ++i)
+    Described described;
+    described.count = count;
+    for (size_t i = 0; i < static_cast<size_t>(count); ++i)
     {
-        dims.push_back(inputs[i].dims);
-        types.push_back(inputs[i].type);
+        described.dims[i] = inputs[i].dims;
+        described.types[i] = inputs[i].type;
     }
-    return shapeFrom(dims, types);
+    return shapeFrom(described);
 }
 
 //! The largest shape of the optimisation profile.
 SsdNmsShape shapeFrom(DynamicPluginTensorDesc const* inputs, int32_t count)
 {
     checkCounts(count, kOutputs);
-    std::vector<Dims> dims;
-    std::vector<DataType> types;
-    for (int32_t i = 0; i < count; ++i)
+    Described described;
+    described.count = count;
+    for (size_t i = 0; i < static_cast<size_t>(count); ++i)
     {
-        dims.push_back(inputs[i].max);
-        types.push_back(inputs[i].desc.type);
+        described.dims[i] = inputs[i].max;
+        described.types[i] = inputs[i].desc.type;
     }
-    return shapeFrom(dims, types);
+    return shapeFrom(described);
 }
 
 DimsExprs outputShape(SsdNmsParams const& params, int32_t output, DimsExprs const* inputs, IExprBuilder& builder)
@@ -173,33 +182,117 @@ DimsExprs outputShape(SsdNmsParams const& params, int32_t output, DimsExprs cons
     return shape;
 }
 
-void enqueueOn(SsdNmsParams const& params, PluginTensorDesc const* inputDesc, int32_t inputCount,
-    void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream)
+bool operator==(SsdNmsShape const& a, SsdNmsShape const& b)
 {
-    SsdNmsShape const shape = shapeFrom(inputDesc, inputCount);
-    if (shape.batch == 0)
-    {
-        return; // TensorRT's empty tensor: there is nothing to write
-    }
-    check(params, &shape);
-    SsdNmsTensors tensors{};
-    tensors.boxDeltas = inputs[kBOX_DELTAS];
-    tensors.classLogits = inputs[kCLASS_LOGITS];
-    tensors.anchors = static_cast<float const*>(inputs[kANCHORS]);
-    tensors.scoreThresholds = shape.hasScoreThresholds ? static_cast<float const*>(inputs[kSCORE_THRESHOLD]) : nullptr;
-    tensors.iouThresholds = shape.hasIouThresholds ? static_cast<float const*>(inputs[kIOU_THRESHOLD]) : nullptr;
-    tensors.numDetections = static_cast<int32_t*>(outputs[kNUM_DETECTIONS]);
-    tensors.boxes = static_cast<float*>(outputs[kDETECTION_BOXES]);
-    tensors.scores = static_cast<float*>(outputs[kDETECTION_SCORES]);
-    tensors.labels = static_cast<int32_t*>(outputs[kDETECTION_CLASSES]);
-    // TensorRT gave what getWorkspaceSize() asked for, for the largest shape of the profile.
-    SsdNmsStatus const status =
-        ssdNmsLaunch(&params, &shape, &tensors, workspace, ssdNmsWorkspaceSize(&params, &shape), stream);
-    if (status != SSD_NMS_OK)
-    {
-        throw std::runtime_error{std::string{"enqueue: "} + ssdNmsStatusString(status)};
-    }
+    return a.batch == b.batch && a.anchors == b.anchors && a.classes == b.classes && a.deltasType == b.deltasType
+        && a.logitsType == b.logitsType && a.hasScoreThresholds == b.hasScoreThresholds
+        && a.hasIouThresholds == b.hasIouThresholds;
 }
+
+//! What a plugin knows of its calls, whichever of TensorRT's interfaces it has. A plan holds the first three.
+class Operator
+{
+public:
+    Operator(SsdNmsParams const& params, int32_t inputs, int64_t workspace)
+        : mParams{params}
+        , mInputs{inputs}
+        , mWorkspace{workspace}
+    {
+        checkCounts(inputs, kOutputs);
+    }
+
+    SsdNmsParams const& params() const
+    {
+        return mParams;
+    }
+
+    //! Without the thresholds' inputs 3. TensorRT does not give their number to enqueue().
+    int32_t const& inputs() const
+    {
+        return mInputs;
+    }
+
+    //! The bytes of workspace that TensorRT was asked for; 0: nobody configured the plugin.
+    int64_t const& workspace() const
+    {
+        return mWorkspace;
+    }
+
+    //! Takes an optimisation profile.
+    void configure(DynamicPluginTensorDesc const* inputs, int32_t inputCount, int32_t outputCount)
+    {
+        checkCounts(inputCount, outputCount);
+        mInputs = inputCount;
+        SsdNmsShape const shape = shapeFrom(inputs, inputCount);
+        check(mParams, &shape);
+        mWorkspace = std::max(mWorkspace, static_cast<int64_t>(ssdNmsWorkspaceSize(&mParams, &shape)));
+    }
+
+    //! Takes the shape of the calls to come, and checks it once for all of them.
+    void prepare(PluginTensorDesc const* inputs, int32_t count)
+    {
+        mInputs = count;
+        prepare(shapeFrom(inputs, count));
+    }
+
+    void enqueue(PluginTensorDesc const* inputDesc, void const* const* inputs, void* const* outputs, void* workspace,
+        cudaStream_t stream)
+    {
+        SsdNmsShape const shape = shapeFrom(inputDesc, mInputs);
+        if (!(shape == mPrepared)) // nobody prepared it
+        {
+            prepare(shape);
+        }
+        if (shape.batch == 0)
+        {
+            return; // TensorRT's empty tensor: there is nothing to write
+        }
+        SsdNmsTensors tensors{};
+        tensors.boxDeltas = inputs[kBOX_DELTAS];
+        tensors.classLogits = inputs[kCLASS_LOGITS];
+        tensors.anchors = static_cast<float const*>(inputs[kANCHORS]);
+        tensors.scoreThresholds =
+            shape.hasScoreThresholds ? static_cast<float const*>(inputs[kSCORE_THRESHOLD]) : nullptr;
+        tensors.iouThresholds = shape.hasIouThresholds ? static_cast<float const*>(inputs[kIOU_THRESHOLD]) : nullptr;
+        tensors.numDetections = static_cast<int32_t*>(outputs[kNUM_DETECTIONS]);
+        tensors.boxes = static_cast<float*>(outputs[kDETECTION_BOXES]);
+        tensors.scores = static_cast<float*>(outputs[kDETECTION_SCORES]);
+        tensors.labels = static_cast<int32_t*>(outputs[kDETECTION_CLASSES]);
+        SsdNmsStatus const status = ssdNmsLaunch(&mParams, &shape, &tensors, workspace, mNeeded, stream);
+        if (status != SSD_NMS_OK)
+        {
+            std::string const reason = status == SSD_NMS_LAUNCH_FAILED ? ssdNmsLastError() : "";
+            throw std::runtime_error{
+                std::string{"enqueue: "} + ssdNmsStatusString(status) + (reason.empty() ? "" : ": " + reason)};
+        }
+    }
+
+private:
+    void prepare(SsdNmsShape const& shape)
+    {
+        size_t needed = 0;
+        if (shape.batch > 0)
+        {
+            check(mParams, &shape);
+            needed = ssdNmsWorkspaceSize(&mParams, &shape);
+            if (mWorkspace > 0 && needed > static_cast<uint64_t>(mWorkspace))
+            {
+                throw std::runtime_error{"batch " + std::to_string(shape.batch) + " x " + std::to_string(shape.anchors)
+                    + " anchors x " + std::to_string(shape.classes) + " classes need " + std::to_string(needed)
+                    + " bytes of workspace, the plan was built with " + std::to_string(mWorkspace)
+                    + ": the shape is outside its optimisation profile"};
+            }
+        }
+        mPrepared = shape;
+        mNeeded = needed;
+    }
+
+    SsdNmsParams mParams;
+    int32_t mInputs;
+    int64_t mWorkspace;
+    SsdNmsShape mPrepared{}; //!< The last shape that was checked: none, so far.
+    size_t mNeeded{0}; //!< Its workspace.
+};
 
 } // namespace
 } // namespace ssd_nms

@@ -18,7 +18,7 @@ from build import contract, session
 from build.contract import Target
 from build.errors import OptionError, VerifyError
 from build.gate import verify
-from build.graph.attach import attach
+from build.graph.attach import attach, before_nms
 from build.session import runner
 from build.spec import Spec, load
 from tests.build import tiny_model
@@ -52,8 +52,10 @@ def good(model: onnx.ModelProto) -> session.Runner:
 def report(
     spec: Spec, model: onnx.ModelProto, candidate: session.Runner, tmp_path: Path, **options: Any
 ) -> verify.Report:
-    reference, within = runner(model, optimised=False), verify.tolerance(Target("onnxruntime"))
-    return verify.gate(spec, "tiny", candidate, reference=reference, within=within, cache=tmp_path, **options)
+    written = {"reference": model, "heads": before_nms(model)}
+    runners = {name: runner(graph, optimised=False) for name, graph in written.items()}
+    within = verify.tolerance(Target("onnxruntime"))
+    return verify.gate(spec, "tiny", candidate, **runners, within=within, cache=tmp_path, **options)
 
 
 def faulty(good: session.Runner, fault: Fault) -> session.Runner:
@@ -213,42 +215,6 @@ def test_unknown_and_damaged_tolerances(tmp_path: Path) -> None:
         verify.tolerance(Target("tensorrt"), damaged)
     with pytest.raises(VerifyError, match="cannot be used"):
         verify.tolerance(Target("tensorrt"), tmp_path / "none.json")
-
-
-def detections(*rows: tuple[float, float, int], most: int = 5) -> Outputs:
-    """Outputs of one picture: (left, score, class) of boxes of side 0.2."""
-    boxes, scores, classes = np.zeros((most, 4), "f4"), np.zeros(most, "f4"), np.full(most, -1, "i4")
-    for i, (left, score, label) in enumerate(rows):
-        boxes[i], scores[i], classes[i] = (left, 0, left + 0.2, 0.2), score, label
-    return dict(zip(contract.OUTPUTS, (np.array([len(rows)], "i4"), boxes, scores, classes), strict=True))
-
-
-WITHIN = verify.Tolerance(0, 0.01, 0.01, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("found", "wanted", "lonely"),
-    [
-        ([(0.0, 0.9, 0), (0.5, 0.8, 1)], [(0.0, 0.9, 0), (0.5, 0.8, 1)], 0),
-        ([(0.5, 0.801, 1), (0.0, 0.8, 0)], [(0.0, 0.8, 0), (0.5, 0.799, 1)], 0),  # order of near equals
-        ([(0.0, 0.9, 0)], [(0.0, 0.9, 0), (0.5, 0.105, 1)], 0),  # at the threshold of 0.1
-        ([(0.0, 0.9, 0)], [(0.0, 0.9, 0), (0.5, 0.3, 1)], 1),
-        ([(0.0, 0.9, 1)], [(0.0, 0.9, 0)], 2),
-        ([(0.1, 0.9, 0)], [(0.0, 0.9, 0)], 2),  # IoU 1/3
-        ([(0.0, 0.9, 0)], [(0.0, 0.9, 0), (0.0, 0.9, 0)], 1),  # one partner each
-        ([], [], 0),
-    ],
-)
-def test_pairing(spec: Spec, found: list[Any], wanted: list[Any], lonely: int) -> None:
-    assert verify._pair(spec, detections(*found), detections(*wanted), WITHIN).lonely == lonely
-
-
-def test_the_last_of_a_full_list_may_differ(spec: Spec) -> None:
-    rows = [(i / 5, 0.9, 0) for i in range(4)]
-    found, wanted = [*rows, (0.85, 0.5, 0)], [*rows, (0.85, 0.505, 1)]
-    assert verify._pair(spec, detections(*found), detections(*wanted), WITHIN).lonely == 2
-    of_five = dataclasses.replace(spec, nms=dataclasses.replace(spec.nms, max_detections=5))
-    assert verify._pair(of_five, detections(*found), detections(*wanted), WITHIN).lonely == 0
 
 
 def labelled(path: Path, count: int = 3) -> Spec:

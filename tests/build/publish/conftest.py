@@ -1,18 +1,22 @@
-"""A tiny model, built, and where it is published; libraries of a few bytes in place of ONNX Runtime's 29 MB."""
+"""A tiny model, built, and where it is published."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from build.contract import Target
 from build.graph.attach import attach
-from build.publish import backend
+from build.publish import backend, repository
 from build.publish.backend import Backend
 from build.spec import Spec, load
 from tests.build import tiny_model
 
 LIBRARIES = ("libtriton_ssd_onnxruntime.so", "libonnxruntime.so.1")
+
+Publish = Callable[[], int]
 
 
 @pytest.fixture
@@ -34,12 +38,14 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path) -> Backend:
-    """Our backend's name and sources, with files that are no libraries: for what is published and never served."""
-    folder = tmp_path / "libraries"
-    folder.mkdir()
-    for name in LIBRARIES:
-        (folder / name).write_bytes(name.encode() * 100)
+def stand_in() -> Backend:
+    """Our backend's name and sources, with digests of no libraries: for what is published and never served."""
     published = backend.of({"serving": {"backend": backend.NATIVE}})
     assert published is not None
-    return Backend(published.name, "a stand-in", {name: folder / name for name in LIBRARIES}, published.sources)
+    return Backend(published.name, "a stand-in", {}, published.sources, dict.fromkeys(LIBRARIES, "ab" * 32))
+
+
+@pytest.fixture
+def publish(spec: Spec, built: Path, root: Path, stand_in: Backend) -> Publish:
+    """Publishes the tiny model once more; returns the version."""
+    return lambda: repository.publish(spec, built, root, Target("onnxruntime"), served_by=stand_in)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
 import shlex
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,34 +42,76 @@ def compiler(alone: Path, name: str, code: str) -> Path:
 
 
 WORKS = 'Path(sys.argv[sys.argv.index("-o") + 1]).write_bytes(b"library")'
+FILES = {"libtriton_ssd_onnxruntime.so", "libonnxruntime.so.1", "manifest.json"}
+SOURCES = {"backend.cpp", "onnxruntime.h", "sha256.h", "triton.h"}
 
 
-def test_ours_is_compiled_once_and_lies_with_its_runtime(native: None, tmp_path: Path) -> None:
-    chosen = backend.prepare(libraries=tmp_path)
-    assert (chosen.name, chosen.why) == ("ssd_onnxruntime", "compiled here")
-    assert set(chosen.files) == {"libtriton_ssd_onnxruntime.so", "libonnxruntime.so.1"}
-    library = chosen.files["libtriton_ssd_onnxruntime.so"]
-    assert library.read_bytes()[:4] == b"\x7fELF"
-    assert chosen.files["libonnxruntime.so.1"].read_bytes()[:4] == b"\x7fELF"
-    assert {path.name for path in chosen.sources} == {"backend.cpp", "onnxruntime.h", "triton.h"}
-    before = library.stat().st_mtime_ns
-    assert backend.prepare(libraries=tmp_path) == chosen
-    assert library.stat().st_mtime_ns == before
-    assert [path.name for path in tmp_path.iterdir()] == [library.name]
+def test_ours_is_installed_once_with_its_runtime(native: None, tmp_path: Path) -> None:
+    chosen = backend.prepare(backends=tmp_path)
+    assert (chosen.name, chosen.why, chosen.files) == ("ssd_onnxruntime", "compiled here", {})
+    folder = tmp_path / "ssd_onnxruntime"
+    licences = {"onnxruntime-LICENSE", "onnxruntime-ThirdPartyNotices.txt"}
+    assert {path.name for path in folder.iterdir()} == FILES | licences
+    for name, digest in chosen.libraries.items():
+        data = (folder / name).read_bytes()
+        assert data[:4] == b"\x7fELF"
+        assert hashlib.sha256(data).hexdigest() == digest
+    assert set(chosen.libraries) == FILES - {"manifest.json"}
+    assert {path.name for path in chosen.sources} == SOURCES
+    before = folder.stat().st_mtime_ns
+    assert backend.prepare(backends=tmp_path) == chosen
+    assert folder.stat().st_mtime_ns == before
+    assert {path.name for path in tmp_path.iterdir()} == {"ssd_onnxruntime", ".ssd_onnxruntime.lock"}
+
+
+DAMAGES = {
+    "half a library": lambda folder: os.truncate(folder / "libtriton_ssd_onnxruntime.so", 3),
+    "a flipped bit": lambda folder: (folder / "libonnxruntime.so.1").write_bytes(b"x"),
+    "a missing library": lambda folder: (folder / "libonnxruntime.so.1").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "a broken manifest": lambda folder: (folder / "manifest.json").write_text('{"files": 7}'),
+    "an empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_backend_is_named_and_installed_again(
+    alone: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_onnxruntime", lambda: Path(__file__))  # a small file in place of 29 MB
+    compiler(alone, "c++", WORKS)
+    whole = backend.prepare(backends=alone)
+    assert backend.damage(alone) == ""
+    DAMAGES[what](alone / "ssd_onnxruntime")
+    assert "ssd_onnxruntime" in backend.damage(alone)
+    assert backend.look(backends=alone).libraries == {}
+    assert backend.prepare(backends=alone) == whole
+    assert backend.damage(alone) == ""
+
+
+def test_nvidias_backend_can_be_asked_for(alone: Path, spec: Spec) -> None:
+    chosen = backend.prepare("onnxruntime", alone)
+    assert (chosen.name, chosen.files, chosen.libraries) == ("onnxruntime", {}, {})
+    written = config(spec, 1, Target("onnxruntime"), "", chosen)
+    assert written.backend == "onnxruntime"
+    threads = written.parameters["threads"].string_value
+    assert written.parameters["intra_op_thread_count"].string_value == threads
+    assert written.parameters["inter_op_thread_count"].string_value == "1"
+    assert not alone.exists()
 
 
 def test_what_was_compiled_needs_no_compiler_any_more(alone: Path) -> None:
     program = compiler(alone, "c++", WORKS)
-    chosen = backend.prepare(libraries=alone)
+    chosen = backend.prepare(backends=alone)
     program.unlink()
-    assert backend.prepare(libraries=alone) == chosen
+    assert backend.prepare(backends=alone) == chosen
 
 
 def test_only_prepare_compiles(alone: Path, spec: Spec) -> None:
     ran = alone.parent / "ran"
     compiler(alone, "c++", f"Path({str(ran)!r}).touch(); {WORKS}")
-    chosen = backend.look(libraries=alone)
-    assert (chosen.name, chosen.files) == ("ssd_onnxruntime", {})
+    chosen = backend.look(backends=alone)
+    assert (chosen.name, chosen.libraries) == ("ssd_onnxruntime", {})
     assert chosen.why == "the next build compiles it with c++"
     target = Target("onnxruntime")
     for served_by in (chosen, backend.of({"serving": {"backend": "ssd_onnxruntime"}})):
@@ -74,9 +119,9 @@ def test_only_prepare_compiles(alone: Path, spec: Spec) -> None:
         assert config(spec, 1, target, "", served_by).backend == "ssd_onnxruntime"
     assert not ran.exists()
     assert not alone.exists()
-    built = backend.prepare(libraries=alone)
+    built = backend.prepare(backends=alone)
     assert ran.exists()
-    assert backend.look(libraries=alone) == built
+    assert backend.look(backends=alone) == built
     assert recipe(spec, target, built) == recipe(spec, target, chosen)
 
 
@@ -87,11 +132,11 @@ def test_the_backend_of_a_published_version() -> None:
     assert ours
     assert (python.name, [path.name for path in python.sources]) == ("python", ["model.py"])
     assert (ours.name, ours.files) == ("ssd_onnxruntime", {})
-    assert {path.name for path in ours.sources} == {"backend.cpp", "onnxruntime.h", "triton.h"}
+    assert {path.name for path in ours.sources} == SOURCES
 
 
 def test_without_a_compiler_it_is_the_python_backend(alone: Path) -> None:
-    chosen = backend.prepare(libraries=alone)
+    chosen = backend.prepare(backends=alone)
     assert (chosen.name, list(chosen.files)) == ("python", ["model.py"])
     assert chosen.why == "no C++ compiler on PATH (c++, g++, clang++)"
     assert chosen.sources == (chosen.files["model.py"],)
@@ -108,43 +153,66 @@ def test_the_python_backend_can_be_asked_for(tmp_path: Path) -> None:
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(alone: Path) -> None:
     compiler(alone, "g++", WORKS + '; sys.exit("backend.cpp:1: no <atomic>\\nand more")')
-    chosen = backend.prepare(libraries=alone)
+    chosen = backend.prepare(backends=alone)
     assert (chosen.name, chosen.why) == ("python", "g++ cannot compile ssd_onnxruntime: backend.cpp:1: no <atomic>")
     with pytest.raises(RuntimeUnavailableError, match=r"no <atomic>\nlikely because: .*C\+\+17"):
         backend.prepare("ssd_onnxruntime", alone)
-    assert not list(alone.iterdir())
+    assert {path.name for path in alone.iterdir()} == {".ssd_onnxruntime.lock"}
 
 
 def test_a_compiler_that_hangs_is_given_up(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(alone, "c++", "import time; time.sleep(60)")
     monkeypatch.setattr(backend, "_PATIENCE", 0.5)
-    assert "timed out" in backend.prepare(libraries=alone).why
+    assert "timed out" in backend.prepare(backends=alone).why
 
 
 def test_a_folder_that_cannot_be_written(alone: Path) -> None:
     compiler(alone, "c++", WORKS)
     alone.write_text("a file where the folder should be")
-    assert f"{alone} cannot be written" in backend.prepare(libraries=alone).why
+    assert f"{alone}: the backend cannot be installed: File exists" in backend.prepare(backends=alone).why
 
 
 def test_cxx_names_the_compiler_with_its_options(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(alone, "c++", "sys.exit(1)")
     other = compiler(alone, "other", f'assert sys.argv[1] == "-fancy"; {WORKS}')
     monkeypatch.setenv("CXX", f"{other} -fancy")
-    assert backend.prepare(libraries=alone).name == "ssd_onnxruntime"
+    assert backend.prepare(backends=alone).name == "ssd_onnxruntime"
     monkeypatch.setenv("CXX", os.devnull)
-    assert "/dev/null cannot compile" in backend.prepare(libraries=alone / "again").why
+    assert "/dev/null cannot compile" in backend.prepare(backends=alone / "again").why
 
 
-def test_another_source_is_another_library(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_sources_are_compiled_again(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(alone, "c++", WORKS)
-    first = backend.prepare(libraries=alone).files["libtriton_ssd_onnxruntime.so"]
+    first = backend.prepare(backends=alone)
+    before = backend.installed(alone)["built_from"]
     monkeypatch.setattr(backend, "_FLAGS", (*backend._FLAGS, "-O3"))
-    assert backend.prepare(libraries=alone).files["libtriton_ssd_onnxruntime.so"] != first
-    assert first.is_file()
+    assert backend.look(backends=alone).libraries == {}
+    assert backend.prepare(backends=alone) == first
+    assert backend.installed(alone)["built_from"] != before
 
 
 def test_an_onnxruntime_without_its_library(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(alone, "c++", WORKS)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    assert "holds no libonnxruntime.so" in backend.prepare(libraries=alone).why
+    assert "holds no libonnxruntime.so" in backend.prepare(backends=alone).why
+
+
+def test_sha256_in_cpp_is_sha256(native: None, tmp_path: Path) -> None:
+    """Every length around the ends of its blocks."""
+    source = Path(backend.__file__).parent / "backends" / backend.NATIVE
+    code = tmp_path / "digest.cpp"
+    code.write_text(
+        '#include "sha256.h"\nextern "C" void digest(char const* data, size_t size, char* out)\n'
+        "{ std::memcpy(out, sha256::digest(std::string(data, size)).data(), 64); }\n"
+    )
+    library = tmp_path / "digest.so"
+    compiler = backend._compiler()
+    command = [*compiler, "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{source}", "-o", str(library), str(code)]
+    subprocess.run(command, check=True)
+    function = ctypes.CDLL(str(library)).digest
+    function.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p]
+    data = bytes(range(256)) * 4
+    for size in [*range(200), 1000]:
+        digest = ctypes.create_string_buffer(64)
+        function(data[:size], size, digest)
+        assert digest.raw.decode() == hashlib.sha256(data[:size]).hexdigest(), size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -153,15 +154,19 @@ def test_what_does_not_fit_is_refused_with_its_reason(kind: str, tmp_path: Path,
     (publish(tmp_path, "corrupt", kind) / "model.onnx").write_bytes(b"no ONNX")
     more = f'{CONFIG} output {{ name: "more" data_type: TYPE_FP32 dims: [1] }}'
     publish(tmp_path, "more", kind, more)
-    publish(tmp_path, "whole", kind)
+    for name, content in (("changed", b"another file"), ("whole", small_model().SerializeToString())):
+        digest = hashlib.sha256(content).hexdigest()
+        parameter = f'parameters {{ key: "model_sha256" value {{ string_value: "{digest}" }} }}'
+        publish(tmp_path, name, kind, f"{CONFIG} {parameter}")
     with pytest.raises(ServeError) as caught:
         TritonServer(tmp_path).start()
     reasons = dict(re.findall(r"^model (\w+) did not load: (.*)$", caught.value.what, re.MULTILINE))
-    assert set(reasons) == {*REFUSED, "missing", "corrupt", "more"}
+    assert set(reasons) == {*REFUSED, "missing", "corrupt", "more", "changed"}
     for name, (_, _, reason) in REFUSED.items():
         assert re.search(reason, reasons[name]), (name, reasons[name])
     assert "model.onnx is missing: publish the model again" in reasons["missing"]
-    assert "Protobuf parsing failed" in reasons["corrupt"]
+    assert "protobuf parsing failed" in reasons["corrupt"]
+    assert "is not the file that was published (SHA-256 differs)" in reasons["changed"]
     assert re.search("has the outputs .*'more'|has 8 inputs and outputs, model.onnx has 7", reasons["more"])
 
 

@@ -36,7 +36,7 @@ def test_config_says_all_that_a_client_needs(spec: Spec, stand_in: Backend) -> N
         ("detection_scores", 11, [5]),
         ("detection_classes", 8, [5]),
     ]
-    assert not result.HasField("dynamic_batching")
+    assert not config.batches(result)
     (group,) = result.instance_group
     threads = int(result.parameters["threads"].string_value)
     assert group.kind == ModelInstanceGroup.KIND_CPU
@@ -109,8 +109,8 @@ def test_a_plans_config_with_the_defaults(spec: Spec) -> None:
     assert not result.HasField("optimization")
     assert [warm.batch_size for warm in result.model_warmup] == [1, 4]
     policy = result.dynamic_batching.default_queue_policy
-    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (256, 1_000_000)
-    assert not policy.allow_timeout_override
+    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (256, 30_000_000)
+    assert policy.allow_timeout_override
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
@@ -119,8 +119,9 @@ def test_batching_can_be_asked_for_and_refused(spec: Spec, stand_in: Backend, ru
     serving = dataclasses.replace(spec.serving, dynamic_batching=batching, queue_delay_us=200)
     served_by = stand_in if runtime == "onnxruntime" else None
     result = config.config(dataclasses.replace(spec, serving=serving), 1, Target(runtime), "", served_by)
-    assert result.HasField("dynamic_batching") == (batching == "on")
+    assert config.batches(result) == (batching == "on")
     assert result.dynamic_batching.max_queue_delay_microseconds == (200 if batching == "on" else 0)
+    assert result.dynamic_batching.default_queue_policy.max_queue_size == 256  # overload is refused in any case
 
 
 @pytest.mark.parametrize(

@@ -29,19 +29,11 @@ from build.publish import backend, repository
 from build.publish.backend import Backend
 from build.spec import Spec, load
 from tests.build import tiny_model
-from tests.build.publish.conftest import LIBRARIES
+from tests.build.publish.conftest import Publish
 
 ROOT = Path(__file__).resolve().parents[3]
 ONNX, PLAN = Target("onnxruntime"), Target("tensorrt")
-FILES = {"config.pbtxt", "labels.txt", "manifest.json", "model.onnx", *LIBRARIES}
-
-Publish = Callable[[], int]
-
-
-@pytest.fixture
-def publish(spec: Spec, built: Path, root: Path, stand_in: Backend) -> Publish:
-    """Publishes the tiny model once more; returns the version."""
-    return lambda: repository.publish(spec, built, root, ONNX, served_by=stand_in)
+FILES = {"config.pbtxt", "labels.txt", "manifest.json", "model.onnx"}
 
 
 @pytest.fixture
@@ -182,7 +174,7 @@ def test_another_backend_makes_it_stale(spec: Spec, root: Path, publish: Publish
     assert "backend" in changed(spec, root, backend.look(backend.PYTHON))
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "labels.txt", *LIBRARIES])
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "labels.txt"])
 def test_a_damaged_version_is_not_fresh(root: Path, publish: Publish, fresh: Callable[[], Any], name: str) -> None:
     publish()
     assert fresh()
@@ -232,12 +224,12 @@ from build.publish.backend import Backend
 from build.spec import load
 ONNX = Target("onnxruntime")
 for line in sys.stdin:
-    spec, built, root, name, libraries, steps = json.loads(line)
+    spec, built, root, name, steps = json.loads(line)
     child = os.fork()
     if not child:
         try:
             spec, built, root = load(spec), Path(built), Path(root)
-            served_by = Backend(name, "", {library: Path(path) for library, path in libraries.items()}, ())
+            served_by = Backend(name, "", {}, ())
             print(os.getpid(), flush=True)
             while steps is None:
                 print(repository.publish(spec, built, root, ONNX, served_by=served_by), flush=True)
@@ -260,8 +252,7 @@ class Mortals:
 
     def _start(self, spec: Spec, built: Path, root: Path, served_by: Backend, steps: int | None) -> int:
         assert self._process.stdin is not None
-        libraries = {name: str(path) for name, path in served_by.files.items()}
-        job = [str(spec.path), str(built), str(root), served_by.name, libraries, steps]
+        job = [str(spec.path), str(built), str(root), served_by.name, steps]
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return int(self._line())
@@ -352,13 +343,14 @@ def test_a_real_server_starts_on_what_a_killed_publish_left(
     from build.serve import TritonServer
 
     served_by = backend.prepare()
+    if served_by.files:
+        pytest.skip("needs a C++ compiler: the steps are counted for our own backend")
     # A first publish that died: the server has nothing to load, and nothing to stumble over.
     mortals.die_after(4, spec, built, root, served_by)
     with pytest.raises(ServeError, match="no model is published"):
         TritonServer(root).start()
     repository.publish(spec, built, root, ONNX, served_by=served_by)
-    whole = 4 + len(served_by.files)
-    mortals.die_after(whole + 2, spec, built, root, served_by)  # version 2 whole, config.pbtxt still names 1
+    mortals.die_after(len(FILES) + 2, spec, built, root, served_by)  # version 2 whole, config.pbtxt still names 1
     assert versions_of(root) == [1, 2]
     mortals.die_after(3, spec, built, root, served_by)  # and version 3 half-written beside the version folders
     assert versions_of(root) == [1, 2]

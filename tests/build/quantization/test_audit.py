@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from build import contract
+from build import spec as specs
 from build.errors import DataError, VerifyError
 from build.files import ROOT
 from build.gate import accuracy, datasets, scoring
@@ -135,7 +138,11 @@ def test_intervals() -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda truth: truth["categories"].pop(), r"the model alone has \['dog'\]"),
+        (lambda truth: truth["categories"].pop(), r"annotations\[\d+\] category_id is 2, but no category has it"),
+        (
+            lambda truth: truth.update(categories=truth["categories"][:1], annotations=[]),
+            r"the model alone has \['dog'\]",
+        ),
         (lambda truth: truth["categories"][0].update(name="cow"), r"the pictures alone \['cow'\]"),
         (lambda truth: truth["images"].pop(), "1 pictures have no labels, like 0039"),
         (lambda truth: truth.pop("annotations"), "no COCO instances file"),
@@ -209,16 +216,20 @@ def test_a_served_model_is_judged_by_what_it_answers(seen: Spec, tmp_path: Path)
     }
 
 
-def test_the_gate_takes_the_best_and_refuses_what_loses_too_much(seen: Spec, tmp_path: Path) -> None:
-    chosen = audit.approved(seen, "int8", tmp_path, silent())
+def test_the_gate_takes_the_best_and_refuses_what_loses_too_much(spec: Spec, tmp_path: Path) -> None:
+    chosen = audit.approved(spec, "int8", tmp_path, silent())
     assert chosen.calibrator in contract.CALIBRATORS
     assert len(chosen.quantised) == 3
-    # With half of all activations clipped nothing is left to be seen.
-    settings = dataclasses.replace(seen.quantization, calibrator="percentile", percentile=50, gate=0.99)
+    # With half of all activations clipped nothing is left to be seen, whichever layer is left out.
+    settings = dataclasses.replace(spec.quantization, calibrator="percentile", percentile=50, gate=0.99)
+    before = spec.path.read_bytes()
     with pytest.raises(
-        VerifyError, match=r"int8 percentile keeps .* but the gate asks for 99\.00%; it is not published"
+        VerifyError,
+        match=r"int8 percentile .*keeps .*the gate asks for 99\.00%\): fails; nothing was changed: no more than 10% of "
+        "the convolutions are left out; it is not published",
     ):
-        audit.approved(dataclasses.replace(seen, quantization=settings), "int8", tmp_path, silent())
+        audit.approved(dataclasses.replace(spec, quantization=settings), "int8", tmp_path, silent())
+    assert spec.path.read_bytes() == before
 
 
 def test_nothing_to_judge_on(seen: Spec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,33 +243,94 @@ def test_nothing_to_judge_on(seen: Spec, tmp_path: Path, capsys: pytest.CaptureF
 # -- sensitivity -------------------------------------------------------------------------------------------------------
 
 
-def test_sensitivity_finds_what_to_leave_out_and_writes_it(
-    spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With one layer made to lose everything: it ranks first, and leaving it out is what the gate needs."""
-    fragile = next(conv.name for conv in qdq.convs(qdq.fold(load_source(spec))))
+@pytest.fixture
+def fragile(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The first Conv, made to lose everything when it is quantised."""
     plain = qdq.quantize
 
     def breaks(source: Any, clips: Any, **options: Any) -> qdq.Placed:
         return plain(source, {**clips, "ssd/front/div": 1e-3}, **options)
 
     monkeypatch.setattr(qdq, "quantize", breaks)
-    first = sensitivity.search(spec, tmp_path, budget=1e-6, count=20, console=silent())
-    assert not first["done"]
-    result = sensitivity.search(spec, tmp_path, count=20, console=silent())
-    assert result["done"]
-    assert result["exclude_nodes"] == [fragile]
-    assert result["ratio"] >= spec.quantization.gate
-    losses = {name: row["alone_loss"] for name, row in result["layers"].items()}
-    assert max(losses, key=lambda name: losses[name]) == fragile
-    assert min(result["layers"], key=lambda name: result["layers"][name]["alone_sqnr_db"]) == fragile
+    return next(conv.name for conv in qdq.convs(qdq.fold(load_source(spec))))
+
+
+def test_audit_and_sensitivity_come_to_the_same_verdict(spec: Spec, fragile: str, tmp_path: Path) -> None:
+    """Before the search and after it: the same share of the same form, the same side of the gate, the same words."""
+    before = audit.audit(spec, tmp_path, precisions=("int8",), console=silent())["int8"]
+    assert not before["passes"]
+    shown = Console(record=True, soft_wrap=True, quiet=False, file=io.StringIO(), width=40)
+    found = sensitivity.search(spec, tmp_path, console=shown)
+    text = shown.export_text()
+    assert f"keeps {before['ratio']:.2%} of FP32's mAP" in text
+    assert found.exclude_nodes == (fragile,)
+    assert next(iter(found.layers)) == fragile
+    assert all(name in text for name in found.layers), "names are cut"
+    after = audit.audit(found.spec, tmp_path, precisions=("int8",), console=silent())["int8"]
+    assert after["passes"] is found.passes is True
+    assert after["ratio"] == found.best.share  # type: ignore[union-attr]
+    assert "with 1 of 3 convolutions left in FP32" in found.verdict
+    assert "passes" in found.verdict
     assert load(spec.path).quantization.exclude_nodes == (fragile,)
     assert "gate = 0.5  # of noise" in spec.path.read_text()
+    # Again: nothing is to do, and it says so.
+    again = sensitivity.search(found.spec, tmp_path, console=silent())
+    assert again.verdict.endswith("passes; spec.toml stays as it is")
+    assert again.best.share == found.best.share  # type: ignore[union-attr]
 
-    # Again: everything is in the checkpoint, nothing is measured.
-    monkeypatch.setattr(scoring, "score", lambda *a, **k: pytest.fail("it was measured again"))
-    again = sensitivity.search(spec, tmp_path, count=20, console=silent())
-    assert again["layers"] == result["layers"]
+
+def test_a_build_leaves_out_what_does_not_bear_int8(spec: Spec, fragile: str, tmp_path: Path) -> None:
+    specs.edit(spec.path, {"quantization.calibrator": "minmax"})
+    spec = load(spec.path)
+    chosen = audit.approved(spec, "int8", tmp_path, silent())
+    assert len(chosen.quantised) == 2
+    assert fragile not in chosen.quantised
+    assert load(spec.path).quantization.exclude_nodes == (fragile,)
+
+
+def test_an_interrupted_search_goes_on(
+    spec: Spec, fragile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(spec.quantization, calibrator="minmax")
+    spec = dataclasses.replace(spec, quantization=settings)
+    early = sensitivity.search(spec, tmp_path, budget=1e-6, console=silent())
+    assert not early.done
+    assert "run it again to go on" in early.verdict
+    assert sensitivity.search(spec, tmp_path, write=False, console=silent()).passes
+    monkeypatch.setattr(sensitivity, "_sqnr", lambda *a, **k: pytest.fail("it was measured again"))
+    assert sensitivity.search(spec, tmp_path, write=False, console=silent()).exclude_nodes == (fragile,)
+    assert not load(spec.path).quantization.exclude_nodes
+
+
+def test_no_more_than_a_tenth_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets are tried in growing steps, then what was not needed comes back."""
+    tried: list[int] = []
+    needed = {"a3", "a5"}
+
+    class Graphs:
+        def candidate(self, calibrator: str, exclude: Any) -> Any:
+            return frozenset(exclude)
+
+    class Judge:
+        def of(self, left: Any) -> Any:
+            tried.append(len(left))
+            return SimpleNamespace(passes=needed <= left, share=len(needed & left) / 2, left=left)
+
+    names = [f"a{i}" for i in range(20)]
+    start: Any = SimpleNamespace(
+        candidate=SimpleNamespace(calibrator="minmax"), passes=False, share=0.0, left=frozenset()
+    )
+
+    def fewest(most: int, base: tuple[str, ...] = ()) -> Any:
+        trials = sensitivity._Trials(Graphs(), Judge(), start, base, float("inf"))  # type: ignore[arg-type]
+        return trials.fewest([name for name in names if name not in base], most)
+
+    assert fewest(8).left == needed
+    assert tried[:5] == [1, 2, 3, 5, 8]
+    assert not fewest(5).passes
+    assert fewest(5).left == frozenset({"a0", "a1", "a2", "a3", "a4"}), "the best there was"
+    assert fewest(3, ("a3",)).passes is False, "what the spec leaves out counts"
+    assert fewest(8, ("a3",)).left == needed
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------

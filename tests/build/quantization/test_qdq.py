@@ -249,13 +249,17 @@ def test_the_cache_is_used_and_refused_when_stale(
         ('generator = "broken.py"\ncalibration = "a"', r"write_split\('a', 500\) failed: ZeroDivisionError"),
     ],
 )
-def test_no_pictures_no_calibration(tmp_path: Path, data: str, complaint: str) -> None:
+def test_no_pictures_no_calibration(
+    tmp_path: Path, data: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = tiny(tmp_path / "tiny", data)
     (tmp_path / "tiny" / "empty").mkdir()
     (tmp_path / "tiny" / "broken.py").write_text("def write_split(folder, split, count):\n    1 / 0\n")
     with pytest.raises(DataError, match=complaint):
         calibration.calibrate(spec, source_of(spec), tmp_path / "cache", silent())
     assert not (tmp_path / "cache").exists()
+    program = f"the model's own program, which runs now: {tmp_path / 'tiny' / 'broken.py'}"
+    assert (program in capsys.readouterr().err) is ("ZeroDivision" in complaint)
 
 
 def test_few_pictures_are_said_and_broken_ones_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

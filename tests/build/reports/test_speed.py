@@ -37,6 +37,19 @@ def test_precisions_are_timed_side_by_side(tiny: spec.Spec, tmp_path: Path) -> N
         assert f"{row['whole_ms']:.2f}" in shown.getvalue()
     assert {row["conv"] for row in result["layers"]} >= {"conv", "other"}
     assert result["cpu"] == cpu.int8()
+    rows = result["kernels"]["int8"]
+    assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
+    assert any(row["what"] == "conversion" and row["kernel"] == "QuantizeLinear" for row in rows)
+    assert f"{rows[0]['kernel']} {rows[0]['node']}: {rows[0]['advice']}" in shown.getvalue()
+
+
+def test_kernels_that_stay_float_are_named_with_what_to_do(tiny: spec.Spec, tmp_path: Path) -> None:
+    (candidate,) = candidates(
+        tiny, "int8", tmp_path, calibrators=("minmax",), exclude=["conv"], console=Console(quiet=True)
+    )
+    rows = speed.kernels(candidate, np.zeros((1, 8, 8, 3), np.uint8), runs=2)
+    (conv,) = (row for row in rows if row["what"] == "float" and "Conv" in row["kernel"])
+    assert conv["advice"] == "left unquantised: exclude_nodes of spec.toml names it"
 
 
 def test_a_conv_that_is_not_faster_has_a_reason(tiny: spec.Spec, tmp_path: Path) -> None:

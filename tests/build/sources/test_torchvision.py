@@ -13,7 +13,7 @@ from ssd_client.rule import BILINEAR_PLAIN
 from build import spec
 from build.errors import ImportModelError, OptionError, SSDError
 from build.gate import datasets
-from build.gate.verify import ious
+from build.gate.matching import ious
 from build.graph.attach import attach
 from build.reports.fusion import picture
 from build.session import runner

@@ -12,12 +12,14 @@ from build.tensorrt import plugins
 from build.tensorrt.plugins import PluginBuild, PluginBuildError, build_plugins, find_nvcc, find_tensorrt, plugin_info
 
 
-def fake_tensorrt(root: Path) -> Path:
-    """A folder that looks like TensorRT's headers."""
+def fake_tensorrt(root: Path, version: str = "10") -> Path:
+    """A folder that looks like TensorRT's headers of a version."""
     include = root / "include"
     include.mkdir(parents=True)
     (include / "NvInfer.h").write_text("// nothing\n")
-    (include / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 10 //!< major\n")
+    parts = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=False)
+    lines = [f"#define NV_TENSORRT_{part} {number} //!< {part.lower()}\n" for part, number in parts]
+    (include / "NvInferVersion.h").write_text("".join(lines))
     return root
 
 

@@ -1,5 +1,6 @@
 //! \file NvInfer.h
-//! Stands in for TensorRT's header of this name: what tensorrt/attributes.h uses of it, so it compiles without TensorRT.
+//! Stands in for TensorRT's header of this name: what tensorrt/attributes.h uses of it, so it compiles without
+//! TensorRT.
 
 #ifndef ATTRIBUTES_NV_INFER_H
 #define ATTRIBUTES_NV_INFER_H
@@ -46,6 +47,15 @@ public:
 
 protected:
     ~ILogger() = default;
+};
+
+class ILoggerFinder
+{
+public:
+    virtual ILogger* findLogger() = 0;
+
+protected:
+    virtual ~ILoggerFinder() = default;
 };
 
 } // namespace nvinfer1

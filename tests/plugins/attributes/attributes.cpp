@@ -1,5 +1,6 @@
 //! \file attributes.cpp
-//! What the TensorRT plugin says of its attributes, and what it makes of a given one, for a test that holds no TensorRT.
+//! What the TensorRT plugin says of its attributes, and what it makes of a given one, for a test that holds no
+//! TensorRT.
 
 #include "tensorrt/attributes.h"
 
@@ -40,7 +41,7 @@ EXPORTED bool readAttributes(
     nvinfer1::PluginFieldCollection const collection{count, fields};
     try
     {
-        *params = ssd_nms::paramsFrom(&collection, false);
+        *params = ssd_nms::paramsFrom(&collection);
         return true;
     }
     catch (std::exception const& error)

@@ -35,11 +35,28 @@ struct alignas(16) uint4
     uint32_t x, y, z, w;
 };
 
+struct alignas(16) int4
+{
+    int32_t x, y, z, w;
+};
+
 using cudaStream_t = void*;
 
 enum cudaError_t
 {
     cudaSuccess = 0,
+    cudaErrorInvalidDeviceFunction = 98,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorJitCompilerNotFound = 221,
+    cudaErrorUnsupportedPtxVersion = 222,
+    cudaErrorLaunchFailure = 719,
+};
+
+struct cudaDeviceProp
+{
+    char name[256];
+    int major;
+    int minor;
 };
 
 struct cudaLaunchConfig_t
@@ -61,6 +78,8 @@ void runGrid(cudaLaunchConfig_t const& config, std::function<void()> const& kern
 void blockBarrier();
 
 //! Waits for the lanes of the mask, gives each this lane's value, and returns theirs.
+//! What the next launch is refused with, or cudaSuccess.
+cudaError_t refusal();
 uint64_t const* exchange(uint32_t mask, uint64_t value);
 int32_t lane();
 
@@ -83,9 +102,21 @@ T fromSlot(uint64_t slot)
 
 } // namespace emulator
 
+// Errors of the device that is not there: those that a test asked for.
+
+cudaError_t cudaGetLastError();
+char const* cudaGetErrorName(cudaError_t error);
+char const* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
+
 template <typename Argument, typename Actual>
 cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t const* config, void (*kernel)(Argument), Actual const& argument)
 {
+    if (cudaError_t const error = emulator::refusal(); error != cudaSuccess)
+    {
+        return error;
+    }
     emulator::runGrid(*config, [&] { kernel(argument); });
     return cudaSuccess;
 }
@@ -109,6 +140,12 @@ T __shfl_up_sync(uint32_t mask, T value, uint32_t delta)
     return source >= 0 ? emulator::fromSlot<T>(slots[source]) : value;
 }
 
+template <typename T>
+T __shfl_sync(uint32_t mask, T value, int32_t source)
+{
+    return emulator::fromSlot<T>(emulator::exchange(mask, emulator::toSlot(value))[source]);
+}
+
 inline uint32_t __ballot_sync(uint32_t mask, bool predicate)
 {
     uint64_t const* const slots = emulator::exchange(mask, predicate ? 1 : 0);
@@ -126,6 +163,19 @@ T atomicAdd(T* address, T value)
     T const before = *address; // one fiber runs at a time
     *address += value;
     return before;
+}
+
+template <typename T>
+T atomicMin(T* address, T value)
+{
+    T const before = *address;
+    *address = value < before ? value : before;
+    return before;
+}
+
+inline int32_t __ffs(int32_t value)
+{
+    return __builtin_ffs(value);
 }
 
 inline int32_t __clzll(long long value)

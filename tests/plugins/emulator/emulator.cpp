@@ -259,3 +259,53 @@ extern "C" __attribute__((visibility("default"))) void emulatorSetSchedule(int32
     gSchedule = schedule;
     gRandom.seed(static_cast<uint32_t>(schedule));
 }
+
+// Errors that a test asks for.
+
+namespace
+{
+
+cudaError_t gRefusal = cudaSuccess;
+int32_t gLaunchesBefore = 0;
+
+} // namespace
+
+cudaError_t emulator::refusal()
+{
+    return gLaunchesBefore-- > 0 ? cudaSuccess : gRefusal;
+}
+
+//! Refuses every launch but the first ones with this error; cudaSuccess: none.
+extern "C" __attribute__((visibility("default"))) void emulatorRefuse(int32_t error, int32_t launchesBefore)
+{
+    gRefusal = static_cast<cudaError_t>(error);
+    gLaunchesBefore = launchesBefore;
+}
+
+cudaError_t cudaGetLastError()
+{
+    return gRefusal;
+}
+
+char const* cudaGetErrorName(cudaError_t error)
+{
+    return error == cudaErrorNoKernelImageForDevice ? "cudaErrorNoKernelImageForDevice" : "cudaErrorOther";
+}
+
+char const* cudaGetErrorString(cudaError_t error)
+{
+    return error == cudaErrorNoKernelImageForDevice ? "no kernel image is available for execution on the device"
+                                                    : "another error";
+}
+
+cudaError_t cudaGetDevice(int* device)
+{
+    *device = 3;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int /* device */)
+{
+    *properties = cudaDeviceProp{"Emulated GPU", 8, 7};
+    return cudaSuccess;
+}

@@ -1,11 +1,14 @@
-"""Triton `python` backend model: one ONNX Runtime session on the CPU behind the contract of docs/design.md.
+"""Triton `python` backend model: one session on the CPU behind the contract of docs/design.md.
 
 Published as `<version>/model.py` beside `<version>/model.onnx`; it reads nothing but that folder and config.pbtxt.
 Every request runs alone: the session reads the request's own memory (no concatenation, no copy), so that a row's bits
 never depend on its neighbours, and one bad request is answered with its own error while the others of the call go on.
+The session is ONNX Runtime's, or OpenVINO's where config.pbtxt's parameter `engine` says so.
 """
 
+import contextlib
 import ctypes
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -40,6 +43,7 @@ class TritonPythonModel:
             self._session = _session(path, config)
             _check_contract(self._session, config)
             self._warm_up(config)
+            self._client_errors = _ClientErrors(config["name"], args["model_version"])
         except _RefusedError as error:
             raise pb_utils.TritonModelException(f"{config['name']} version {args['model_version']}: {error}") from None
         except Exception as error:
@@ -48,11 +52,15 @@ class TritonPythonModel:
 
     def execute(self, requests):
         """Answers every request, each with its result or with its own error."""
-        return [self._answer(request) for request in requests]
+        # The server's queue drops what its client gave up; of several that it hands over together, some may be given
+        # up while the others run. (Asking costs a message to the server, so a single one is not asked.)
+        several = len(requests) > 1
+        return [_given_up() if several and request.is_cancelled() else self._answer(request) for request in requests]
 
     def finalize(self):
         """Frees the session before the interpreter goes."""
         self._session = None
+        self._client_errors.close()
 
     def _answer(self, request):
         try:
@@ -66,6 +74,7 @@ class TritonPythonModel:
             tensors = [_tensor(name, array) for name, array in zip(self._outputs, arrays, strict=True)]
             return pb_utils.InferenceResponse(output_tensors=tensors)
         except _RefusedError as error:
+            self._client_errors.count()
             return _failed(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception as error:
             pb_utils.Logger.log_error(f"request {request.request_id() or '(no id)'} failed: {error}")
@@ -104,8 +113,53 @@ def _failed(message, code):
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
+def _given_up():
+    return _failed("the client gave the request up before it ran", pb_utils.TritonError.CANCELLED)
+
+
+class _ClientErrors:
+    """The metric of requests that were answered as invalid; nothing where the server has no metrics."""
+
+    def __init__(self, model, version):
+        self._family = self._metric = None
+        with contextlib.suppress(Exception):
+            self._family = pb_utils.MetricFamily(
+                name="ssd_client_errors",
+                description="Requests that were answered as invalid: their client's fault, and no failure of the model",
+                kind=pb_utils.MetricFamily.COUNTER,
+            )
+            self._metric = self._family.Metric(labels={"model": model, "version": version})
+
+    def count(self):
+        if self._metric is not None:
+            with contextlib.suppress(Exception):
+                self._metric.increment(1)
+
+    def close(self):
+        """Frees the metric before its family, as Triton wants it."""
+        self._metric = None
+        self._family = None
+
+
+def _content(path, config):
+    """model.onnx, as it was published: the bytes that were compared are the ones that are loaded."""
+    if not path.is_file():
+        raise _RefusedError(f"{path} is missing: publish the model again")
+    content = path.read_bytes()
+    digest = _parameter(config, "model_sha256")
+    if digest and hashlib.sha256(content).hexdigest() != digest:
+        raise _RefusedError(
+            f"{path} is not the file that was published (SHA-256 differs): it is damaged or half-copied; publish the "
+            "model again"
+        )
+    return content
+
+
 def _session(path, config):
     """The session of one instance, with as many threads as config.pbtxt's parameter `threads` gives each instance."""
+    content = _content(path, config)
+    if _parameter(config, "engine") == "openvino":
+        return _openvino(path, config)
     try:
         import onnxruntime
     except ImportError as error:
@@ -113,8 +167,6 @@ def _session(path, config):
             f"the Python that the server runs models with ({sys.prefix}) cannot import onnxruntime ({error}): install "
             "it there, or put the bin folder of the environment that has it first on PATH"
         ) from error
-    if not path.is_file():
-        raise _RefusedError(f"{path} is missing: publish the model again")
     threads = _threads(config)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -124,11 +176,30 @@ def _session(path, config):
     options.inter_op_num_threads = 1
     # Idle threads that spin take their core from the server's own threads and from the other instances.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _openvino(path, config):
+    """The same on OpenVINO, whose packages config.pbtxt names."""
+    sys.path.insert(0, str(path.parent))  # of openvino_session.py
+    from openvino_session import Session
+
+    packages = _parameter(config, "engine_packages")
+    try:
+        return Session(path, _threads(config), packages)
+    except ImportError as error:
+        raise _RefusedError(
+            f"OpenVINO cannot be imported from {packages or sys.prefix} ({error}): publish again on this machine with "
+            'engine = "openvino", or with engine = "onnxruntime"'
+        ) from error
+
+
+def _parameter(config, name, default=""):
+    return config.get("parameters", {}).get(name, {}).get("string_value", default)
 
 
 def _threads(config):
-    text = config.get("parameters", {}).get("threads", {}).get("string_value", "1")
+    text = _parameter(config, "threads", "1")
     if not text.isdigit() or int(text) < 1:
         raise _RefusedError(f"parameter threads is {text!r}, expected a whole number of at least 1")
     return int(text)
@@ -140,7 +211,7 @@ def _check_contract(session, config):
     Raises:
         _RefusedError: naming the first difference.
     """
-    contract = config.get("parameters", {}).get("contract", {}).get("string_value", "")
+    contract = _parameter(config, "contract")
     if contract != CONTRACT:
         raise _RefusedError(
             f"config.pbtxt speaks contract {contract!r}, this model.py speaks {CONTRACT!r}: publish again"

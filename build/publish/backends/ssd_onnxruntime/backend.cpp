@@ -2,14 +2,16 @@
 //! Triton backend `ssd_onnxruntime`: ONNX Runtime on the CPU in the server's own process, behind the contract of
 //! docs/design.md.
 //!
-//! It is published in the model's version folder beside model.onnx and libonnxruntime.so.1, where Triton looks first.
-//! ONNX Runtime reads the request's own memory and writes the response's. Every request runs alone, so that a row's
+//! It lies beside libonnxruntime.so.1 in a folder of backends (tritonserver --backend-directory); version folders hold
+//! data only. ONNX Runtime reads the request's own memory and writes the response's. Every request runs alone, so that a row's
 //! bits never depend on its neighbours, and one bad request is answered with its own error while the others of the call
-//! go on. build/backends/python/model.py does the same where there is no compiler.
+//! go on. build/publish/backends/python/model.py does the same where there is no compiler.
 
 #include "onnxruntime.h"
+#include "sha256.h"
 #include "triton.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -108,7 +110,8 @@ TRITONSERVER_Error* guarded(Body const& body) noexcept
 
 // -- ONNX Runtime -------------------------------------------------------------------------------------------------
 
-//! ONNX Runtime's functions and its environment, which all sessions of this backend share.
+//! ONNX Runtime's functions and its environment, which all sessions of this backend share, and the metric of requests
+//! that their clients got wrong.
 class Runtime
 {
 public:
@@ -116,7 +119,10 @@ public:
     Runtime()
     {
         Dl_info self{};
-        dladdr(reinterpret_cast<void const*>(&caught), &self);
+        if (dladdr(reinterpret_cast<void const*>(&caught), &self) == 0 || self.dli_fname == nullptr)
+        {
+            throw Refused("the backend's own file cannot be found", TRITONSERVER_ERROR_NOT_FOUND);
+        }
         std::string path = self.dli_fname;
         path = path.substr(0, path.rfind('/') + 1) + kLibrary;
         // Never closed: it has threads and thread-local state of its own.
@@ -136,10 +142,23 @@ public:
         check(api->createEnv(ort::kLogError, "ssd_onnxruntime", &env));
         check(api->createCpuMemoryInfo(ort::kDeviceAllocator, ort::kDefaultMemory, &memory));
         check(api->getAllocatorWithDefaultOptions(&allocator));
+        // Without metrics the server refuses, and nothing is counted.
+        TRITONSERVER_Error* const refused = TRITONSERVER_MetricFamilyNew(&clientErrors,
+            TRITONSERVER_METRIC_KIND_COUNTER, "ssd_client_errors",
+            "Requests that were answered as invalid: their client's fault, and no failure of the model");
+        if (refused != nullptr)
+        {
+            TRITONSERVER_ErrorDelete(refused);
+            clientErrors = nullptr;
+        }
     }
 
     ~Runtime()
     {
+        if (clientErrors != nullptr)
+        {
+            logged(TRITONSERVER_MetricFamilyDelete(clientErrors));
+        }
         api->releaseMemoryInfo(memory);
         api->releaseEnv(env);
     }
@@ -162,6 +181,7 @@ public:
     ort::Env* env{nullptr};
     ort::MemoryInfo* memory{nullptr};
     ort::Allocator* allocator{nullptr};
+    TRITONSERVER_MetricFamily* clientErrors{nullptr};
 };
 
 //! One type of the contract, as each side calls it.
@@ -213,8 +233,9 @@ struct Tensor
 class Session
 {
 public:
+    //! \param file The content of an ONNX file.
     //! \throw Refused, std::runtime_error where it cannot be loaded, or has other tensors than the contract's kind.
-    Session(Runtime const& runtime, std::string const& path, int32_t threads)
+    Session(Runtime const& runtime, std::string const& file, int32_t threads)
         : mRuntime(runtime)
     {
         ort::Api const& api = *runtime.api;
@@ -228,7 +249,7 @@ public:
         runtime.check(api.setInterOpNumThreads(raw, 1));
         // Idle threads that spin take their core from the server's own threads and from the other instances.
         runtime.check(api.addSessionConfigEntry(raw, "session.intra_op.allow_spinning", "0"));
-        runtime.check(api.createSession(runtime.env, path.c_str(), raw, &mSession));
+        runtime.check(api.createSessionFromArray(runtime.env, file.data(), file.size(), raw, &mSession));
         try
         {
             read(api.sessionGetInputCount, api.sessionGetInputName, api.sessionGetInputTypeInfo, inputs);
@@ -460,20 +481,40 @@ public:
                 + "': publish the model again");
         }
         mThreads = number(config.parameter("threads"));
-        if (!std::ifstream(mPath))
-        {
-            throw Refused(mPath + " is missing: publish the model again", TRITONSERVER_ERROR_NOT_FOUND);
-        }
-        mShared = std::make_shared<Session>(mRuntime, mPath, mThreads);
+        mDigest = config.parameter("model_sha256");
+        mShared = std::make_shared<Session>(mRuntime, file(), mThreads);
         config.require(*mShared);
+        char const* name{nullptr};
+        check(TRITONBACKEND_ModelName(model, &name));
+        count(name, std::to_string(version));
     }
+
+    ~Model()
+    {
+        if (mClientErrors != nullptr)
+        {
+            logged(TRITONSERVER_MetricDelete(mClientErrors));
+        }
+    }
+
+    Model(Model const&) = delete;
+    Model& operator=(Model const&) = delete;
 
     //! Instances of one thread each run in their callers' threads and share a session: its weights are in memory and in
     //! the caches once. One of several threads needs a session for those threads.
     std::shared_ptr<Session> session()
     {
         bool const first = !mTaken.exchange(true);
-        return mThreads == 1 || first ? mShared : std::make_shared<Session>(mRuntime, mPath, mThreads);
+        return mThreads == 1 || first ? mShared : std::make_shared<Session>(mRuntime, file(), mThreads);
+    }
+
+    //! Counts a request that its client got wrong.
+    void countClientError() const noexcept
+    {
+        if (mClientErrors != nullptr)
+        {
+            logged(TRITONSERVER_MetricIncrement(mClientErrors, 1));
+        }
     }
 
     Runtime const& runtime() const noexcept
@@ -482,6 +523,45 @@ public:
     }
 
 private:
+    //! model.onnx, as it was published. The bytes that were compared are the ones that are loaded, even if the file is
+    //! written to meanwhile.
+    std::string file() const
+    {
+        std::ifstream stream(mPath, std::ios::binary | std::ios::ate);
+        if (!stream)
+        {
+            throw Refused(mPath + " is missing: publish the model again", TRITONSERVER_ERROR_NOT_FOUND);
+        }
+        std::string content(static_cast<size_t>(std::max<std::streamoff>(stream.tellg(), 0)), '\0');
+        stream.seekg(0);
+        stream.read(content.data(), static_cast<std::streamsize>(content.size()));
+        if (!stream || (!mDigest.empty() && sha256::digest(content) != mDigest))
+        {
+            throw Refused(mPath
+                + " is not the file that was published (SHA-256 differs): it is damaged or half-copied; publish the "
+                  "model again");
+        }
+        return content;
+    }
+
+    void count(std::string const& name, std::string const& version)
+    {
+        if (mRuntime.clientErrors == nullptr)
+        {
+            return;
+        }
+        TRITONSERVER_Parameter* const labels[]
+            = {TRITONSERVER_ParameterNew("model", TRITONSERVER_PARAMETER_STRING, name.c_str()),
+                TRITONSERVER_ParameterNew("version", TRITONSERVER_PARAMETER_STRING, version.c_str())};
+        TRITONSERVER_Parameter const* const given[] = {labels[0], labels[1]};
+        logged(TRITONSERVER_MetricNew(
+            &mClientErrors, mRuntime.clientErrors, const_cast<TRITONSERVER_Parameter const**>(given), 2));
+        for (TRITONSERVER_Parameter* const label : labels)
+        {
+            TRITONSERVER_ParameterDelete(label);
+        }
+    }
+
     static int32_t number(std::string const& threads)
     {
         bool const whole = threads.size() < 5 && threads.find_first_not_of("0123456789") == std::string::npos;
@@ -495,6 +575,8 @@ private:
 
     Runtime const& mRuntime;
     std::string mPath;
+    std::string mDigest; //!< of model.onnx; empty = not known
+    TRITONSERVER_Metric* mClientErrors{nullptr};
     int32_t mThreads{1};
     std::shared_ptr<Session> mShared;
     std::atomic<bool> mTaken{false}; //!< Instances are made in parallel.
@@ -538,6 +620,7 @@ public:
     //! Runs one blank image: the first client does not pay for first allocations, and what cannot run does not load.
     Instance(Model& model, TRITONBACKEND_ModelInstance* instance)
         : mInstance(instance)
+        , mModel(model)
         , mRuntime(model.runtime())
         , mSession(model.session())
         , mInputs(mSession->inputs)
@@ -561,6 +644,7 @@ public:
     }
 
     //! Answers a request with its result or with its own error, and releases it.
+    //! What the client got wrong, or gave up, is no failure in Triton's statistics, where alerts look.
     void execute(TRITONBACKEND_Request* request) noexcept
     {
         Times times{now(), 0, 0};
@@ -569,9 +653,20 @@ public:
         bool const answerable = error == nullptr;
         if (answerable)
         {
-            error = guarded([&] { run(request, response, times); });
+            error = guarded(
+                [&]
+                {
+                    requireWaiting(request);
+                    run(request, response, times);
+                });
         }
         bool const success = error == nullptr;
+        bool const invalid = !success && TRITONSERVER_ErrorCode(error) == TRITONSERVER_ERROR_INVALID_ARG;
+        bool const failed = !success && !invalid && TRITONSERVER_ErrorCode(error) != TRITONSERVER_ERROR_CANCELLED;
+        if (invalid)
+        {
+            mModel.countClientError();
+        }
         uint64_t const ended = now();
         if (answerable)
         {
@@ -585,8 +680,11 @@ public:
         {
             logged(error);
         }
-        logged(TRITONBACKEND_ModelInstanceReportStatistics(
-            mInstance, request, success, times.begun, times.computeBegun, times.computeEnded, ended));
+        if (success || failed)
+        {
+            logged(TRITONBACKEND_ModelInstanceReportStatistics(
+                mInstance, request, success, times.begun, times.computeBegun, times.computeEnded, ended));
+        }
         if (success)
         {
             logged(TRITONBACKEND_ModelInstanceReportBatchStatistics(mInstance,
@@ -610,6 +708,20 @@ private:
         void const* from;
         size_t bytes;
     };
+
+    //! \throw Refused where nobody waits for the answer any more.
+    static void requireWaiting(TRITONBACKEND_Request* request)
+    {
+        bool cancelled{false};
+        if (TRITONBACKEND_RequestIsCancelled != nullptr)
+        {
+            check(TRITONBACKEND_RequestIsCancelled(request, &cancelled));
+        }
+        if (cancelled)
+        {
+            throw Refused("the client gave the request up before it ran", TRITONSERVER_ERROR_CANCELLED);
+        }
+    }
 
     void setBatch(int64_t batch) noexcept
     {
@@ -761,6 +873,7 @@ private:
     }
 
     TRITONBACKEND_ModelInstance* mInstance;
+    Model const& mModel;
     Runtime const& mRuntime;
     std::shared_ptr<Session> mSession;
     std::vector<Tensor> mInputs; //!< with the batch of the present request

@@ -46,8 +46,8 @@ struct Api
     char const* (*getErrorMessage)(Status const*);
     Status* (*createEnv)(int32_t severity, char const* id, Env**);
     Other other4[3];
-    Status* (*createSession)(Env const*, char const* path, SessionOptions const*, Session**);
-    Other other8;
+    Other other7;
+    Status* (*createSessionFromArray)(Env const*, void const* model, size_t, SessionOptions const*, Session**);
     Status* (*run)(Session*, RunOptions const*, char const* const* inputNames, Value const* const* inputs, size_t,
         char const* const* outputNames, size_t, Value** outputs);
     Status* (*createSessionOptions)(SessionOptions**);
@@ -94,7 +94,7 @@ struct Api
 
 #define SSD_AT(function, place) static_assert(offsetof(Api, function) == (place) * sizeof(Other))
 SSD_AT(getErrorMessage, 2);
-SSD_AT(createSession, 7);
+SSD_AT(createSessionFromArray, 8);
 SSD_AT(run, 9);
 SSD_AT(setIntraOpNumThreads, 24);
 SSD_AT(sessionGetInputCount, 30);

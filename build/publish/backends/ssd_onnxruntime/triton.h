@@ -38,6 +38,18 @@ extern "C"
         TRITONSERVER_ERROR_INVALID_ARG,
         TRITONSERVER_ERROR_UNAVAILABLE,
         TRITONSERVER_ERROR_UNSUPPORTED,
+        TRITONSERVER_ERROR_ALREADY_EXISTS,
+        TRITONSERVER_ERROR_CANCELLED,
+    };
+
+    enum TRITONSERVER_ParameterType
+    {
+        TRITONSERVER_PARAMETER_STRING,
+    };
+
+    enum TRITONSERVER_MetricKind
+    {
+        TRITONSERVER_METRIC_KIND_COUNTER,
     };
 
     enum TRITONSERVER_LogLevel
@@ -57,6 +69,9 @@ extern "C"
 
     struct TRITONSERVER_Error;
     struct TRITONSERVER_Message;
+    struct TRITONSERVER_Metric;
+    struct TRITONSERVER_MetricFamily;
+    struct TRITONSERVER_Parameter;
     struct TRITONBACKEND_Backend;
     struct TRITONBACKEND_BackendAttribute;
     struct TRITONBACKEND_Model;
@@ -68,12 +83,23 @@ extern "C"
 
     TRITONSERVER_Error* TRITONSERVER_ErrorNew(TRITONSERVER_Error_Code code, char const* message);
     void TRITONSERVER_ErrorDelete(TRITONSERVER_Error* error);
+    TRITONSERVER_Error_Code TRITONSERVER_ErrorCode(TRITONSERVER_Error* error);
     char const* TRITONSERVER_ErrorMessage(TRITONSERVER_Error* error);
     TRITONSERVER_Error* TRITONSERVER_LogMessage(
         TRITONSERVER_LogLevel level, char const* file, int line, char const* message);
     TRITONSERVER_Error* TRITONSERVER_MessageSerializeToJson(
         TRITONSERVER_Message* message, char const** base, size_t* byteSize);
     TRITONSERVER_Error* TRITONSERVER_MessageDelete(TRITONSERVER_Message* message);
+    TRITONSERVER_Parameter* TRITONSERVER_ParameterNew(
+        char const* name, TRITONSERVER_ParameterType type, void const* value);
+    void TRITONSERVER_ParameterDelete(TRITONSERVER_Parameter* parameter);
+    TRITONSERVER_Error* TRITONSERVER_MetricFamilyNew(
+        TRITONSERVER_MetricFamily** family, TRITONSERVER_MetricKind kind, char const* name, char const* description);
+    TRITONSERVER_Error* TRITONSERVER_MetricFamilyDelete(TRITONSERVER_MetricFamily* family);
+    TRITONSERVER_Error* TRITONSERVER_MetricNew(TRITONSERVER_Metric** metric, TRITONSERVER_MetricFamily* family,
+        TRITONSERVER_Parameter const** labels, uint64_t count);
+    TRITONSERVER_Error* TRITONSERVER_MetricDelete(TRITONSERVER_Metric* metric);
+    TRITONSERVER_Error* TRITONSERVER_MetricIncrement(TRITONSERVER_Metric* metric, double value);
 
     TRITONSERVER_Error* TRITONBACKEND_ApiVersion(uint32_t* major, uint32_t* minor);
     TRITONSERVER_Error* TRITONBACKEND_BackendState(TRITONBACKEND_Backend* backend, void** state);
@@ -81,6 +107,7 @@ extern "C"
     TRITONSERVER_Error* TRITONBACKEND_BackendAttributeSetParallelModelInstanceLoading(
         TRITONBACKEND_BackendAttribute* attributes, bool enabled);
 
+    TRITONSERVER_Error* TRITONBACKEND_ModelName(TRITONBACKEND_Model* model, char const** name);
     TRITONSERVER_Error* TRITONBACKEND_ModelVersion(TRITONBACKEND_Model* model, uint64_t* version);
     TRITONSERVER_Error* TRITONBACKEND_ModelRepository(
         TRITONBACKEND_Model* model, TRITONBACKEND_ArtifactType* type, char const** location);
@@ -106,6 +133,9 @@ extern "C"
     TRITONSERVER_Error* TRITONBACKEND_RequestOutputCount(TRITONBACKEND_Request* request, uint32_t* count);
     TRITONSERVER_Error* TRITONBACKEND_RequestOutputName(
         TRITONBACKEND_Request* request, uint32_t index, char const** name);
+    //! From Triton 2.39 on; weak, so that it is null in an older server.
+    __attribute__((weak)) TRITONSERVER_Error* TRITONBACKEND_RequestIsCancelled(
+        TRITONBACKEND_Request* request, bool* cancelled);
     TRITONSERVER_Error* TRITONBACKEND_RequestRelease(TRITONBACKEND_Request* request, uint32_t flags);
     TRITONSERVER_Error* TRITONBACKEND_InputProperties(TRITONBACKEND_Input* input, char const** name,
         TRITONSERVER_DataType* type, int64_t const** shape, uint32_t* dimensions, uint64_t* byteSize,

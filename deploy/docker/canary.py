@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Asks a tritonserver for one real inference per model. Needs Python 3.9's standard library only.
+
+Triton's health endpoints stay green when a model's instance has died or hangs; this does not.
+
+    canary.py http://localhost:8000                        once: exit status 0 or 1
+    canary.py http://localhost:8000 --listen 8005          GET /healthz → 200 or 503, for a kubelet's probe
+
+A full queue counts as alive: a busy server must not leave the balancer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+_SIZES = {"UINT8": 1, "INT32": 4, "FP32": 4}  # bytes per element of the inputs that this project's models have
+_BUSY = ("maximum queue size", "Exceeds maximum queue", "queue is full", "overloaded")
+
+
+def _ask(url: str, seconds: float, data: bytes | None = None, headers: dict[str, str] | None = None) -> Any:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is beside this program
+    with opener.open(urllib.request.Request(url, data, headers or {}), timeout=seconds) as answer:
+        return json.loads(answer.read() or "null")
+
+
+def models(server: str, seconds: float) -> list[str]:
+    """The models that are loaded, as the server's statistics list them."""
+    return [entry["name"] for entry in _ask(f"{server}/v2/models/stats", seconds)["model_stats"]]
+
+
+def infer(server: str, model: str, seconds: float) -> str:
+    """Sends a black picture; why that failed, or empty where an answer came."""
+    config = _ask(f"{server}/v2/models/{model}/config", seconds)
+    batch = [1] if config.get("max_batch_size", 0) > 0 else []
+    inputs, body = [], b""
+    for entry in config["input"]:
+        kind = entry["data_type"].removeprefix("TYPE_")
+        shape = batch + [max(1, int(size)) for size in entry["dims"]]
+        size = _SIZES.get(kind)
+        if size is None:
+            return ""  # an ensemble's picture file: its parts are asked on their own
+        for extent in shape:
+            size *= extent
+        inputs.append(
+            {"name": entry["name"], "datatype": kind, "shape": shape, "parameters": {"binary_data_size": size}}
+        )
+        body += bytes(size)
+    head = json.dumps({"inputs": inputs, "outputs": [{"name": "num_detections"}]}).encode()
+    try:
+        answer = _ask(
+            f"{server}/v2/models/{model}/infer",
+            seconds,
+            head + body,
+            {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"},
+        )
+    except urllib.error.HTTPError as error:
+        reason = error.read().decode(errors="replace")
+        return "" if any(word in reason for word in _BUSY) else f"{model}: HTTP {error.code}: {reason[:300]}"
+    outputs = [output for output in answer.get("outputs", []) if output.get("name") == "num_detections"]
+    return "" if outputs else f"{model}: the answer has no num_detections"
+
+
+def check(server: str, seconds: float) -> str:
+    """Why a request for detections fails; empty where every model answers."""
+    try:
+        names = models(server, seconds)
+        if not names:
+            return "no model is loaded"
+        return "; ".join(filter(None, (infer(server, name, seconds) for name in names)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{server}: {error}"
+
+
+def listen(server: str, seconds: float, port: int) -> None:
+    """Answers probes until it is ended."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            fault = "not found" if self.path != "/healthz" else check(server, seconds)
+            text = (fault or "ok").encode()
+            self.send_response(404 if self.path != "/healthz" else 503 if fault else 200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *arguments: Any) -> None:
+            """Probes come every few seconds; only failures are worth a line."""
+
+    ThreadingHTTPServer(("", port), Handler).serve_forever()
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("server", help="such as http://localhost:8000")
+    parser.add_argument("--seconds", type=float, default=10.0, help="that one answer may take")
+    parser.add_argument("--listen", type=int, default=0, metavar="PORT", help="answer GET /healthz there")
+    given = parser.parse_args()
+    if given.listen:
+        listen(given.server, given.seconds, given.listen)
+    fault = check(given.server.rstrip("/"), given.seconds)
+    print(fault or "ok", file=sys.stderr if fault else sys.stdout)
+    return 1 if fault else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

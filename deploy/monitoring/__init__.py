@@ -1,0 +1,1 @@
+"""The dashboard; the rules are in ../helm/ssd-on-triton/files."""

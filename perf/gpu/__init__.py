@@ -1,0 +1,1 @@
+"""All that waits for an NVIDIA GPU, in one command: `./invoke gpu-check`."""

@@ -1,0 +1,193 @@
+"""The images' files: Dockerfile by hadolint, serve.sh and canary.py with a real server, the build's steps in a folder.
+
+No Docker engine runs any of this.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from ssd_client import SSDClient
+
+from models.shapes.scenes import scene
+from tests.deploy.conftest import DOCKER, ROOT, Server, free_ports, get, need, parsed, run, running, wait
+
+DOCKERFILE = DOCKER / "Dockerfile"
+
+
+def test_hadolint_passes_the_dockerfile_and_would_not_pass_anything(tmp_path: Path) -> None:
+    run("hadolint", "--failure-threshold", "info", DOCKERFILE, check=True)
+    wrong = tmp_path / "Dockerfile"
+    wrong.write_text(DOCKERFILE.read_text().replace("USER 65532:65532", "USER root"))
+    assert "DL3002" in run("hadolint", wrong).stdout
+
+
+def stages() -> dict[str, str]:
+    """The text of each stage of the Dockerfile."""
+    parts = re.split(r"^FROM \S+ AS (\w+)$", DOCKERFILE.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("stage", ["cpu", "gpu"])
+def test_an_image_is_not_root_and_asks_its_own_health(stage: str) -> None:
+    text = stages()[stage]
+    assert "USER 65532:65532" in text
+    assert re.search(r'HEALTHCHECK .* CMD \["canary", "http://localhost:8000"\]', text)
+    assert not re.search(r"(?i)password|secret|token|api_?key", DOCKERFILE.read_text())
+
+
+def test_the_gpu_image_has_matching_versions() -> None:
+    from build.releases import RELEASES
+
+    text = DOCKERFILE.read_text()
+    tag = re.search(r"tritonserver:([\d.]+)-py3", text)
+    headers, package = re.search(r"TENSORRT_REF=v(\S+)", text), re.search(r"TENSORRT_VERSION=(\S+)", text)
+    assert tag
+    assert headers
+    assert package
+    (release,) = [release for release in RELEASES if release.container == tag[1]]
+    assert headers[1].startswith(release.tensorrt)
+    assert package[1].startswith(release.tensorrt)
+    assert set(re.findall(r"CUDA_VERSION=(\S+)", text)) == {release.cuda}
+
+
+def test_the_build_context_has_what_is_copied() -> None:
+    allowed = {line[1:] for line in (DOCKER / "Dockerfile.dockerignore").read_text().split() if line.startswith("!")}
+    for name in re.findall(r"^COPY (\w[\w.]*)/? ", DOCKERFILE.read_text(), re.MULTILINE):
+        assert name in allowed
+        assert (ROOT / name).exists()
+    assert all((ROOT / name).exists() for name in allowed)
+
+
+def test_compose_names_only_what_exists(tmp_path: Path) -> None:
+    (compose,) = parsed(DOCKER / "compose.yaml")
+    assert set(compose["services"]) == {"server", "prometheus", "grafana"}
+    assert compose["services"]["server"]["build"]["target"] in stages()
+    for service in compose["services"].values():
+        assert service["cap_drop"] == ["ALL"]
+        for volume in service["volumes"]:
+            assert (DOCKER / volume.split(":")[0]).resolve().exists(), volume
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), "open to this machine only"
+    for name in ("prometheus.yml", "rules.yml"):
+        source = DOCKER / name if name.startswith("prom") else ROOT / "deploy/helm/ssd-on-triton/files/rules.yml"
+        shutil.copy(source, tmp_path / name)
+    run("promtool", "check", "config", tmp_path / "prometheus.yml", check=True)
+
+
+@pytest.mark.triton
+def test_a_server_answers_requests_and_nothing_else(servers: list[Server]) -> None:
+    with SSDClient(servers[0].http, protocol="http", model="shapes") as client:
+        assert len(client.detect(scene("held_out", 0).image)) > 0
+    for path, body in (
+        ("v2/systemsharedmemory/region/a/register", b'{"key":"/a","offset":0,"byte_size":1}'),
+        ("v2/systemsharedmemory/status", None),
+        ("v2/repository/index", b""),
+        ("v2/repository/models/shapes/unload", b""),
+        ("v2/trace/setting", None),
+        ("v2/logging", None),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(f"http://{servers[0].http}/{path}", body), timeout=5)
+        assert refused.value.code == 403, path
+
+
+def canary(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-I", str(DOCKER / "canary.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.triton
+def test_the_canary_sees_what_health_endpoints_do_not(servers: list[Server], tmp_path: Path) -> None:
+    own, url = servers[1], f"http://{servers[1].http}"
+    assert canary(url).stdout == "ok\n"
+    (port,) = free_ports(1)
+    command = [sys.executable, "-I", DOCKER / "canary.py", url, f"--listen={port}", "--seconds=2"]
+    with running(command, tmp_path / "canary.log"):
+        assert wait("the canary listens", lambda: get(f"http://127.0.0.1:{port}/healthz")) == "ok"
+        own.send(signal.SIGSTOP)
+        try:
+            with pytest.raises(urllib.error.HTTPError) as failed:
+                get(f"http://127.0.0.1:{port}/healthz", 20)
+            assert failed.value.code == 503
+        finally:
+            own.send(signal.SIGCONT)
+        assert wait("it is well again", lambda: get(f"http://127.0.0.1:{port}/healthz", 20)) == "ok"
+    assert "no model" in canary(url + "/x").stderr or canary(url + "/x").returncode == 1
+    refused = canary(f"http://127.0.0.1:{port}")
+    assert refused.returncode == 1
+    assert "refused" in refused.stderr
+
+
+def steps(stage: str) -> list[str]:
+    """The shell commands of a stage."""
+    text = re.sub(r"\\\n", " ", stages()[stage])
+    return re.findall(r"^RUN (.*)$", text, re.MULTILINE)
+
+
+@pytest.mark.triton
+@pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to run the server as the image's user")
+def test_the_cpu_images_steps_make_a_server_that_runs_as_its_user(data_repository: Path, tmp_path: Path) -> None:
+    """The last step of `build` and the start of `cpu`, with the image's folders moved below a folder."""
+    need("hadolint")  # the rest of deploy-check is there
+    image = tmp_path / "image"
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:3]:
+        parent.chmod(parent.stat().st_mode | 0o055)
+    place = {"/opt/ssd": str(image), "/venv/bin/python": sys.executable, "/s3tool": str(tmp_path / "s3tool")}
+    install = next(step for step in steps("build") if "--target /s3tool" in step)
+    pip = next(part for part in install.split("&&") if "/s3tool" in part)
+    for name, moved in place.items():
+        pip = pip.replace(name, moved)
+    subprocess.run(["bash", "-ec", pip.replace("/venv/bin/pip", f"{sys.executable} -m pip")], check=True, cwd=ROOT)
+    script = next(step for step in steps("build") if "deploy.backends" in step)
+    for name, moved in place.items():
+        script = script.replace(name, moved)
+    subprocess.run(["bash", "-eo", "pipefail", "-c", script], check=True, cwd=ROOT)
+    models = shutil.copytree(data_repository, tmp_path / "models")
+    ports = free_ports(3)
+    variables = dict(re.findall(r"(\w+)=(\S+)", " ".join(re.findall(r"ENV ((?:.*\\\n)*.*)", stages()["cpu"]))))
+    variables = {key: value.replace("/opt/ssd", str(image)) for key, value in variables.items()}
+    variables |= {"PATH": f"{image}/bin:/usr/bin:/bin", "SSD_REPOSITORY": str(models), "SSD_HTTP_PORT": str(ports[0])}
+    variables |= {"SSD_GRPC_PORT": str(ports[1]), "SSD_METRICS_PORT": str(ports[2])}
+    (entry,) = re.findall(r'ENTRYPOINT \["(\w+)"\]', stages()["cpu"])
+    log = tmp_path / "log"
+    options = {"env": variables, "user": 65532, "group": 65532, "extra_groups": [], "cwd": "/"}
+    with running([image / "bin" / entry], log, **options) as process:
+
+        def healthy() -> bool:
+            assert process.poll() is None, log.read_text()
+            return canary(f"http://127.0.0.1:{ports[0]}").returncode == 0
+
+        wait("the image's server answers", healthy, 60)
+        assert process.args[0] == str(image / "bin" / "serve")  # type: ignore[index]
+
+
+def test_a_plan_is_kept_by_gpu_and_tensorrt_and_needs_a_gpu(tmp_path: Path) -> None:
+    script = DOCKER / "build_plan.py"
+    found = importlib.util.spec_from_file_location("build_plan", script)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    one = module.key("NVIDIA H100 80GB HBM3", "9.0", "10.13.2.6")
+    assert one == "nvidia-h100-80gb-hbm3-sm9.0-tensorrt10.13.2.6"
+    assert (
+        len({one, module.key("NVIDIA H200", "9.0", "10.13.2.6"), module.key("NVIDIA H100 80GB HBM3", "9.0", "11")}) == 3
+    )
+    command = [sys.executable, str(script), f"--cache={tmp_path}", f"--into={tmp_path}"]
+    environment = {**os.environ, "SSD_PROJECT": str(ROOT), "PATH": "/nonexistent"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "nvidia-smi shows no GPU" in done.stderr
+    assert list(tmp_path.iterdir()) == []
