@@ -117,7 +117,7 @@ def _held(path: Path, wait: bool) -> Iterator[None]:
 def _gone(path: Path) -> bool:
     """Whether the holder named in the file was a process of this machine, and has ended."""
     with suppress(OSError, ValueError):
-        host, process = path.read_text().split()
+        host, process = path.read_text(encoding="utf-8-sig").split()
         return host == socket.gethostname() and not Path(f"/proc/{int(process)}").exists()
     return False
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _STEP = files.ROOT / "build" / "publish" / "backends" / "picture" / "model.py"
 _CLIENT = files.ROOT / "client" / "ssd_client"
-_MODULES = ("exceptions.py", "preprocess.py", "rule.py")
+_MODULES = ("exceptions.py", "preprocess.py", "rule.py", "text.py")
 _MARK = "picture_of"  # the parameter by which a part tells whose it is
 # What decides how a picture becomes an input, beside the spec.
 SOURCES = tuple(str(files.relative(path)) for path in (_STEP, *(_CLIENT / name for name in _MODULES)))

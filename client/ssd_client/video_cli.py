@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -90,10 +92,27 @@ def _run(options: argparse.Namespace) -> int:
                 writer.discard()  # nothing is left of it if it was closed
 
 
+@contextlib.contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """What Ctrl-C sets, so a frame is written whole or not at all; a second Ctrl-C ends at once."""
+    stop = threading.Event()
+
+    def handle(_number: int, _frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _detect(options: argparse.Namespace, film: Film, client: SSDClient, writer: Writer | None, out: Path | None) -> int:
     count = found = failed = 0
     last, status, stopped = options.start, 0, ""
-    with _lines(options.json) as write_line, _progress(film.seconds) as advance:
+    with _lines(options.json) as write_line, _progress(film.seconds) as advance, _stopping() as stop:
         frames = detect(
             film,
             client,
@@ -105,6 +124,9 @@ def _detect(options: argparse.Namespace, film: Film, client: SSDClient, writer: 
         )
         try:
             for frame in frames:
+                if stop.is_set():
+                    stopped = "stopped by Ctrl-C"
+                    break
                 if frame.asked:
                     write_line(_line(frame))
                     failed += bool(frame.error)
@@ -113,8 +135,6 @@ def _detect(options: argparse.Namespace, film: Film, client: SSDClient, writer: 
                     writer.write(frame)
                 count, last = count + 1, frame.seconds
                 advance(frame.seconds - options.start)
-        except KeyboardInterrupt:
-            stopped, status = "stopped by Ctrl-C", 0
         except InvalidInputError:
             raise
         except SSDClientError as error:

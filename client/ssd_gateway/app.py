@@ -73,7 +73,7 @@ class Gateway:
         self._threads = ThreadPoolExecutor(settings.threads, "ssd_gateway")
         self._in_hand = 0
         self._description = openapi.describe(settings)
-        self._page = PAGE.read_text(encoding="utf-8")
+        self._page = PAGE.read_text(encoding="utf-8-sig")
         self._page_policy = policy_of(self._page)
 
     def app(self) -> web.Application:

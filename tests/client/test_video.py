@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ def packages() -> Iterator[Path]:
     """PyAV, for this process, too."""
     folder = optional("video")
     sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()  # the folder may have been looked for before it was there
     yield folder
     sys.path.remove(str(folder))
 

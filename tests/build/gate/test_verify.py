@@ -248,8 +248,9 @@ def test_accuracy_is_judged_on_coco_results(
     assert found.checks[-1].name == "mAP"
     assert not found.checks[-1].passed  # 0.5 is less than 0.99 × 0.51
     assert "0.5000 against 0.5100" in found.checks[-1].detail
-    assert {one["category_id"] for one in seen[0]} <= {7, 8}
-    assert {one["image_id"] for one in seen[0]} == {10, 11, 12}
+    # Files number as they like, with words even; a judge gets whole numbers from 1.
+    assert {one["category_id"] for one in seen[0]} <= {1, 2}
+    assert {one["image_id"] for one in seen[0]} == {1, 2, 3}
     assert [one["bbox"] for one in seen[0]] == [pytest.approx(one["bbox"], abs=1e-4) for one in seen[1]]
     assert max(one["bbox"][0] + one["bbox"][2] for one in seen[0]) > 8  # in the picture's own pixels
     assert "3 pictures of" in found.pictures

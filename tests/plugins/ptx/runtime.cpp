@@ -17,6 +17,7 @@ using namespace ptx;
 constexpr int32_t kSuccess = 0;
 constexpr int32_t kInvalidConfiguration = 9;
 constexpr int32_t kInvalidFunction = 98;
+constexpr int32_t kNoDevice = 100;
 constexpr int32_t kLaunchFailure = 719;
 constexpr uint64_t kMostShared = 48 * 1024;
 constexpr uint32_t kMostThreads = 1024;
@@ -242,6 +243,26 @@ EXPORTED int32_t cudaLaunchKernelExC(LaunchConfig const* config, void const* fun
 EXPORTED int32_t __cudaLaunchKernelExC(LaunchConfig const* config, void const* function, void** arguments)
 {
     return launch(function, *config, arguments);
+}
+
+EXPORTED char const* cudaGetErrorName(int32_t error)
+{
+    return error == kSuccess ? "cudaSuccess" : "an error of the interpreter";
+}
+
+EXPORTED char const* cudaGetErrorString(int32_t error)
+{
+    return cudaGetErrorName(error);
+}
+
+EXPORTED int32_t cudaGetDevice(int32_t* /* device */)
+{
+    return kNoDevice;
+}
+
+EXPORTED int32_t cudaGetDeviceProperties(void* /* properties */, int32_t /* device */)
+{
+    return kNoDevice;
 }
 
 EXPORTED int32_t cudaGetLastError()
