@@ -86,7 +86,8 @@ def test_figures_that_fit_together(triton_server: TritonServer, data: Path, load
         assert point.throughput == pytest.approx(load.rate, rel=0.4)
     else:  # Little's law: what is on the way = rate of requests × time of each
         in_flight = point.throughput / load.batch_size * latency["avg"] / 1000
-        assert in_flight == pytest.approx(load.concurrency, rel=0.3)
+        # Short windows on a busy machine are rough; units or a batch mixed up would be a factor of 2 at least.
+        assert load.concurrency / 1.8 < in_flight < load.concurrency * 1.8
 
 
 @pytest.mark.triton

@@ -43,7 +43,8 @@ ONNX = Target("onnxruntime")
 RETRY_SECONDS = 60.0  # a request that is not answered by then has failed
 LIVES = 2.5  # of the server in one soak: long enough to see memory grow
 PAUSE = 0.005  # seconds between two requests of a client
-EVENTS = ("publish", "rollback", "kill a client", "kill the server")
+KILL = "kill the server"
+EVENTS = ("publish", "rollback", "kill a client", KILL)
 
 
 @dataclass
@@ -161,8 +162,8 @@ class Soak:
         while time.monotonic() - begun < seconds:
             time.sleep(every)
             event = self._chance.choice(EVENTS[:3])
-            if time.monotonic() - max(killed, begun) > seconds / LIVES:
-                event, killed = "kill the server", time.monotonic()
+            if time.monotonic() - max(killed, begun) > seconds / LIVES and self._restarts() == self.totals.events[KILL]:
+                event, killed = KILL, time.monotonic()
                 settled = False
             self.totals.events[event] += 1
             if event == "publish":
@@ -184,6 +185,13 @@ class Soak:
             if time.monotonic() - reported > report and settled:
                 reported = time.monotonic()
                 print(json.dumps({"s": round(reported - begun), **self.totals.as_dict()}), flush=True)
+
+        deadline = time.monotonic() + 60
+        while self._restarts() < self.totals.events[KILL] and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def _restarts(self) -> int:
+        return (self._folder / "shown").read_text().count("the server is up again")
 
     def _ask(self, kind: str) -> None:
         """Asks without pause; a request that finds no server is repeated."""
