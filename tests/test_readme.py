@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from invoke.collection import Collection
 
+import tasks
 from build.serve import TritonServer
 from models.shapes.scenes import scene
 from tests.docs_blocks import Block, blocks
@@ -26,6 +29,12 @@ def test_only_these_blocks_do_not_run() -> None:
         ["./invoke", "import-model"],
         ["docker", "run"],
     ]
+
+
+def test_the_list_of_tasks_is_whole() -> None:
+    section = (ROOT / "README.md").read_text().split("\n## All tasks\n")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `([a-z-]+)` \|", section, re.M)
+    assert sorted(listed) == sorted(Collection.from_module(tasks).task_names)
 
 
 @pytest.mark.triton

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -84,3 +85,37 @@ def test_texts_are_read_with_or_without_a_byte_order_mark() -> None:
             for line in source.read_text().splitlines():
                 if ".read_text(" in line and not any(word in line for word in others):
                     assert 'encoding="utf-8-sig"' in line, f"{source}: {line.strip()}"
+
+
+PAGES = [
+    path
+    for folder in (".", "client", "docs", "model_repository", "models", "models/shapes", "plugins")
+    for path in sorted((ROOT / folder).glob("*.md"))
+]
+
+
+def _anchors(page: str) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
+    cells = 0
+    for line in page.read_text().splitlines():
+        count = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert not (cells and count) or count == cells, line
+        cells = count
