@@ -547,7 +547,7 @@ def page(
     help={
         "path": "file or folder, relative to your folder or to the project's (default: tests)",
         "keyword": "pytest's -k",
-        "marker": "pytest's -m, for example 'not slow'; 'long' runs the tests that take minutes",
+        "marker": "pytest's -m, for example 'not slow and not long'; 'long' runs the tests that take minutes",
     }
 )
 def test(c: Context, path: str = "", keyword: str = "", marker: str = "") -> None:
