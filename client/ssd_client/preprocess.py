@@ -493,4 +493,5 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
         or not array.size
     ):
         raise ImageError(f"cannot read a picture from an {name}", fix="give UINT8 [H,W,3] in RGB order, or UINT8 [H,W]")
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    image = Image.fromarray(np.ascontiguousarray(array))
+    return image if image.mode == "RGB" else image.convert("RGB")  # of RGB, convert makes a copy

@@ -211,10 +211,11 @@ def detect(
 
     def work(index: int, frame: Any, found: Future[Detections | None], asked: bool) -> Frame:
         pixels = upright(frame)
+        image = Image.fromarray(pixels)
         error = ""
         if asked:
             try:
-                found.set_result(client.detect(pixels, score_threshold=score_threshold, iou_threshold=iou_threshold))
+                found.set_result(client.detect(image, score_threshold=score_threshold, iou_threshold=iou_threshold))
             except InferenceError as failed:
                 error = str(failed)
                 found.set_result(None)
@@ -223,7 +224,7 @@ def detect(
         detections = found.result()
         drawn = None
         if draw:
-            drawn = pixels if detections is None else np.asarray(detections.draw(Image.fromarray(pixels)))
+            drawn = pixels if detections is None else np.asarray(detections.draw(image))
         return Frame(
             index,
             float(frame.pts * frame.time_base) - film.origin,
