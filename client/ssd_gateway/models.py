@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 from ssd_client import Detections, ModelConfig, SSDClient
 from ssd_client.exceptions import ModelConfigError, ModelNotFoundError
-from ssd_client.transport import Endpoint
+from ssd_client.messages import Message
+from ssd_client.transport import Transport, transport_for
 
 from .settings import Settings
 
@@ -43,8 +44,8 @@ class Models:
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._clock = settings, clock
-        self._endpoint = Endpoint.parse(settings.triton, "grpc", settings.model or "any", None)
-        self._index: Any = None
+        self._endpoint = settings.endpoint
+        self._index: Transport | None = None
         self._clients: dict[str, SSDClient] = {}
         self._served: dict[str, Served] = {}
         self._looked = -FRESH
@@ -57,6 +58,7 @@ class Models:
             fresh: seconds for which an earlier look counts.
 
         Raises:
+            AccessDeniedError: Triton does not let this gateway in.
             ServerUnavailableError: Triton does not answer.
             RequestTimeoutError: it does not answer in time.
         """
@@ -116,17 +118,12 @@ class Models:
             self._index.close()
 
     def _look(self) -> dict[str, Served]:
-        import tritonclient.grpc as triton
-        from tritonclient.utils import InferenceServerException
+        from tritonclient.grpc import service_pb2
 
         if self._index is None:
-            self._index = triton.InferenceServerClient(self._endpoint.url)
-        try:
-            index = self._index.get_model_repository_index(client_timeout=self._settings.timeout)
-        except InferenceServerException as error:
-            if "DEADLINE" in str(error.status()):
-                raise self._endpoint.timed_out(self._settings.timeout) from error
-            raise self._endpoint.unavailable(str(error.message())) from error
+            self._index = transport_for(self._endpoint)
+        question = Message("RepositoryIndex", service_pb2.RepositoryIndexRequest(), {})
+        index = self._index.send(question, self._settings.timeout)
         served = {}
         for entry in sorted(index.models, key=lambda entry: str(entry.name)):
             if entry.state != "READY":
@@ -140,8 +137,11 @@ class Models:
     def _client(self, name: str) -> SSDClient:
         if name not in self._clients:
             self._clients[name] = SSDClient(
-                self._endpoint.url,
+                self._settings.triton,
                 model=name,
+                protocol="grpc",
+                ssl=self._settings.tls,
+                headers=dict(self._settings.headers),
                 shared_memory="system" if self._settings.shared_memory else None,
                 timeout=self._settings.timeout,
                 retries=1,
