@@ -126,9 +126,8 @@ def build_engines(
             judge=mean_average_precision,
             calibration=calibration,
         )
-    published = [model] if model else sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
-    for name in published if to else ():
-        print(f"{to} serves version {s3.publish(REPOSITORY, name, to)} of {name}")
+    for line in s3.publish_all(REPOSITORY, to, model) if to else ():
+        print(line)
     print("next: ./invoke serve (a server that runs already takes it up when it polls)")
 
 
