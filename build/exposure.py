@@ -155,7 +155,7 @@ def _token(path: Path) -> str:
         if not path.is_file():
             path.touch(mode=0o600)
             path.write_text(secrets.token_urlsafe(24) + "\n")
-        token = path.read_text().strip()
+        token = path.read_text(encoding="utf-8-sig").strip()
     if len(token) < 16 or json.dumps(token) != f'"{token}"' or any(mark in token for mark in " ,:="):
         raise ServeError(f"{relative(path)} holds no token", fix="remove it, then a new one is made")
     return token

@@ -34,7 +34,7 @@ BLANK = b"P6 1 1 255\n\0\0\0"  # a whole picture's file: one black pixel as PPM
 
 def _modules(name: str = "preprocess.py") -> frozenset[str]:
     """A module of the client, and those of the client that it needs."""
-    nodes = ast.walk(ast.parse((_CLIENT / name).read_text()))
+    nodes = ast.walk(ast.parse((_CLIENT / name).read_text(encoding="utf-8")))
     needed = {f"{node.module}.py" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1}
     return frozenset({name}).union(*map(_modules, needed))
 
@@ -213,6 +213,7 @@ def _decode(spec: Spec, version: int, runtime: str) -> ModelConfig:
     names = contract.THRESHOLDS if spec.nms.runtime_thresholds else ()
     thresholds = {name: getattr(spec.nms, name) for name in names}
     config.parameters["thresholds"].string_value = json.dumps(thresholds)
+    config.parameters["lowest_score_threshold"].string_value = repr(spec.nms.lowest_score_threshold)
     config.parameters["preprocessing"].string_value = json.dumps(dataclasses.asdict(spec.input.preprocessing))
     return config
 

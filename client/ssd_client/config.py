@@ -17,6 +17,7 @@ from .text import has_hidden
 CONTRACT = "1"
 # Bytes of the largest answer that a transport reads, and what of it may be no tensor.
 MAX_ANSWER, _OVERHEAD = 64 << 20, 1 << 16
+_LOWEST = "lowest_score_threshold"
 _MOST_PIXELS = 1 << 24  # of the model's input: 4096 x 4096
 
 T = TypeVar("T")
@@ -44,6 +45,8 @@ class ModelConfig:
         runtime: `tensorrt` or `onnxruntime`.
         manifest_sha256: SHA-256 of the manifest of the published version.
         version: number of the version that this describes; empty if the server has not said.
+        lowest_score_threshold: a request's score threshold may not be below it; 0 if the model was published by a
+            build that did not say it.
     """
 
     name: str
@@ -63,11 +66,16 @@ class ModelConfig:
     runtime: str
     manifest_sha256: str
     version: str = ""
+    lowest_score_threshold: float = 0.0
 
     def asks_like(self, other: ModelConfig) -> bool:
         """Whether a request made by this configuration is the one that `other` would make."""
-        rules = ((c.preprocessing, c.runtime_thresholds, c.score_threshold, c.iou_threshold) for c in (self, other))
-        return next(rules) == next(rules)
+        return self._rules == other._rules
+
+    @property
+    def _rules(self) -> tuple[Any, ...]:
+        thresholds = self.runtime_thresholds, self.lowest_score_threshold, self.score_threshold, self.iou_threshold
+        return self.preprocessing, *thresholds
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -139,6 +147,7 @@ class ModelConfig:
             runtime=read("runtime", _text),
             manifest_sha256=read("manifest_sha256", _text),
             version=version,
+            lowest_score_threshold=read(_LOWEST, _fraction) if _LOWEST in parameters else 0.0,
         )
 
 

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         token = os.environ.get(TOKEN, "")
         if options.token_file is not None:
-            token = options.token_file.read_text(encoding="utf-8").strip()
+            token = options.token_file.read_text(encoding="utf-8-sig").strip()
             if not token:
                 raise _UsageError(f"{options.token_file} is empty", fix="write the token into it")
         access = access_options(options)

@@ -159,6 +159,7 @@ def describe(served: dict[str, Served]) -> list[dict[str, Any]]:
             "labels": list(model.config.labels),
             "input_size": [model.config.input_width, model.config.input_height],
             "score_threshold": model.config.score_threshold,
+            "lowest_score_threshold": model.config.lowest_score_threshold,
             "iou_threshold": model.config.iou_threshold,
             "runtime_thresholds": model.config.runtime_thresholds,
             "max_detections": model.config.max_detections,
