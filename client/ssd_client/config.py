@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from .exceptions import ModelConfigError
@@ -70,14 +71,14 @@ class ModelConfig:
 
     def asks_like(self, other: ModelConfig) -> bool:
         """Whether a request made by this configuration is the one that `other` would make."""
-        return self._rules == other._rules
+        return self is other or self._rules == other._rules
 
     @property
     def _rules(self) -> tuple[Any, ...]:
         thresholds = self.runtime_thresholds, self.lowest_score_threshold, self.score_threshold, self.iou_threshold
         return self.preprocessing, *thresholds
 
-    @property
+    @cached_property
     def preprocessing(self) -> Preprocessing:
         """The rule by which a picture becomes this model's input."""
         return Preprocessing(

@@ -25,21 +25,25 @@ def threshold_inputs(config: ModelConfig, batch: int, score: Any, iou: Any) -> l
                     fix="leave it out, or build the model with runtime_thresholds = true",
                 )
             continue
-        values = np.asarray(default if given is None else given)
+        if given is None:
+            inputs.append(Input(name, np.full((batch, 1), default, np.float32)))
+            continue
+        values = np.asarray(given)
         if values.dtype.kind not in "iuf" or values.shape not in ((), (batch, 1)):
             raise InvalidInputError(
                 f"{name} is {values.dtype}{list(values.shape)}", fix=f"give a number, or float32[{batch}, 1]"
             )
         if not ((values >= 0) & (values <= 1)).all():  # false for NaN, too
             raise InvalidInputError(f"{name} is {values.tolist()}", fix="give numbers in 0..1")
-        values, floor = values.astype(np.float32), np.float32(config.lowest_score_threshold)
-        if name == "score_threshold" and given is not None and (values < floor).any():
+        data = np.full((batch, 1), values, np.float32)
+        floor = np.float32(config.lowest_score_threshold)
+        if name == "score_threshold" and data.min() < floor:
             raise InvalidInputError(
-                f"score_threshold is {values.min():g}, but model {config.name!r} drops everything up to {floor:g}",
+                f"score_threshold is {data.min():g}, but model {config.name!r} drops everything up to {floor:g}",
                 why="that is its lowest_score_threshold: the server would take it in place of a lower one",
                 fix=f"give at least {floor:g}, or build the model with a lower [nms] lowest_score_threshold",
             )
-        inputs.append(Input(name, np.ascontiguousarray(np.broadcast_to(values, (batch, 1)))))
+        inputs.append(Input(name, data))
     return inputs
 
 
