@@ -18,7 +18,6 @@ from .text import has_hidden
 CONTRACT = "1"
 # Bytes of the largest answer that a transport reads, and what of it may be no tensor.
 MAX_ANSWER, _OVERHEAD = 64 << 20, 1 << 16
-_LOWEST = "lowest_score_threshold"
 _MOST_PIXELS = 1 << 24  # of the model's input: 4096 x 4096
 
 T = TypeVar("T")
@@ -148,7 +147,9 @@ class ModelConfig:
             runtime=read("runtime", _text),
             manifest_sha256=read("manifest_sha256", _text),
             version=version,
-            lowest_score_threshold=read(_LOWEST, _fraction) if _LOWEST in parameters else 0.0,
+            lowest_score_threshold=(
+                read("lowest_score_threshold", _fraction) if "lowest_score_threshold" in parameters else 0.0
+            ),
         )
 
 
