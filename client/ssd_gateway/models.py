@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 from ssd_client import Detections, ModelConfig, SSDClient
-from ssd_client.exceptions import ModelConfigError, ModelNotFoundError
+from ssd_client.exceptions import ModelConfigError, ModelNotFoundError, ModelNotReadyError
 from ssd_client.messages import Message
 from ssd_client.transport import Transport, transport_for
 
@@ -48,6 +48,7 @@ class Models:
         self._index: Transport | None = None
         self._clients: dict[str, SSDClient] = {}
         self._served: dict[str, Served] = {}
+        self._waiting: dict[str, str] = {}  # models without a version that is ready, and why
         self._looked = -FRESH
         self._lock = Lock()
 
@@ -78,6 +79,7 @@ class Models:
         """A model by name; without a name the default.
 
         Raises:
+            ModelNotReadyError: the server knows it, but no version of it is ready.
             ModelNotFoundError: it is not there, or no model is.
             SSDClientError: what `served` raises.
         """
@@ -86,6 +88,12 @@ class Models:
         if wanted not in served:
             served = self.served(_AFTER_A_MISS)
             wanted = name or self.default(served)
+        if wanted in self._waiting:
+            raise ModelNotReadyError(
+                f"the server at {self._endpoint} has no version of model {wanted!r} ready: {self._waiting[wanted]}",
+                why="it is being loaded, or did not load",
+                fix="wait a moment, and look at the server's log",
+            )
         if wanted not in served:
             what = f"the server at {self._endpoint} has no model {wanted!r}" if wanted else "no model"
             raise ModelNotFoundError(
@@ -124,6 +132,9 @@ class Models:
             self._index = transport_for(self._endpoint)
         question = Message("RepositoryIndex", service_pb2.RepositoryIndexRequest(), {})
         index = self._index.send(question, self._settings.timeout)
+        ready = {entry.name for entry in index.models if entry.state == "READY"}
+        waiting = {each.name: each.reason or each.state or "unknown" for each in index.models}
+        self._waiting = {name: reason for name, reason in waiting.items() if name not in ready}
         served = {}
         for entry in sorted(index.models, key=lambda entry: str(entry.name)):
             if entry.state != "READY":

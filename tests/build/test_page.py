@@ -31,7 +31,8 @@ def test_takes_the_server_that_runs(triton_server: TritonServer, tmp_path: Path)
         assert found == (place, False)
 
 
-def test_a_server_that_was_named_and_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_server_that_was_named_and_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("build.page._PATIENCE", 0.3)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"

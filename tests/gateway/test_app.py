@@ -10,14 +10,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from ssd_client import SSDClient
+from ssd_client.exceptions import ModelNotFoundError
 from ssd_gateway import app, openapi
+from ssd_gateway.models import Models
+from ssd_gateway.problems import problem_of
 from ssd_gateway.settings import Settings
+from tritonclient.grpc import service_pb2
 
 from build.serve import TritonServer
 from tests.client.conftest import order, scene, self_signed, server_on, write_repository
@@ -280,3 +285,19 @@ def test_a_server_with_tls_and_a_token_past_a_proxy(tmp_path: Path, monkeypatch:
             for answer in (refused.detect(PICTURE), refused.ask("/info"), refused.ask("/healthz")):
                 assert answer.status == 502, answer.body
                 assert "does not let this client in" in answer.json["detail"]
+
+
+def test_a_model_that_is_being_loaded_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = service_pb2.RepositoryIndexResponse()
+    index.models.add(name="new", version="1", state="LOADING")
+    index.models.add(name="broken", version="1", state="UNAVAILABLE", reason="no such file")
+    models = Models(Settings())
+    monkeypatch.setattr(models, "_index", SimpleNamespace(send=lambda message, timeout: index))
+    for name, words, status in (
+        ("new", "LOADING", 503),
+        ("broken", "no such file", 503),
+        ("other", "has no model", 404),
+    ):
+        with pytest.raises(ModelNotFoundError, match=words) as caught:
+            models.choose(name)
+        assert problem_of(caught.value).status == status
