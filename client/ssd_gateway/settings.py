@@ -46,7 +46,8 @@ class Settings:
     hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.shared_memory and self.endpoint.is_balanced:
+        endpoint = self.endpoint  # raises for what is no address
+        if self.shared_memory and endpoint.is_balanced:
             raise InvalidInputError(
                 f"shared memory with several servers ({self.triton})",
                 fix="give the one address of the server on this machine, or leave --shared-memory out",

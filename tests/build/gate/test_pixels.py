@@ -21,7 +21,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig as TritonConfig
 from build.contract import Target
 from build.errors import DataError
 from build.files import ROOT
-from build.gate import datasets, scoring, verify
+from build.gate import datasets, labels, scoring, verify
 from build.gate.accuracy import mean_average_precision
 from build.pipeline import build_engines
 from build.publish import backend
@@ -111,7 +111,7 @@ def test_all_see_the_pixels_that_clients_send(spec: Spec, kind: str, tmp_path: P
         "categories": [{"id": i + 1, "name": label} for i, label in enumerate(spec.labels)],
         "annotations": [],
     }
-    (path.parent / datasets.LABELS_FILE).write_text(json.dumps(truth))
+    (path.parent / labels.COCO_FILE).write_text(json.dumps(truth))
     looked_at, _ = verify.images_for(spec, tmp_path, 1)
     assert np.array_equal(looked_at, pixels[None])
 
