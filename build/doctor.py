@@ -35,7 +35,7 @@ from build.machine import (
     unresolvable,
     unused_regions,
 )
-from build.publish import backend, picture, repository
+from build.publish import backend, openvino, picture, repository
 from build.releases import SUPPORT_MATRIX, numbers, release_of, same_minor
 from build.tensorrt import plan, plugins
 from build.tensorrt.cuda import Gpu, driver_version
@@ -287,8 +287,10 @@ def _published(machine: Machine, gpu: Gpu | None, tensorrt: str) -> Iterator[Fin
         yield Finding("Published", "models", "info", text, "publish: ./invoke build-engines")
     for name in names:
         folder = machine.repository / name
-        if picture.owner(folder):
-            continue  # goes with its model
+        if owner := picture.owner(folder):
+            fault, again = repository.fault(folder), f"./invoke build-engines --model {owner} --force"
+            yield from [Finding("Published", name, "problem", fault, again)] * bool(fault)
+            continue
         served = repository.served_version(machine.repository, name)
         versions = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
         fault = repository.fault(folder)
@@ -331,6 +333,10 @@ def _version(
 
 def _backend(machine: Machine, where: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether the installed backend is the one that a version was tested with."""
+    served_by = backend.of(manifest)
+    if served_by and served_by.engine == openvino.NAME and not openvino.installed():
+        text = f"{relative(openvino.PACKAGES)} is not what {relative(openvino.LOCK)} names"
+        yield Finding("Published", f"{where}: OpenVINO", "problem", text, "install it: ./invoke build-engines --force")
     tested = manifest.get("libraries")
     if not tested:
         return

@@ -1,6 +1,6 @@
 """The errors that people see: each says what happened, the likely cause and what to do.
 
-Anything that derives from `SSDError` is printed without a traceback by `tasks.py`; everything else is a bug.
+Anything that derives from `SSDError` is printed without a traceback by `tasks/`; everything else is a bug.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from build.serve import TritonServer
 from build.supervise import LOG
 
 _PORT = "8001"
+_PATIENCE = 3.0  # seconds
 
 
 @contextlib.contextmanager
@@ -22,7 +22,8 @@ def server_at(
     """The gRPC address of a running server, and whether it was started here.
 
     Args:
-        address: `host[:port]` of a server that runs; "" = the one on this machine's usual port, else a new one.
+        address: of a server that runs, in any form that `SSDClient` takes for gRPC; "" = the one on this machine's
+            usual port, else a new one.
         repository: what a new server serves. If it is empty, `shapes` is built first.
         artifacts: of that build.
         log: of a new server.
@@ -31,9 +32,8 @@ def server_at(
         ServeError: nothing answers at `address`, or a new server does not come up.
         SSDError: the build failed.
     """
-    host, _, port = (address or "localhost").partition(":")
-    wanted = f"{host}:{port or _PORT}"
-    if _answers(host, port or _PORT):
+    wanted = address or f"localhost:{_PORT}"
+    if _answers(wanted):
         yield wanted, False
         return
     if address:
@@ -53,9 +53,21 @@ def server_at(
         yield server.grpc_url, True
 
 
-def _answers(host: str, port: str) -> bool:
+def _answers(address: str) -> bool:
+    """Whether a gRPC server is there, for the SDK as the gateway uses it."""
+    from ssd_client.exceptions import InvalidInputError, RequestTimeoutError, ServerUnavailableError, SSDClientError
+    from ssd_client.messages import Message
+    from ssd_client.transport import Endpoint, transport_for
+    from tritonclient.grpc import service_pb2
+
     try:
-        with socket.create_connection((host, int(port)), timeout=2):
-            return True
-    except (OSError, ValueError, OverflowError):
+        endpoint = Endpoint.parse(address, "grpc", "any", None)
+        with contextlib.closing(transport_for(endpoint)) as transport:
+            transport.send(Message("ServerLive", service_pb2.ServerLiveRequest(), {}), _PATIENCE)
+    except InvalidInputError as error:
+        raise ServeError(f"--triton {address} is no address of a gRPC server: {error}") from None
+    except (ServerUnavailableError, RequestTimeoutError):
         return False
+    except SSDClientError:  # it answers, if only that it does not let us in
+        return True
+    return True

@@ -6,6 +6,7 @@ ship.
 
 from __future__ import annotations
 
+import io
 import shutil
 import tempfile
 from contextlib import closing
@@ -16,7 +17,7 @@ from build import tritonserver
 from build.contract import Target
 from build.errors import ServeError, VerifyError
 from build.gate import verify
-from build.publish import backend
+from build.publish import backend, picture
 from build.publish.repository import CONFIG
 from build.serve import TritonServer
 from build.spec import Spec
@@ -77,12 +78,14 @@ def rehearse(
         model.mkdir()
         shutil.copyfile(content / CONFIG, model / CONFIG)
         (model / content.name).symlink_to(content.resolve())
+        picture.bring_about(spec, Path(name), int(content.name), target.runtime)
         server = TritonServer(name, backends=backends)
         try:
             server.start()
-            check = _compare(
-                spec, target, _Asker(server, spec), candidate, heads, images[: spec.serving.max_batch_size]
-            )
+            asker = _Asker(server, spec)
+            check = _compare(spec, target, asker, candidate, heads, images[: spec.serving.max_batch_size])
+            if check.passed and spec.serving.picture_input:
+                check = _compare_picture(spec, asker, images[:1], check.detail)
             version = server.version
         except ServeError as error:
             raise VerifyError(
@@ -108,16 +111,16 @@ class _Asker:
         self._url, self._model = server.http_url, spec.model.name
         self._kinds = {tensor.name: tensor.triton for tensor in spec.inputs}
 
-    def __call__(self, feeds: Arrays) -> Arrays:
+    def __call__(self, feeds: Arrays, model: str = "") -> Arrays:
         from tritonclient import http, utils
 
         try:
             with closing(http.InferenceServerClient(self._url, network_timeout=120)) as client:
                 inputs: list[Any] = []
                 for name, array in feeds.items():
-                    entry = http.InferInput(name, list(array.shape), self._kinds[name])
+                    entry = http.InferInput(name, list(array.shape), self._kinds.get(name, "UINT8"))
                     inputs.append(entry.set_data_from_numpy(array))
-                answer = client.infer(self._model, inputs)
+                answer = client.infer(model or self._model, inputs)
                 return {entry["name"]: answer.as_numpy(entry["name"]) for entry in answer.get_response()["outputs"]}
         except (utils.InferenceServerException, OSError, ValueError) as error:
             raise ServeError(f"it does not answer: {error}") from error
@@ -137,3 +140,22 @@ def _compare(
     if equal:
         return verify.Check("served", True, f"equal bits on {len(images)} pictures, alone and together")
     return verify.check_parity(spec, served, heads, images, verify.tolerance(target), len(images))
+
+
+def _compare_picture(spec: Spec, served: _Asker, image: NDArray[np.uint8], detail: str) -> verify.Check:
+    """The picture input with the model's input as a file, against the model itself: equal but for the boxes' unit."""
+    import numpy as np
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(image[0]).save(stream, "PPM")  # the served input is RGB, whatever the graph makes of it
+    wanted = served(spec.nms.feeds(image))
+    answered = served({"image": np.frombuffer(stream.getvalue(), np.uint8)[None]}, picture.parts(spec.model.name)[-1])
+    names = [name for name in wanted if name != "detection_boxes"]
+    different = [name for name in names if wanted[name].tobytes() != answered[name].tobytes()]
+    boxes, size = wanted["detection_boxes"], [spec.input.width, spec.input.height] * 2
+    if not np.allclose(boxes * np.array(size, np.float32), answered["detection_boxes"], atol=1e-3 * max(size)):
+        different.append("detection_boxes")
+    if different:
+        return verify.Check("picture input", False, f"as a picture's file it gets another {', '.join(different)}")
+    return verify.Check("picture input", True, f"{detail}; the same from a picture's file")

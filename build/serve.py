@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from build import tritonserver
 from build.errors import ServeError
 from build.exposure import Exposure
-from build.publish import backend
+from build.publish import backend, picture
 from build.publish import repository as store
 from build.tritonserver import SHM_PREFIX, Installation
 
@@ -274,7 +274,7 @@ class TritonServer:
         for folder in sorted(path for path in self.repository.glob("*") if path.is_dir()):
             fault = store.fault(folder)
             if fault:
-                fix = f"./invoke build-engines --model {folder.name} --force"
+                fix = f"./invoke build-engines --model {picture.owner(folder) or folder.name} --force"
                 raise ServeError(f"model {folder.name} is damaged: {fault}", fix=fix)
 
     def _check_backend(self, configs: Sequence[ModelConfig]) -> None:
@@ -388,11 +388,15 @@ class TritonServer:
                 http.InferenceServerClient(self.http_url, network_timeout=CANARY_TIMEOUT)
             ) as client:
                 config, inputs = client.get_model_config(model), []
-                if any(-1 in map(int, entry["dims"]) for entry in config["input"]):
-                    return  # takes a picture's file, and a blank is none (build/publish/picture.py)
+                is_part = picture.MARK in config.get("parameters", {})
+                if is_part and "ensemble_scheduling" not in config:
+                    return  # the ensemble asks it
                 for entry in config["input"]:
                     kind = entry["data_type"].removeprefix("TYPE_")
-                    blank = np.zeros([1, *map(int, entry["dims"])], utils.triton_to_np_dtype(kind))
+                    if is_part:
+                        blank = np.frombuffer(picture.BLANK, np.uint8)[None]
+                    else:
+                        blank = np.zeros([1, *map(int, entry["dims"])], utils.triton_to_np_dtype(kind))
                     inputs.append(http.InferInput(entry["name"], list(blank.shape), kind).set_data_from_numpy(blank))
                 answer = client.infer(model, inputs)
                 for entry in config["output"]:

@@ -4,13 +4,15 @@
         direct.throughput(1.0)  # images per second of n clients
         direct.latency(1.0)  # {"p50", "p90", "p99"}: milliseconds of a single stream
 
-No network and no copies: ONNX Runtime on the very file that is served, with as many threads in all as the server's
-instances have, split into sessions the best way; or TensorRT on the very plan (never run on a GPU so far).
+No network and no copies: the engine that serves, ONNX Runtime or OpenVINO, on the very file that is served, with as
+many threads in all as the server's instances have, split into sessions the best way; or TensorRT on the very plan
+(never run on a GPU so far).
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 import statistics
 import time
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from build import contract
 from build.errors import ServeError
+from build.publish import backend, openvino
 from build.session import runner
 
 if TYPE_CHECKING:
@@ -151,6 +154,28 @@ def served_file(server: TritonServer, model: str) -> Path:
     )
 
 
+def engine_of(path: Path) -> str:
+    """What serves a published model.onnx: onnxruntime or openvino; its manifest lies beside it."""
+    from build.publish import repository
+
+    manifest = path.with_name(repository.MANIFEST)
+    served_by = backend.of(json.loads(manifest.read_bytes())) if manifest.is_file() else None
+    return served_by.engine if served_by else openvino.OTHER
+
+
+def session(path: Path, threads: int = 1) -> Runner:
+    """A published model.onnx in this process, in the engine that serves it. Answers one request at a time.
+
+    Raises:
+        RuntimeUnavailableError: OpenVINO cannot run it here.
+    """
+    import onnx
+
+    if engine_of(path) == openvino.NAME:
+        return openvino.runner(path, threads)
+    return runner(onnx.load(path), threads=threads)
+
+
 def fastest(path: Path, requests: Sequence[Feed], instances: int, threads: int) -> Direct:
     """The split of all threads into sessions × threads with the highest throughput: the strongest baseline.
 
@@ -162,17 +187,12 @@ def fastest(path: Path, requests: Sequence[Feed], instances: int, threads: int) 
         instances: the server's.
         threads: of each instance.
     """
-    import onnx
-
-    model = onnx.load(path)
 
     def sessions(count: int, threads: int) -> list[Runner]:
-        """Those of one thread run in their callers' threads: one session serves them all."""
-        return (
-            [runner(model, threads=1)] * count
-            if threads == 1
-            else [runner(model, threads=threads) for _ in range(count)]
-        )
+        """ONNX Runtime's of one thread run in their callers' threads: one session serves them all."""
+        if threads == 1 and engine_of(path) != openvino.NAME:
+            return [session(path, 1)] * count
+        return [session(path, threads) for _ in range(count)]
 
     total = instances * threads
     counts = [count for count in range(1, total + 1) if total % count == 0]

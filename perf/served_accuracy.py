@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from build.gate.scoring import CURVE_THRESHOLD, Detected
 
 if TYPE_CHECKING:
-    from ssd_client import SSDClient
+    from ssd_client import ModelConfig, SSDClient
 
     from build.gate.accuracy import Accuracy
     from build.gate.scoring import Detector
@@ -25,8 +25,13 @@ def evaluate_served(client: SSDClient, pictures: Sequence[Path], truth: dict[str
     """
     from build.gate.accuracy import evaluate
 
-    answers = client.detect(list(pictures), score_threshold=CURVE_THRESHOLD)
+    answers = client.detect(list(pictures), score_threshold=curve_threshold(client.model_config()))
     return evaluate(truth, [row for i, detections in enumerate(answers, start=1) for row in detections.to_coco(i)])
+
+
+def curve_threshold(config: ModelConfig) -> float:
+    """CURVE_THRESHOLD, or the lowest that the model takes."""
+    return max(CURVE_THRESHOLD, config.lowest_score_threshold)
 
 
 @contextlib.contextmanager
@@ -39,7 +44,7 @@ def serving(repository: Path, model: str) -> Iterator[tuple[str, Detector]]:
     with TritonServer(repository) as server, SSDClient(server.grpc_url, model=model, shared_memory="system") as client:
 
         def detect(pictures: Sequence[Path]) -> list[Detected]:
-            answers = client.detect(list(pictures), score_threshold=CURVE_THRESHOLD)
+            answers = client.detect(list(pictures), score_threshold=curve_threshold(client.model_config()))
             return [Detected(answer.boxes, answer.scores, answer.class_ids) for answer in answers]
 
         yield client.model_config().precision, detect

@@ -24,14 +24,11 @@ IMPORTER = "build.sources.import_model"
 
 
 def load_tasks(monkeypatch: pytest.MonkeyPatch, caller: Path) -> ModuleType:
-    """tasks.py as the wrapper runs it for somebody in the folder `caller`."""
+    """tasks/ as the wrapper runs it for somebody in the folder `caller`."""
     monkeypatch.setenv("SSD_CALLER_DIR", str(caller))
-    spec = importlib.util.spec_from_file_location("tasks_under_test", ROOT / "tasks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tasks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tasks)
-    return tasks
+    for name in [name for name in sys.modules if name.split(".")[0] == "tasks"]:
+        monkeypatch.delitem(sys.modules, name)
+    return importlib.import_module("tasks")
 
 
 @dataclass
@@ -60,9 +57,9 @@ def test_tasks_quote_the_interpreter(name: str, tmp_path: Path, monkeypatch: pyt
     python = str(tmp_path / name / ".venv/bin/python")
     monkeypatch.setattr(sys, "executable", python)
     tasks = load_tasks(monkeypatch, tmp_path)
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda _: None)  # so that groups are installed, too
+    monkeypatch.setattr(tasks.common.importlib.util, "find_spec", lambda _: None)  # so that groups are installed, too
     context = Recorder()
-    for run in (tasks.test, tasks.lint, tasks.train):
+    for run in (tasks.project.test, tasks.project.lint, tasks.building.train):
         run.body(context)
     assert len(context.commands) == 7
     assert {command[0] for command in context.commands} == {python}
@@ -71,7 +68,7 @@ def test_tasks_quote_the_interpreter(name: str, tmp_path: Path, monkeypatch: pyt
 
 def test_test_quotes_its_options_and_shows_the_slowest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = Recorder()
-    load_tasks(monkeypatch, tmp_path).test.body(context, keyword="it's or that", marker="not slow")
+    load_tasks(monkeypatch, tmp_path).project.test.body(context, keyword="it's or that", marker="not slow")
     command = context.commands[0]
     assert command[command.index("-k") + 1] == "it's or that"
     assert command[command.index("-m", 3) + 1] == "not slow"
@@ -81,7 +78,7 @@ def test_test_quotes_its_options_and_shows_the_slowest(tmp_path: Path, monkeypat
 
 def test_failed_tests_keep_their_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Exit) as left:
-        load_tasks(monkeypatch, tmp_path).test.body(Recorder(status=5))
+        load_tasks(monkeypatch, tmp_path).project.test.body(Recorder(status=5))
     assert left.value.code == 5
 
 
@@ -101,27 +98,27 @@ def test_test_path_is_the_callers_or_else_the_projects(tmp_path: Path, monkeypat
         "": "tests",
     }.items():
         context = Recorder()
-        tasks.test.body(context, path=given)
+        tasks.project.test.body(context, path=given)
         assert context.commands[0][-1] == expected
 
 
 def test_tests_of_the_caller_are_not_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tests").mkdir()
     context = Recorder()
-    load_tasks(monkeypatch, tmp_path).test.body(context)
+    load_tasks(monkeypatch, tmp_path).project.test.body(context)
     assert context.commands[0][-1] == "tests"
 
 
 def test_paths_are_relative_to_the_caller_and_names_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
     tasks = load_tasks(monkeypatch, tmp_path)
-    assert tasks._path("") is None
-    assert tasks._path("labels.txt") == tmp_path / "labels.txt"
-    assert tasks._path("/labels.txt") == Path("/labels.txt")
-    assert tasks._given_or_name("") == ""
-    assert tasks._given_or_name("run") == str(tmp_path / "run")
-    assert tasks._given_or_name("2026-01-31T12-00-00") == "2026-01-31T12-00-00"
-    assert tasks._given_or_name("https://example.com/a.git") == "https://example.com/a.git"
+    assert tasks.common.path_of("") is None
+    assert tasks.common.path_of("labels.txt") == tmp_path / "labels.txt"
+    assert tasks.common.path_of("/labels.txt") == Path("/labels.txt")
+    assert tasks.common.given_or_name("") == ""
+    assert tasks.common.given_or_name("run") == str(tmp_path / "run")
+    assert tasks.common.given_or_name("2026-01-31T12-00-00") == "2026-01-31T12-00-00"
+    assert tasks.common.given_or_name("https://example.com/a.git") == "https://example.com/a.git"
     assert "SSD_CALLER_DIR" not in os.environ, "what the tasks start must not inherit it"
 
 
@@ -164,7 +161,7 @@ def recorded_import(monkeypatch: pytest.MonkeyPatch, caller: Path, source: str, 
         return ROOT / "models" / "mine"
 
     monkeypatch.setattr(f"{IMPORTER}.import_model", import_model)
-    load_tasks(monkeypatch, caller).import_model.body(Recorder(), [], source, **options)
+    load_tasks(monkeypatch, caller).building.import_model.body(Recorder(), [], source, **options)
     return given
 
 
@@ -182,8 +179,8 @@ def checkout(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def make_checkout(root: Path) -> None:
     """A checkout whose .venv is this interpreter's and is up to date."""
     (root / ".venv/bin").mkdir(parents=True)
-    for name in ("invoke", "tasks.py"):
-        shutil.copy(ROOT / name, root)
+    shutil.copy(ROOT / "invoke", root)
+    shutil.copytree(ROOT / "tasks", root / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "requirements", root / "requirements")
     python = root / ".venv/bin/python"
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
@@ -199,10 +196,8 @@ def test_wrapper_runs_a_task_in_an_odd_folder_for_a_caller_elsewhere(checkout: P
     caller = tmp_path / "caller's ü"
     caller.mkdir()
     (tmp_path / "link").symlink_to(checkout / "invoke")
-    (checkout / "tasks.py").write_text(
-        (checkout / "tasks.py").read_text()
-        + "\n\n@task\ndef where(c: Context, path: str) -> None:\n    c.run('pwd')\n    print(_path(path))\n"
-    )
+    with (checkout / "tasks" / "building.py").open("a") as file:
+        file.write("\n\n@task\ndef where(c: Context, path: str) -> None:\n    c.run('pwd')\n    print(path_of(path))\n")
     for command in (checkout / "invoke", Path(os.path.relpath(checkout / "invoke", caller)), tmp_path / "link"):
         done = subprocess.run(
             [command, "where", "--path", "x.onnx"], cwd=caller, capture_output=True, text=True, check=False
@@ -234,7 +229,7 @@ def test_wrapper_names_the_source_of_an_import(tmp_path: Path, given: list[str],
 
 def test_the_wrapper_knows_the_flags_of_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The options that take no value, beside those that every task has."""
-    task = load_tasks(monkeypatch, tmp_path).import_model
+    task = load_tasks(monkeypatch, tmp_path).building.import_model
     flags = {name for argument in task.get_arguments() if argument.kind is bool for name in argument.names if name[1:]}
     (line,) = (line for line in (ROOT / "invoke").read_text().splitlines() if "| --help |" in line)
     assert {part.strip() for part in line.split(")")[0].split("|")} == {

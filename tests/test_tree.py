@@ -78,7 +78,8 @@ def test_texts_are_read_with_or_without_a_byte_order_mark() -> None:
     """Windows editors write one; read as plain UTF-8 it becomes part of the first label or breaks JSON and TOML."""
     others = (  # not written by hand, or read by Triton as well, which takes none
         *("/proc", "/sys", '"maps"', "TRITON_VERSION", "stamp", "log_path", "end_profiling", "CONFIG", "_MARK"),
-        *("text_format.Parse", "path.read_text().splitlines()[0]", "_lock_file", "NvInferVersion.h"),
+        *("text_format.Parse", "path.read_text().splitlines()[0]", "host, process = ", "_lock_file", "LOCK", "PAGE"),
+        *("_CLIENT", "NvInferVersion.h"),
     )
     for folder in ("build", "client"):
         for source in (ROOT / folder).rglob("*.py"):

@@ -52,6 +52,7 @@ def config(
         "pad_value": str(rule.pad_value),
         "labels": json.dumps(spec.labels),
         **{name: repr(getattr(spec.nms, name)) for name in contract.THRESHOLDS},
+        "lowest_score_threshold": repr(spec.nms.lowest_score_threshold),
         "runtime_thresholds": json.dumps(spec.nms.runtime_thresholds),
         "max_detections": str(spec.nms.max_detections),
         "precision": target.precision,

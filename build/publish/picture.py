@@ -7,10 +7,13 @@ model.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +27,19 @@ if TYPE_CHECKING:
 
 _STEP = files.ROOT / "build" / "publish" / "backends" / "picture" / "model.py"
 _CLIENT = files.ROOT / "client" / "ssd_client"
-_MODULES = ("exceptions.py", "preprocess.py", "rule.py", "text.py")
-_MARK = "picture_of"  # the parameter by which a part tells whose it is
+MARK = "picture_of"  # the parameter by which a part tells whose it is
+_DIGEST = "files_sha256"
+BLANK = b"P6 1 1 255\n\0\0\0"  # a whole picture's file: one black pixel as PPM
+
+
+def _modules(name: str = "preprocess.py") -> frozenset[str]:
+    """A module of the client, and those of the client that it needs."""
+    nodes = ast.walk(ast.parse((_CLIENT / name).read_text(encoding="utf-8")))
+    needed = {f"{node.module}.py" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1}
+    return frozenset({name}).union(*map(_modules, needed))
+
+
+_MODULES = sorted(_modules())
 # What decides how a picture becomes an input, beside the spec.
 SOURCES = tuple(str(files.relative(path)) for path in (_STEP, *(_CLIENT / name for name in _MODULES)))
 _CONFIG, _STAGING = "config.pbtxt", ".publishing"
@@ -38,14 +52,39 @@ def parts(name: str) -> tuple[str, str, str]:
 
 def owner(folder: Path) -> str:
     """The model that a folder of the repository is a part of; "" if it is a model of its own."""
+    config = _read(folder)
+    return str(config.parameters[MARK].string_value) if config else ""
+
+
+def fault(folder: Path, served: int | None) -> str:
+    """What is wrong with a published part, in words; empty if it is as it was published.
+
+    Args:
+        folder: of the part.
+        served: the version of its model that is served.
+    """
+    config = _read(folder)
+    versions = list(config.version_policy.specific.versions) if config else []
+    if config is None or versions != [served]:
+        return f"it is for version {', '.join(map(str, versions)) or '?'}, its model serves {served or 'none'}"
+    at = folder / str(served)
+    contents = {path.relative_to(at).as_posix(): path.read_bytes() for path in at.rglob("*") if path.suffix == ".py"}
+    return "" if _digest(contents) == config.parameters[_DIGEST].string_value else "a file of it has changed since"
+
+
+def _read(folder: Path) -> ModelConfig | None:
     from google.protobuf import text_format
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     try:
-        config = text_format.Parse((folder / _CONFIG).read_text(), ModelConfig(), allow_unknown_field=True)
+        return text_format.Parse((folder / _CONFIG).read_text(), ModelConfig(), allow_unknown_field=True)
     except (OSError, UnicodeDecodeError, text_format.ParseError):
-        return ""
-    return str(config.parameters[_MARK].string_value)
+        return None
+
+
+def _digest(contents: Mapping[str, bytes]) -> str:
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def bring_about(spec: Spec, repository: Path, version: int, runtime: str) -> bool:
@@ -74,11 +113,13 @@ def bring_about(spec: Spec, repository: Path, version: int, runtime: str) -> boo
                 f"{folder} is a model of its own, but {name} needs the name for its picture input",
                 fix="rename one of the two, or set picture_input = false in [serving]",
             )
-        contents = {_CONFIG: text(config).encode()}
+        contents = {}
         if config.backend == "python":
             contents["model.py"] = _STEP.read_bytes()
             contents |= {f"ssd_client/{module}": (_CLIENT / module).read_bytes() for module in _MODULES}
             contents["ssd_client/__init__.py"] = b'"""The part of ssd_client that turns pictures into inputs."""\n'
+        config.parameters[_DIGEST].string_value = _digest(contents)
+        contents[_CONFIG] = text(config).encode()
         with files.explained(folder, "the model itself is published", PublishError):
             changed |= _publish(folder, version, contents)
     return changed
@@ -155,7 +196,7 @@ def _step(spec: Spec, version: int, name: str, step: str, count: int) -> ModelCo
     config = pb.ModelConfig(name=name, backend="python", max_batch_size=1)
     config.version_policy.specific.versions.append(version)
     config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=count)
-    config.parameters[_MARK].string_value = spec.model.name
+    config.parameters[MARK].string_value = spec.model.name
     config.parameters["step"].string_value = step
     return config
 
@@ -172,6 +213,7 @@ def _decode(spec: Spec, version: int, runtime: str) -> ModelConfig:
     names = contract.THRESHOLDS if spec.nms.runtime_thresholds else ()
     thresholds = {name: getattr(spec.nms, name) for name in names}
     config.parameters["thresholds"].string_value = json.dumps(thresholds)
+    config.parameters["lowest_score_threshold"].string_value = repr(spec.nms.lowest_score_threshold)
     config.parameters["preprocessing"].string_value = json.dumps(dataclasses.asdict(spec.input.preprocessing))
     return config
 
@@ -193,7 +235,7 @@ def _ensemble(spec: Spec, version: int) -> ModelConfig:
     decode, place, name = parts(spec.model.name)
     config = pb.ModelConfig(name=name, platform="ensemble", max_batch_size=1)
     config.version_policy.specific.versions.append(version)
-    config.parameters[_MARK].string_value = spec.model.name
+    config.parameters[MARK].string_value = spec.model.name
     config.input.add(name="image", data_type=pb.TYPE_UINT8, dims=[-1])
     for tensor in spec.outputs:
         config.output.add(name=tensor.name, data_type=pb.DataType.Value(f"TYPE_{tensor.triton}"), dims=tensor.shape)

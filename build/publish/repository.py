@@ -332,6 +332,8 @@ def fault(folder: Path) -> str:
     Returns:
         Empty if it is as it was published, or was not published by this project (no version has a manifest).
     """
+    if name := picture.owner(folder):
+        return picture.fault(folder, served_version(folder.parent, name))
     versions = _versions(folder)
     if not any((folder / str(version) / MANIFEST).exists() for version in versions):
         return ""

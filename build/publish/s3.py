@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ FOLDER = ROOT / ".cache" / "s3"
 
 # Libraries stay out of a bucket: tritonserver cannot load one from s3://, and finds the backend in its backend folder.
 _CODE = re.compile(r"\.so(\.\d+)*$")
+STAYS = "it needs a python backend with Pillow, which the images of docs/fleet.md do not have"
 _UNTOUCHED = "what the bucket serves is unchanged"
 
 
@@ -200,10 +201,20 @@ def publish(repository: Path, name: str, url: str) -> int:
         PublishError: the local version is damaged, the bucket has another version of this number, or a transfer fails;
             the bucket serves what it served.
     """
-    from build.publish import repository as local  # needs packages that fetching does not
+    from build.publish import backend, openvino, picture  # these need packages that fetching does not
+    from build.publish import repository as local
 
     bucket = Bucket.parse(url)
-    folder, _ = local.served(repository, name)
+    if owner := picture.owner(repository / name):
+        raise PublishError(f"{name} is a part of {owner}'s picture input; {_UNTOUCHED}", why=STAYS, fix=f"name {owner}")
+    folder, manifest = local.served(repository, name)
+    served_by = backend.of(manifest)
+    if served_by and served_by.engine == openvino.NAME:
+        raise PublishError(
+            f"{name} is served by OpenVINO, which lies in {openvino.PACKAGES}; {_UNTOUCHED}",
+            why="a server on another machine has no such folder, and the images have no python backend",
+            fix='set [serving] engine = "onnxruntime" in its spec.toml, build it again, and publish that',
+        )
     version = int(folder.name)
     config = (repository / name / CONFIG).read_bytes()
     held, before = bucket.versions(name), bucket.served(name)
@@ -233,6 +244,22 @@ def publish(repository: Path, name: str, url: str) -> int:
     for old in set(held) - {version, before}:
         bucket.remove(f"{name}/{old}")
     return version
+
+
+def publish_all(repository: Path, url: str, name: str = "") -> Iterator[str]:
+    """Runs `publish` for one model or for all that a local repository has; says in words what each is.
+
+    Raises:
+        PublishError: as for `publish`; models before it are published.
+    """
+    from build.publish import picture
+
+    names = [name] if name else sorted(path.parent.name for path in repository.glob(f"*/{CONFIG}"))
+    for each in names:
+        if name or not picture.owner(repository / each):
+            yield f"{url} serves version {publish(repository, each, url)} of {each}"
+            if (repository / picture.parts(each)[-1]).is_dir():
+                yield f"{each}: its picture input stays here: {STAYS}"
 
 
 def rollback(url: str, name: str) -> int:

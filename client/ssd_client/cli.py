@@ -28,8 +28,8 @@ from .budget import PixelBudget
 from .client import SSDClient
 from .config import ModelConfig
 from .detections import Detections
-from .endpoint import TLS
 from .exceptions import ImageError, InferenceError, SSDClientError
+from .options import add_server_options, client_options
 from .preprocess import MAX_PIXELS, SUFFIXES, out_of_memory
 from .text import escaped
 
@@ -113,56 +113,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("inputs", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="picture files; folders are searched for them")
-    add("--model", required=True, metavar="NAME", help="the model's name on the server")
-    add(
-        "--url",
-        default="localhost",
-        metavar="HOST[:PORT]",
-        help="default: localhost, port 8001 (grpc) or 8000 (http); also https://HOST/PREFIX, dns:///NAME:PORT, and "
-        "several with commas between them (grpc)",
-    )
-    add("--protocol", choices=("grpc", "http"), help="default: grpc, and http for URLs that begin with http")
-    add("--header", action="append", default=[], metavar="'NAME: VALUE'", help="send this with every request")
     add("--out", type=Path, metavar="DIR", help="write the pictures with boxes on them here, as PNG")
     add("--json", metavar="FILE", help="write the results here; - = standard output")
-    add("--score-threshold", type=float, metavar="T", help="keep scores above this, 0..1; default: the model's own")
-    add("--iou-threshold", type=float, metavar="T", help="overlap that suppresses, 0..1; default: the model's own")
     add("--batch", type=int, default=8, metavar="N", help="pictures per request, at most the model's; default: 8")
-    add("--shared-memory", action="store_true", help="hand pictures over in shared memory (server on this machine)")
-    add("--timeout", type=float, default=30.0, metavar="S", help="seconds for a request with its retries; default: 30")
-    add("--try-timeout", type=float, metavar="S", help="seconds for one try; default: --timeout, or a part of it")
-    add("--retries", type=int, default=3, metavar="N", help="while the server is unavailable; default: 3")
     add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"refuse larger files; default: {MAX_PIXELS}")
-    add("--tls", action="store_true", help="encrypt; the system's authorities are trusted unless --tls-ca")
-    add("--tls-ca", type=Path, metavar="PEM", help="authorities to trust (implies --tls)")
-    add("--tls-cert", type=Path, metavar="PEM", help="this client's certificate (implies --tls)")
-    add("--tls-key", type=Path, metavar="PEM", help="its private key")
+    add_server_options(parser)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
     if options.batch < 1:
         raise _UsageError(f"--batch is {options.batch}\nwhat to do: give at least 1")
-    tls = None
-    if options.tls or options.tls_ca or options.tls_cert or options.tls_key:
-        tls = TLS(options.tls_ca, options.tls_cert, options.tls_key)
-    headers = dict(_header(text) for text in options.header)
+    server = client_options(options)
     pictures = _plan(options.inputs, options.out)
     if options.json not in (None, "-") and Path(options.json).resolve() in {p.path.resolve() for p in pictures}:
         raise _UsageError(f"--json {options.json} is one of the pictures\nwhat to do: give another file")
-    with SSDClient(
-        options.url,
-        model=options.model,
-        protocol=options.protocol,
-        shared_memory="system" if options.shared_memory else None,
-        timeout=options.timeout,
-        retries=options.retries,
-        ssl=tls,
-        max_in_flight=1,  # each part below is one request; the parts run side by side
-        max_pixels=options.max_pixels,
-        headers=headers,
-        try_timeout=options.try_timeout,
-    ) as client:
+    # Each part below is one request; the parts run side by side.
+    with SSDClient(**server, max_in_flight=1, max_pixels=options.max_pixels) as client:
         config = client.model_config()
         options.pixels = PixelBudget(options.max_pixels)
         outcomes: list[_Outcome] = []
@@ -195,13 +162,6 @@ def _run(options: argparse.Namespace) -> int:
         print(f"error: stopped {len(pictures) - len(outcomes)} pictures before the end: {reason}", file=sys.stderr)
         return 2
     return 1 if failed else 0
-
-
-def _header(text: str) -> tuple[str, str]:
-    name, colon, value = text.partition(":")
-    if not colon:
-        raise _UsageError(f"--header {name[:20]!r} has no colon\nwhat to do: give --header 'NAME: VALUE'")
-    return name.strip(), value.strip()
 
 
 def _plan(inputs: Sequence[Path], out: Path | None) -> list[_Picture]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from .exceptions import ModelConfigError
@@ -44,6 +45,8 @@ class ModelConfig:
         runtime: `tensorrt` or `onnxruntime`.
         manifest_sha256: SHA-256 of the manifest of the published version.
         version: number of the version that this describes; empty if the server has not said.
+        lowest_score_threshold: a request's score threshold may not be below it; 0 if the model was published by a
+            build that did not say it.
     """
 
     name: str
@@ -63,13 +66,18 @@ class ModelConfig:
     runtime: str
     manifest_sha256: str
     version: str = ""
+    lowest_score_threshold: float = 0.0
 
     def asks_like(self, other: ModelConfig) -> bool:
         """Whether a request made by this configuration is the one that `other` would make."""
-        rules = ((c.preprocessing, c.runtime_thresholds, c.score_threshold, c.iou_threshold) for c in (self, other))
-        return next(rules) == next(rules)
+        return self is other or self._rules == other._rules
 
     @property
+    def _rules(self) -> tuple[Any, ...]:
+        thresholds = self.runtime_thresholds, self.lowest_score_threshold, self.score_threshold, self.iou_threshold
+        return self.preprocessing, *thresholds
+
+    @cached_property
     def preprocessing(self) -> Preprocessing:
         """The rule by which a picture becomes this model's input."""
         return Preprocessing(
@@ -139,6 +147,9 @@ class ModelConfig:
             runtime=read("runtime", _text),
             manifest_sha256=read("manifest_sha256", _text),
             version=version,
+            lowest_score_threshold=(
+                read("lowest_score_threshold", _fraction) if "lowest_score_threshold" in parameters else 0.0
+            ),
         )
 
 

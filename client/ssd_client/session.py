@@ -38,10 +38,13 @@ from .exceptions import (
 from .messages import Input, Message, codec_for
 from .preprocess import ImageSource, Placement, load_image, out_of_memory, preprocess
 from .shared_memory import Region, RegionPool, is_abandoned
+from .thresholds import fixed_thresholds, threshold_inputs
 
 Arrays: TypeAlias = "dict[str, NDArray[Any]]"
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.1, 2.0  # seconds
 _CLOSE_TIMEOUT = 2.0  # seconds for making the server let go of shared memory
+# Seconds that a server keeps a request in its queue beyond this client's patience: its clock starts later.
+_MARGIN = 0.1
 _MOST_REPLACEMENTS = 10  # of the model while one request is made
 
 T = TypeVar("T")
@@ -182,7 +185,7 @@ class Session:
                     f"these images may follow {rule}",
                     fix="make them by model_config().preprocessing, which is the new one's now",
                 )
-            thresholds = _threshold_inputs(config, len(images), score_threshold, iou_threshold)
+            thresholds = threshold_inputs(config, len(images), score_threshold, iou_threshold)
 
             def fill(out: NDArray[np.uint8]) -> None:
                 out[...] = images
@@ -229,9 +232,9 @@ class Session:
     ) -> Steps[list[Detections]]:
         keep_above = None
         if not config.runtime_thresholds:
-            keep_above, score_threshold = _fixed_thresholds(config, score_threshold, iou_threshold), None
+            keep_above, score_threshold = fixed_thresholds(config, score_threshold, iou_threshold), None
             iou_threshold = None
-        thresholds = _threshold_inputs(config, len(sources), score_threshold, iou_threshold)
+        thresholds = threshold_inputs(config, len(sources), score_threshold, iou_threshold)
 
         def fill(out: NDArray[np.uint8]) -> list[Placement]:
             return [self._prepare(source, config, out, k, first) for k, source in enumerate(sources)]
@@ -333,7 +336,10 @@ class Session:
             _Replaced: that version wants another request.
         """
         try:
-            sent = yield from self._call(self._codec.infer([Input("images", images, region), *thresholds]))
+            message = self._codec.infer(
+                [Input("images", images, region), *thresholds], min(self._timeout, self._try_timeout) + _MARGIN
+            )
+            sent = yield from self._call(message)
         except (InvalidInputError, SharedMemoryError):  # refused: it may fit the version before
             newer = yield from self.config(refresh=True)
             if not newer.asks_like(config) or newer.max_batch_size < len(images):
@@ -422,48 +428,6 @@ class Session:
                     raise
                 yield Sleep(backoff)
         raise AssertionError("unreachable")
-
-
-def _threshold_inputs(config: ModelConfig, batch: int, score: Any, iou: Any) -> list[Input]:
-    """The inputs FP32 [batch,1] of a model with run-time thresholds; none for any other."""
-    inputs = []
-    for name, given, default in (
-        ("score_threshold", score, config.score_threshold),
-        ("iou_threshold", iou, config.iou_threshold),
-    ):
-        if not config.runtime_thresholds:
-            if given is not None:
-                raise InvalidInputError(
-                    f"{name} is given, but model {config.name!r} has its thresholds built in",
-                    fix="leave it out, or build the model with runtime_thresholds = true",
-                )
-            continue
-        values = np.asarray(default if given is None else given)
-        if values.dtype.kind not in "iuf" or values.shape not in ((), (batch, 1)):
-            raise InvalidInputError(
-                f"{name} is {values.dtype}{list(values.shape)}", fix=f"give a number, or float32[{batch}, 1]"
-            )
-        if not ((values >= 0) & (values <= 1)).all():  # false for NaN, too
-            raise InvalidInputError(f"{name} is {values.tolist()}", fix="give numbers in 0..1")
-        inputs.append(Input(name, np.ascontiguousarray(np.broadcast_to(values.astype(np.float32), (batch, 1)))))
-    return inputs
-
-
-def _fixed_thresholds(config: ModelConfig, score: Any, iou: Any) -> float | None:
-    """What a model with built-in thresholds can still do: drop what lies below a higher score.
-
-    That is exact: a better box is never suppressed by a worse one.
-    """
-    for name, given in (("score_threshold", score), ("iou_threshold", iou)):
-        if given is not None and not 0 <= given <= 1:
-            raise InvalidInputError(f"{name} is {given!r}", fix="give a number in 0..1")
-    if (iou is not None and iou != config.iou_threshold) or (score is not None and score < config.score_threshold):
-        raise InvalidInputError(
-            f"score_threshold {score}, iou_threshold {iou}: model {config.name!r} has {config.score_threshold} and "
-            f"{config.iou_threshold} built in",
-            fix="leave them out, give a higher score_threshold, or build the model with runtime_thresholds = true",
-        )
-    return None if score is None else float(score)
 
 
 def _detections(

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ssd_client.exceptions import SSDClientError
+from ssd_client.options import access_options, add_access_options
 
 from .settings import Settings
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             token = options.token_file.read_text(encoding="utf-8-sig").strip()
             if not token:
                 raise _UsageError(f"{options.token_file} is empty", fix="write the token into it")
+        access = access_options(options)
         settings = Settings(
             triton=options.triton,
             model=options.model,
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_requests=options.max_requests,
             threads=options.threads,
             token=token,
+            tls=access["ssl"],
+            headers=tuple(access["headers"].items()),
             hosts=tuple(options.allow_host),
         )
         run(settings, options.host, options.port, options.workers)
@@ -116,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"A token that callers must bring is read from the variable {TOKEN} or from --token-file.",
     )
     add = parser.add_argument
-    add("--triton", default=defaults.triton, metavar="HOST[:PORT]", help="gRPC; default: %(default)s")
+    add(
+        "--triton", default=defaults.triton, metavar="HOST[:PORT]", help="gRPC; default: %(default)s; also https://HOST"
+    )
     add("--model", default="", metavar="NAME", help="for requests that name none; default: the first by name")
     add("--host", default="127.0.0.1", help="interface; 0.0.0.0 opens it to the network; default: %(default)s")
     add("--port", type=int, default=8080, help="0 = a free one; default: %(default)s")
@@ -130,4 +136,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-pixels", type=int, default=defaults.max_pixels, metavar="N", help="default: %(default)s")
     add("--max-requests", type=int, default=defaults.max_requests, metavar="N", help="at once; default: %(default)s")
     add("--token-file", type=Path, metavar="FILE", help="a file that holds the token")
+    add_access_options(parser)
     return parser

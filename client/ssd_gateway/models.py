@@ -10,8 +10,9 @@ from typing import Any
 
 from PIL import Image
 from ssd_client import Detections, ModelConfig, SSDClient
-from ssd_client.exceptions import ModelConfigError, ModelNotFoundError
-from ssd_client.transport import Endpoint
+from ssd_client.exceptions import ModelConfigError, ModelNotFoundError, ModelNotReadyError
+from ssd_client.messages import Message
+from ssd_client.transport import Transport, transport_for
 
 from .settings import Settings
 
@@ -43,10 +44,11 @@ class Models:
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._clock = settings, clock
-        self._endpoint = Endpoint.parse(settings.triton, "grpc", settings.model or "any", None)
-        self._index: Any = None
+        self._endpoint = settings.endpoint
+        self._index: Transport | None = None
         self._clients: dict[str, SSDClient] = {}
         self._served: dict[str, Served] = {}
+        self._waiting: dict[str, str] = {}  # models without a version that is ready, and why
         self._looked = -FRESH
         self._lock = Lock()
 
@@ -57,6 +59,7 @@ class Models:
             fresh: seconds for which an earlier look counts.
 
         Raises:
+            AccessDeniedError: Triton does not let this gateway in.
             ServerUnavailableError: Triton does not answer.
             RequestTimeoutError: it does not answer in time.
         """
@@ -76,6 +79,7 @@ class Models:
         """A model by name; without a name the default.
 
         Raises:
+            ModelNotReadyError: the server knows it, but no version of it is ready.
             ModelNotFoundError: it is not there, or no model is.
             SSDClientError: what `served` raises.
         """
@@ -84,6 +88,12 @@ class Models:
         if wanted not in served:
             served = self.served(_AFTER_A_MISS)
             wanted = name or self.default(served)
+        if wanted in self._waiting:
+            raise ModelNotReadyError(
+                f"the server at {self._endpoint} has no version of model {wanted!r} ready: {self._waiting[wanted]}",
+                why="it is being loaded, or did not load",
+                fix="wait a moment, and look at the server's log",
+            )
         if wanted not in served:
             what = f"the server at {self._endpoint} has no model {wanted!r}" if wanted else "no model"
             raise ModelNotFoundError(
@@ -116,17 +126,15 @@ class Models:
             self._index.close()
 
     def _look(self) -> dict[str, Served]:
-        import tritonclient.grpc as triton
-        from tritonclient.utils import InferenceServerException
+        from tritonclient.grpc import service_pb2
 
         if self._index is None:
-            self._index = triton.InferenceServerClient(self._endpoint.url)
-        try:
-            index = self._index.get_model_repository_index(client_timeout=self._settings.timeout)
-        except InferenceServerException as error:
-            if "DEADLINE" in str(error.status()):
-                raise self._endpoint.timed_out(self._settings.timeout) from error
-            raise self._endpoint.unavailable(str(error.message())) from error
+            self._index = transport_for(self._endpoint)
+        question = Message("RepositoryIndex", service_pb2.RepositoryIndexRequest(), {})
+        index = self._index.send(question, self._settings.timeout)
+        ready = {entry.name for entry in index.models if entry.state == "READY"}
+        waiting = {each.name: each.reason or each.state or "unknown" for each in index.models}
+        self._waiting = {name: reason for name, reason in waiting.items() if name not in ready}
         served = {}
         for entry in sorted(index.models, key=lambda entry: str(entry.name)):
             if entry.state != "READY":
@@ -140,8 +148,11 @@ class Models:
     def _client(self, name: str) -> SSDClient:
         if name not in self._clients:
             self._clients[name] = SSDClient(
-                self._endpoint.url,
+                self._settings.triton,
                 model=name,
+                protocol="grpc",
+                ssl=self._settings.tls,
+                headers=dict(self._settings.headers),
                 shared_memory="system" if self._settings.shared_memory else None,
                 timeout=self._settings.timeout,
                 retries=1,
@@ -159,6 +170,7 @@ def describe(served: dict[str, Served]) -> list[dict[str, Any]]:
             "labels": list(model.config.labels),
             "input_size": [model.config.input_width, model.config.input_height],
             "score_threshold": model.config.score_threshold,
+            "lowest_score_threshold": model.config.lowest_score_threshold,
             "iou_threshold": model.config.iou_threshold,
             "runtime_thresholds": model.config.runtime_thresholds,
             "max_detections": model.config.max_detections,

@@ -70,6 +70,7 @@ def describe(settings: Settings) -> dict[str, Any]:
                     labels={"type": "array", "items": text},
                     input_size=size,
                     score_threshold=fraction,
+                    lowest_score_threshold=fraction,
                     iou_threshold=fraction,
                     runtime_thresholds={"type": "boolean"},
                     max_detections={"type": "integer"},

@@ -19,6 +19,7 @@ _STATUSES: tuple[tuple[type[sdk.SSDClientError], int], ...] = (
     (sdk.ModelNotFoundError, 404),
     (sdk.ServerUnavailableError, 503),
     (sdk.RequestTimeoutError, 504),
+    (sdk.AccessDeniedError, 502),  # the gateway's own headers are at fault, not its caller's: no 401, no 403
     (sdk.InvalidInputError, 422),  # a threshold that this model cannot take
 )
 _FAILED_BEHIND_US = 502

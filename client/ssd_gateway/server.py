@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def work(text: str) -> None:
         text: JSON of the settings and of the socket's number.
     """
     order = json.loads(text)
-    settings = Settings(**{**order["settings"], "hosts": tuple(order["settings"]["hosts"])})
+    settings = Settings.from_json(order["settings"])
     with socket.socket(fileno=order["socket"]) as listener:
         asyncio.run(_answer(settings, listener, order["parent"]))
 
@@ -99,7 +98,7 @@ def _supervise(settings: Settings, listener: socket.socket, workers: int, folder
     """Keep `workers` processes running until a signal; one that ends is started again."""
     from prometheus_client import multiprocess
 
-    order = json.dumps({"settings": asdict(settings), "socket": listener.fileno(), "parent": os.getpid()})
+    order = json.dumps({"settings": settings.to_json(), "socket": listener.fileno(), "parent": os.getpid()})
 
     def start() -> subprocess.Popen[str]:
         process = subprocess.Popen(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import urllib.error
 import urllib.request
@@ -20,6 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 _SIZES = {"UINT8": 1, "INT32": 4, "FP32": 4}  # bytes per element of the inputs that this project's models have
+# Of the models around a picture input (build/publish/picture.py): the parameter that marks them, and what they take.
+_PART, _PICTURE = "picture_of", b"P6 1 1 255\n\0\0\0"
 _BUSY = ("maximum queue size", "Exceeds maximum queue", "queue is full", "overloaded")
 
 
@@ -38,20 +41,26 @@ def infer(server: str, model: str, seconds: float) -> str:
     """Sends a black picture; why that failed, or empty where an answer came."""
     config = _ask(f"{server}/v2/models/{model}/config", seconds)
     batch = [1] if config.get("max_batch_size", 0) > 0 else []
+    is_part = _PART in config.get("parameters", {})
+    if is_part and "ensemble_scheduling" not in config:
+        return ""  # a step around a model: the ensemble of both asks it
     inputs, body = [], b""
     for entry in config["input"]:
         kind = entry["data_type"].removeprefix("TYPE_")
-        shape = batch + [max(1, int(size)) for size in entry["dims"]]
-        size = _SIZES.get(kind)
-        if size is None:
-            return ""  # an ensemble's picture file: its parts are asked on their own
-        for extent in shape:
-            size *= extent
+        if is_part:
+            shape, content = [1, len(_PICTURE)], _PICTURE
+        else:
+            shape = batch + [max(1, int(size)) for size in entry["dims"]]
+            if kind not in _SIZES:
+                return f"{model}: its input {entry['name']} is {kind}, which no model of this project takes"
+            content = bytes(_SIZES[kind] * math.prod(shape))
         inputs.append(
-            {"name": entry["name"], "datatype": kind, "shape": shape, "parameters": {"binary_data_size": size}}
+            {"name": entry["name"], "datatype": kind, "shape": shape, "parameters": {"binary_data_size": len(content)}}
         )
-        body += bytes(size)
-    head = json.dumps({"inputs": inputs, "outputs": [{"name": "num_detections"}]}).encode()
+        body += content
+    # The boxes come from the last step around a picture input.
+    names = ["num_detections", *(["detection_boxes"] if is_part else [])]
+    head = json.dumps({"inputs": inputs, "outputs": [{"name": name} for name in names]}).encode()
     try:
         answer = _ask(
             f"{server}/v2/models/{model}/infer",
@@ -62,8 +71,8 @@ def infer(server: str, model: str, seconds: float) -> str:
     except urllib.error.HTTPError as error:
         reason = error.read().decode(errors="replace")
         return "" if any(word in reason for word in _BUSY) else f"{model}: HTTP {error.code}: {reason[:300]}"
-    outputs = [output for output in answer.get("outputs", []) if output.get("name") == "num_detections"]
-    return "" if outputs else f"{model}: the answer has no num_detections"
+    missing = set(names) - {output.get("name") for output in answer.get("outputs", [])}
+    return f"{model}: the answer has no {', '.join(sorted(missing))}" if missing else ""
 
 
 def check(server: str, seconds: float) -> str:

@@ -11,8 +11,7 @@ from build.contract import Target
 from build.errors import DataError
 from build.gate.scoring import Detected, coco_results
 from build.gate.verify import Tolerance, tolerance
-from build.session import runner
-from perf.direct import feeds, thresholds
+from perf.direct import feeds, session, thresholds
 from perf.mlperf.child import OUTCOME, payload
 from perf.mlperf.runs import ACCURACY
 
@@ -87,9 +86,7 @@ class Reference:
 
     def _run(self, requests: Sequence[dict[str, Any]]) -> Iterable[Arrays]:
         if self._path.suffix == ".onnx":
-            import onnx
-
-            return map(runner(onnx.load(self._path)), requests)
+            return map(session(self._path), requests)
         from build.tensorrt.plan import Plan
         from build.tensorrt.plugins import PLUGIN
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build.gate.scoring import CURVE_THRESHOLD
 from perf import direct
 from perf.analyzer import write_input
 from perf.journal import Journal
@@ -19,6 +18,7 @@ from perf.mlperf import answers, runs
 from perf.mlperf.child import Served
 from perf.mlperf.runs import SCENARIOS, Pace
 from perf.ratio import TRANSPORTS
+from perf.served_accuracy import curve_threshold
 
 if TYPE_CHECKING:
     from build.gate.datasets import Pictures
@@ -58,7 +58,7 @@ def stage(bench: Bench, pictures: Pictures, transport: str = "shm", floor: Mappi
     """
     load, config = TRANSPORTS[transport], bench.config
     how = {"protocol": load.protocol, "shared_memory": load.shared_memory}
-    served = Served.of(config, bench.url(load.protocol), pictures.paths, CURVE_THRESHOLD, **how)
+    served = Served.of(config, bench.url(load.protocol), pictures.paths, curve_threshold(config), **how)
     values = direct.thresholds(config, served.score_threshold)
     data = write_input(bench.data.with_name("mlperf.json"), bench.images, values)
     path = direct.served_file(bench.server, bench.model)

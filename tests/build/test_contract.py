@@ -146,7 +146,7 @@ def test_what_is_no_target(target: tuple[Any, ...], complaint: str) -> None:
 def test_the_task_help_names_what_there_is() -> None:
     """The help of --runtime, --precision and --calibration of every task that takes them."""
     helps: dict[str, str] = {}
-    for node in ast.walk(ast.parse((ROOT / "tasks.py").read_text())):
+    for node in ast.walk(ast.parse((ROOT / "tasks" / "building.py").read_text())):
         if isinstance(node, ast.FunctionDef) and node.name == "build_engines":
             keywords = [k for d in node.decorator_list if isinstance(d, ast.Call) for k in d.keywords]
             helps = ast.literal_eval(next(k.value for k in keywords if k.arg == "help"))

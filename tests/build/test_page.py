@@ -25,23 +25,33 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_takes_the_server_that_runs(triton_server: TritonServer, tmp_path: Path) -> None:
     with server_at(triton_server.grpc_url, tmp_path) as found:
         assert found == (triton_server.grpc_url, False)
+    number, port = triton_server.grpc_url.rsplit(":", 1)
+    place = f"[::ffff:{number}]:{port}"  # the same by IPv6
+    with server_at(place, tmp_path) as found:
+        assert found == (place, False)
 
 
-def test_a_server_that_was_named_and_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_server_that_was_named_and_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("build.page._PATIENCE", 0.3)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(ServeError, match=f"nothing answers at {address}"), server_at(address, tmp_path):
             pass
-    with pytest.raises(ServeError, match="nothing answers at localhost:99999"), server_at("localhost:99999", tmp_path):
+    with pytest.raises(ServeError, match="is no address"), server_at("localhost:99999", tmp_path):
+        pass
+    with (
+        socket.create_server(("::1", 0), family=socket.AF_INET6) as mute,  # takes connections and says nothing
+        pytest.raises(ServeError, match=r"nothing answers at \[::1\]"),
+        server_at(f"[::1]:{mute.getsockname()[1]}", tmp_path),
+    ):
         pass
 
 
-def test_an_error_of_the_caller_is_not_swallowed(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(OSError, match="mine"), server_at(address, tmp_path):
-            raise OSError("mine")
+@pytest.mark.triton
+def test_an_error_of_the_caller_is_not_swallowed(triton_server: TritonServer, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="mine"), server_at(triton_server.grpc_url, tmp_path):
+        raise OSError("mine")
 
 
 @pytest.mark.triton

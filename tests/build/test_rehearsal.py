@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ from build import rehearsal, session, tritonserver
 from build.contract import Target
 from build.errors import ServeError, VerifyError
 from build.graph.attach import attach, before_nms
-from build.publish import backend, repository
+from build.publish import backend, picture, repository
 from build.publish.backend import Backend
-from build.spec import Spec, load
+from build.spec import Spec, edit, load
 from tests.build import tiny_model
 
 ONNX = Target("onnxruntime")
@@ -86,6 +87,26 @@ def test_other_answers_than_the_gate_saw_are_not_published(spec: Spec, tmp_path:
     with pytest.raises(VerifyError, match=r"answers otherwise than what passed the gate"):
         publish(spec, root, backend.prepare(), spoil=True)
     assert not (root / "tiny").exists()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_a_picture_input_is_rehearsed_too(
+    spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: bool
+) -> None:
+    edit(spec.path, {"serving.picture_input": True, "input.resize": "letterbox", "input.color_order": "BGR"})
+    if spoilt:
+        code = picture._STEP.read_text()
+        (tmp_path / "model.py").write_text(
+            code.replace("        place = [", "        pixels = 255 - pixels\n        place = [")
+        )
+        monkeypatch.setattr(picture, "_STEP", tmp_path / "model.py")
+    outcome = (
+        pytest.raises(VerifyError, match="as a picture's file it gets another detection_") if spoilt else nullcontext()
+    )
+    with outcome:
+        said = publish(load(spec.path), tmp_path / "model_repository", backend.prepare())
+        assert said.endswith("; the same from a picture's file")
 
 
 @pytest.mark.triton

@@ -8,6 +8,7 @@ import functools
 import json
 import shutil
 import socket
+import subprocess
 import threading
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
@@ -131,6 +132,17 @@ def pump(source: socket.socket, target: socket.socket) -> None:
     for end in (source, target):
         with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate for localhost, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command to make a certificate")
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate)]
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
+    subprocess.run([*new, *subject], check=True, capture_output=True)
+    return certificate, key
 
 
 @functools.cache

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import pickle
 import subprocess
 import sys
 import weakref
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 import ssd_client
 from PIL import Image
-from ssd_client import cli, detections, preprocess, session
+from ssd_client import TLS, batch_cli, cli, detections, preprocess, session, video_cli
+from ssd_client.endpoint import Endpoint
+from ssd_client.options import client_options
 
 from build.serve import TritonServer
 from tests.client.conftest import order, scene, server_regions, url_of
@@ -292,3 +296,17 @@ def test_headers_and_urls(server: TritonServer, pictures: Path, capsys: pytest.C
     assert cli.main([picture, "--model", "fake", "--header", "Bearer-secret"]) == 2
     assert cli.main([picture, "--model", "fake", "--url", "a,b", "--shared-memory"]) == 2
     assert "several servers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parser", [cli._parser(), video_cli._parser(), batch_cli._parser()], ids=str)
+def test_all_commands_reach_servers_in_the_same_ways(parser: argparse.ArgumentParser) -> None:
+    arguments = ["x", "--model=m", "--out=o", "--url=a:1,[::1]:2", "--header=Authorization: Bearer x: y"]
+    given = client_options(parser.parse_args([*arguments, "--try-timeout=2", "--tls-ca=ca.pem"]))
+    assert given["try_timeout"] == 2
+    assert pickle.loads(pickle.dumps(given)) == given
+    endpoint = Endpoint.parse(given["url"], given["protocol"], "m", given["ssl"], given["headers"])
+    assert (endpoint.addresses, endpoint.protocol) == (("a:1", "[::1]:2"), "grpc")
+    assert endpoint.headers == (("authorization", "Bearer x: y"),)
+    assert endpoint.tls == TLS(Path("ca.pem"))
+    by_scheme = client_options(parser.parse_args(["x", "--model=m", "--out=o", "--url=https://a/prefix"]))
+    assert Endpoint.parse(by_scheme["url"], by_scheme["protocol"], "m", by_scheme["ssl"]).protocol == "http"

@@ -31,6 +31,7 @@ def test_reads_every_parameter() -> None:
         "runtime": "onnxruntime",
         "manifest_sha256": "0" * 64,
         "version": "",
+        "lowest_score_threshold": 0.0,
     }
 
 

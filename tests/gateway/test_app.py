@@ -10,17 +10,22 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from ssd_client import SSDClient
+from ssd_client.exceptions import ModelNotFoundError
 from ssd_gateway import app, openapi
+from ssd_gateway.models import Models
+from ssd_gateway.problems import problem_of
 from ssd_gateway.settings import Settings
+from tritonclient.grpc import service_pb2
 
 from build.serve import TritonServer
-from tests.client.conftest import order, scene
+from tests.client.conftest import order, scene, self_signed, server_on, write_repository
 from tests.client.fake_model import RAISE, SLEEP
 from tests.gateway.conftest import MAX_BYTES, MAX_REQUESTS, PICTURE, READ_TIMEOUT, Running, encoded, form, gateway
 
@@ -261,3 +266,38 @@ def test_scene_of_the_client_is_json_too(running: Running) -> None:
     """A form's name and a file's name decide nothing, and JSON has no NaN."""
     body, kind = form(('name="\u00fc"; filename="../../etc/passwd"', encoded(scene(640, 480), "JPEG")))
     assert json.loads(running.detect(body, "", kind).body, parse_constant=pytest.fail)["image_size"] == [640, 480]
+
+
+def test_a_server_with_tls_and_a_token_past_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of models, too, goes the way that the client's requests go; and each worker knows all of it."""
+    monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:9")  # leads nowhere, and is not for this machine
+    chain, key = self_signed(tmp_path)
+    tls = ("--grpc-use-ssl=true", f"--grpc-server-cert={chain}", f"--grpc-server-key={key}")
+    restricted = "--grpc-restricted-protocol=inference,model-repository:token=sesame"
+    with server_on(write_repository(tmp_path / "repository", "fake"), *tls, restricted) as server:
+        triton = f"https://localhost:{server.grpc_url.rpartition(':')[2]}"
+        token = "--header=triton-grpc-protocol-token: sesame"
+        with gateway(triton, tmp_path, f"--tls-ca={chain}", token, "--workers=2") as let_in:
+            answer = let_in.detect(PICTURE)
+            assert answer.status == 200, answer.body
+            assert len(answer.json["detections"]) == 3
+        with gateway(triton, tmp_path, f"--tls-ca={chain}") as refused:
+            for answer in (refused.detect(PICTURE), refused.ask("/info"), refused.ask("/healthz")):
+                assert answer.status == 502, answer.body
+                assert "does not let this client in" in answer.json["detail"]
+
+
+def test_a_model_that_is_being_loaded_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = service_pb2.RepositoryIndexResponse()
+    index.models.add(name="new", version="1", state="LOADING")
+    index.models.add(name="broken", version="1", state="UNAVAILABLE", reason="no such file")
+    models = Models(Settings())
+    monkeypatch.setattr(models, "_index", SimpleNamespace(send=lambda message, timeout: index))
+    for name, words, status in (
+        ("new", "LOADING", 503),
+        ("broken", "no such file", 503),
+        ("other", "has no model", 404),
+    ):
+        with pytest.raises(ModelNotFoundError, match=words) as caught:
+            models.choose(name)
+        assert problem_of(caught.value).status == status

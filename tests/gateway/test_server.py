@@ -78,7 +78,8 @@ def test_workers_share_one_address_and_are_replaced(fake_server: TritonServer, t
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--triton", "http://localhost:8001"], "without a scheme"),
+        (["--triton", "localhost:80010"], "url is 'localhost:80010'"),
+        (["--header", "Bearer"], "has no colon"),
         (["--timeout", "0"], "timeout is 0.0"),
         (["--max-pixels", "0"], "max_pixels is 0"),
         (["--workers", "0"], "workers is 0"),

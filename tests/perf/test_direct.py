@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -187,3 +188,20 @@ def test_a_server_without_its_files(tmp_path: Path) -> None:
         direct.beside(server, "shapes", [np.zeros((2, 2, 3), np.uint8)], config),
     ):
         pass
+
+
+def test_the_engine_in_process_is_the_one_that_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Path, int]] = []
+
+    def fake_openvino(path: Path, threads: int) -> Runner:
+        asked.append((path, threads))
+        return lambda feed: None
+
+    monkeypatch.setattr(direct.openvino, "runner", fake_openvino)
+    path = tmp_path / "model.onnx"
+    serving = {"backend": "python", "engine": "openvino"}
+    path.with_name("manifest.json").write_text(json.dumps({"serving": serving}))
+    baseline = direct.fastest(path, FEEDS, 2, 1)
+    # Each of its sessions answers one request at a time: none is shared.
+    assert sorted(asked) == [(path, 1), (path, 1), (path, 2)]
+    assert str(baseline) in ("1 x 2", "2 x 1")

@@ -238,19 +238,20 @@ def labelled(path: Path, count: int = 3) -> Spec:
 def test_accuracy_is_judged_on_coco_results(
     path: Path, model: onnx.ModelProto, good: session.Runner, tmp_path: Path
 ) -> None:
-    spec, seen = labelled(path), []
+    spec, seen, ids = labelled(path), [], {}
 
     def judge(truth: dict[str, Any], results: list[dict[str, Any]]) -> float:
         seen.append(results)
+        ids.update({each["name"]: each["id"] for each in truth["categories"]})
+        ids.update({each["file_name"]: each["id"] for each in truth["images"]})
         return 0.5 if len(seen) % 2 else 0.51
 
     found = report(spec, model, good, tmp_path, judge=judge)
     assert found.checks[-1].name == "mAP"
     assert not found.checks[-1].passed  # 0.5 is less than 0.99 × 0.51
     assert "0.5000 against 0.5100" in found.checks[-1].detail
-    # Files number as they like, with words even; a judge gets whole numbers from 1.
-    assert {one["category_id"] for one in seen[0]} <= {1, 2}
-    assert {one["image_id"] for one in seen[0]} == {1, 2, 3}
+    assert {one["category_id"] for one in seen[0]} <= {ids["cat"], ids["dog"]}
+    assert {one["image_id"] for one in seen[0]} == {ids[f"{i}.png"] for i in range(3)}
     assert [one["bbox"] for one in seen[0]] == [pytest.approx(one["bbox"], abs=1e-4) for one in seen[1]]
     assert max(one["bbox"][0] + one["bbox"][2] for one in seen[0]) > 8  # in the picture's own pixels
     assert "3 pictures of" in found.pictures

@@ -57,6 +57,7 @@ def test_config_says_all_that_a_client_needs(spec: Spec, stand_in: Backend) -> N
         "precision": "fp32",
         "runtime": "onnxruntime",
         "manifest_sha256": "ab" * 32,
+        "lowest_score_threshold": "0.01",
     }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from build import spec as specs
 from build.contract import Target
-from build.errors import PublishError
+from build.errors import PublishError, ServeError
 from build.graph.attach import attach
 from build.publish import backend, picture
 from build.publish import repository as store
@@ -28,6 +30,7 @@ from tests.build import tiny_model
 
 TARGET = Target("onnxruntime")
 PARTS = picture.parts("tiny")
+ROOT = Path(__file__).parents[3]
 
 
 def with_picture(spec: Spec, wanted: bool = True) -> Spec:
@@ -114,6 +117,18 @@ def test_errors_are_the_clients_and_stay_with_their_request(server: TritonServer
     assert ask(server, file)["image_size"].tolist() == [91, 37]
 
 
+@pytest.mark.triton
+def test_canaries_send_a_picture_and_leave_the_steps_alone(server: TritonServer) -> None:
+    command = [sys.executable, "-I", ROOT / "deploy" / "docker" / "canary.py", f"http://{server.http_url}"]
+    for ask_all in (server.check, lambda: subprocess.run(command, check=True)):
+        before = {name: server.requests(name) for name in server.models}
+        ask_all()
+        assert {name: server.requests(name) - count for name, count in before.items()} == {
+            "tiny": 2,  # once by itself, once for a picture
+            **dict.fromkeys(PARTS, 1),
+        }
+
+
 def served(root: Path) -> dict[str, int | None]:
     return {name: store.served_version(root, name) for name in ("tiny", *PARTS) if (root / name).exists()}
 
@@ -152,9 +167,15 @@ def test_what_is_damaged_is_mended_and_what_is_of_others_stays(
     version = store.publish(chosen, built, root, TARGET, served_by=stand_in)
     picture.bring_about(chosen, root, version, "onnxruntime")
     step = root / PARTS[0] / "1" / "model.py"
+    assert not [store.fault(root / part) for part in PARTS if store.fault(root / part)]
     step.write_text("")
+    assert store.fault(root / PARTS[0]) == "a file of it has changed since"
+    with pytest.raises(ServeError, match=rf"{PARTS[0]} is damaged: a file (.|\n)*--model tiny --force"):
+        TritonServer(root).start()
     assert picture.bring_about(chosen, root, version, "onnxruntime")
     assert "class TritonPythonModel" in step.read_text()
+    store.publish(chosen, built, root, TARGET, served_by=stand_in)  # and dies before the parts
+    assert {store.fault(root / part) for part in PARTS} == {"it is for version 1, its model serves 2"}
     config = root / PARTS[-1] / "config.pbtxt"
     config.write_text('name: "tiny_picture"\nplatform: "ensemble"\n')
     with pytest.raises(PublishError, match="is a model of its own"):

@@ -17,7 +17,7 @@ import pytest
 from build import spec as specs
 from build.contract import Target
 from build.errors import PublishError
-from build.publish import backend, s3
+from build.publish import backend, picture, s3
 from build.publish import repository as store
 from deploy import backends, tools
 from tests.deploy.balancing import clients
@@ -68,6 +68,23 @@ def published(repository: Path, tmp_path: Path) -> Callable[[float], Path]:
 def place(server: str, request: pytest.FixtureRequest) -> str:
     """An empty prefix of the bucket, as tritonserver writes it."""
     return f"s3://{server}/models/{request.node.name.replace('_', '-')}"
+
+
+def test_what_only_this_machine_can_serve_stays_here(
+    spec: specs.Spec, built: Path, root: Path, stand_in: backend.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs.edit(spec.path, {"serving.picture_input": True, "serving.engine": "openvino"})
+    spec = specs.load(spec.path)
+    store.publish(spec, built, root, Target("onnxruntime"), served_by=backend.with_openvino("asked for"))
+    with pytest.raises(PublishError, match=r"served by OpenVINO(.|\n)*engine = "):
+        s3.publish(root, "tiny", "s3://bucket/a")
+    picture.bring_about(spec, root, 1, "onnxruntime")
+    with pytest.raises(PublishError, match="part of tiny's picture input"):
+        s3.publish(root, "tiny_picture", "s3://bucket/a")
+    monkeypatch.setattr(s3, "publish", lambda repository, name, url: 1)
+    told = list(s3.publish_all(root, "s3://bucket/a"))
+    assert told[0] == "s3://bucket/a serves version 1 of tiny"
+    assert told[1:] == [f"tiny: its picture input stays here: {s3.STAYS}"]
 
 
 @pytest.mark.parametrize(

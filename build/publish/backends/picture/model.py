@@ -41,6 +41,7 @@ class TritonPythonModel:
         if parameters["step"] == "decode":
             self._rule = Preprocessing(**json.loads(parameters["preprocessing"]))
             self._defaults = json.loads(parameters["thresholds"])
+            self._lowest = float(parameters["lowest_score_threshold"])
 
     def execute(self, requests):
         """Answers every request, each with its result or with its own error."""
@@ -88,6 +89,11 @@ class TritonPythonModel:
                 value = -1.0
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} is {parameters[name]!r}\nwhat to do: give a number in 0..1")
+            if name == "score_threshold" and value < self._lowest:
+                raise ValueError(
+                    f"score_threshold is {value:g}, but the model drops everything up to {self._lowest:g}\n"
+                    f"what to do: give at least {self._lowest:g}"
+                )
             thresholds[name] = value
         return thresholds
 

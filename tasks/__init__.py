@@ -1,0 +1,13 @@
+"""The tasks of `./invoke`, by area: each is thin and calls one function of build/, client/ or perf/.
+
+Imports of those live inside the tasks, so that `./invoke --list` answers at once.
+"""
+
+from invoke.collection import Collection
+
+from . import building, measuring, project, serving
+
+namespace = Collection()
+for area in (building, serving, measuring, project):
+    for one in Collection.from_module(area).tasks.values():
+        namespace.add_task(one)
