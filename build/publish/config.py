@@ -64,12 +64,12 @@ def config(
     for entries, tensors in ((result.input, spec.inputs), (result.output, spec.outputs)):
         for tensor in tensors:
             entries.add(name=tensor.name, data_type=pb.DataType.Value(f"TYPE_{tensor.triton}"), dims=tensor.shape)
-    # On a CPU batching gained nothing: a session answers a batch's requests one after the other (docs/perf.md).
-    batching = spec.serving.dynamic_batching
-    if batching == "on" or (batching == "auto" and target.runtime == "tensorrt"):
-        result.dynamic_batching.max_queue_delay_microseconds = spec.serving.queue_delay_us
-    else:  # only a batcher's queue has a limit and drops what nobody waits for: one that hands on single requests
+    # Only a batcher's queue has a limit and drops what nobody waits for. On a CPU joining gains nothing, since a session
+    # answers a batch's requests one after the other, but handing them on singly costs more (docs/perf.md).
+    if spec.serving.dynamic_batching == "off":
         result.dynamic_batching.preferred_batch_size.append(1)
+    else:
+        result.dynamic_batching.max_queue_delay_microseconds = spec.serving.queue_delay_us
     policy = result.dynamic_batching.default_queue_policy
     policy.timeout_action = pb.ModelQueuePolicy.REJECT
     policy.default_timeout_microseconds = spec.serving.queue_timeout_ms * 1000

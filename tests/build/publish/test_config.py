@@ -36,7 +36,6 @@ def test_config_says_all_that_a_client_needs(spec: Spec, stand_in: Backend) -> N
         ("detection_scores", 11, [5]),
         ("detection_classes", 8, [5]),
     ]
-    assert not config.batches(result)
     (group,) = result.instance_group
     threads = int(result.parameters["threads"].string_value)
     assert group.kind == ModelInstanceGroup.KIND_CPU

@@ -44,7 +44,7 @@ def test_requests_that_were_given_up_are_not_computed(server: TritonServer, how:
 @pytest.mark.triton
 def test_a_full_queue_refuses_at_once_and_says_why(server: TritonServer) -> None:
     limit = server.model_config("shapes")["dynamic_batching"]["default_queue_policy"]["max_queue_size"]
-    refused = crowd(server, limit + 100, 1.0)
+    refused = crowd(server, limit + 400, 1.0)
     assert refused
     assert {re.sub("<.*>", "", text) for text in refused} == {
         "[StatusCode.UNAVAILABLE] [request id: ] Exceeds maximum queue size"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_a_verdict_is_kept_and_what_passed_is_not_run_again(tmp_path: Path, monk
 
 def test_a_crash_and_a_hang_cost_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, body in {"crash": "import os; os.abort()", "hang": "import time; time.sleep(60)"}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\nexec {sys.executable} -c '{body}'\n")
+        (tmp_path / name).write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -c '{body}'\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "crash"))
     status, text = run(tmp_path, (step("core"),))

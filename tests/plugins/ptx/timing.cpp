@@ -228,7 +228,7 @@ double Block::memoryTime(Instruction const& in, uint32_t mask, Lanes const& addr
         }
         else
         {
-            Allocation const* const found = find(std::max(sector * 32, mWorld.allocations.front().base), 1);
+            Allocation const* const found = find(sector * 32, 1); // the model wants aligned tensors
             bool const isInL2 = found != nullptr && !found->isReadOnly; // the first kernel wrote it
             arrival = mMemoryFree + (isInL2 ? kL2 : kDram);
         }
