@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 
 from . import batch
-from .exceptions import SSDClientError
 from .options import add_server_options, client_options
 from .preprocess import MAX_PIXELS
+from .text import escaped
 
 _EPILOG = """\
 --out is a folder of Parquet files with these columns:
@@ -30,7 +30,7 @@ exit status: 0 every picture has its detections, 1 some have an error instead, 2
 """
 
 
-def main(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
     """Run the subcommand.
 
     Args:
@@ -38,13 +38,12 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         The exit status.
+
+    Raises:
+        SSDClientError: it could not be finished.
     """
-    options = _parser().parse_args(argv)
     try:
-        return _run(options)
-    except SSDClientError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _run(_parser().parse_args(argv))
     except KeyboardInterrupt:
         print("stopped; run it again to go on", file=sys.stderr)
         return 130
@@ -99,6 +98,6 @@ def _run(options: argparse.Namespace) -> int:
         left = f", {(len(paths) - done) / rate:.0f} s left" if rate and done < len(paths) else ""
         print(f"{done} of {len(paths)} pictures, {errors} errors, {rate:.1f}/s{left}", file=sys.stderr, flush=True)
 
-    batch.run(daft, paths, options.out, job, told, lambda text: print(f"warning: {text}", file=sys.stderr))
-    print(f"rows in {options.out}", file=sys.stderr)
+    batch.run(daft, paths, options.out, job, told, lambda text: print(f"warning: {escaped(text)}", file=sys.stderr))
+    print(f"rows in {escaped(options.out)}", file=sys.stderr)
     return 1 if failed else 0

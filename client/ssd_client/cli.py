@@ -28,7 +28,7 @@ from .budget import PixelBudget
 from .client import SSDClient
 from .config import ModelConfig
 from .detections import Detections
-from .exceptions import ImageError, InferenceError, SSDClientError
+from .exceptions import ImageError, InferenceError, InvalidInputError, SSDClientError
 from .options import add_server_options, client_options
 from .preprocess import MAX_PIXELS, SUFFIXES, out_of_memory
 from .text import escaped
@@ -69,10 +69,6 @@ class _Outcome:
     error: str = ""
 
 
-class _UsageError(Exception):
-    """Something on the command line that argparse cannot see."""
-
-
 def program() -> NoReturn:
     """The command line as a process."""
     status = main()
@@ -99,15 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if arguments[:1] in (["video"], ["batch"]):  # a picture of that name: ./video
-        module: Any = import_module(f"{__package__}.{arguments[0]}_cli")
-        return int(module.main(arguments[1:]))
-    options = _parser().parse_args(arguments)
-    Image.MAX_IMAGE_PIXELS = None  # the limit is --max-pixels
     try:
+        if arguments[:1] in (["video"], ["batch"]):  # a picture of that name: ./video
+            subcommand: Any = import_module(f"{__package__}.{arguments[0]}_cli")
+            return int(subcommand.run(arguments[1:]))
+        options = _parser().parse_args(arguments)
+        Image.MAX_IMAGE_PIXELS = None  # the limit is --max-pixels
         return _run(options)
-    except (SSDClientError, _UsageError) as error:
-        print(f"error: {escaped(str(error), keep=_LINE)}", file=sys.stderr)
+    except SSDClientError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -136,11 +132,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     if options.batch < 1:
-        raise _UsageError(f"--batch is {options.batch}\nwhat to do: give at least 1")
+        raise InvalidInputError(f"--batch is {options.batch}", fix="give at least 1")
     server = client_options(options)
     pictures = _plan(options.inputs, options.out)
     if options.json not in (None, "-") and Path(options.json).resolve() in {p.path.resolve() for p in pictures}:
-        raise _UsageError(f"--json {options.json} is one of the pictures\nwhat to do: give another file")
+        raise InvalidInputError(f"--json {options.json} is one of the pictures", fix="give another file")
     # Each part below is one request; the parts run side by side.
     with SSDClient(**server, max_in_flight=1, max_pixels=options.max_pixels) as client:
         config = client.model_config()
@@ -190,11 +186,11 @@ def _plan(inputs: Sequence[Path], out: Path | None) -> list[_Picture]:
             targets[path] = Path(path.name)
     unique = {path.resolve(): (path, name) for path, name in targets.items()}
     if not unique:
-        raise _UsageError("no pictures to look at\nwhat to do: name picture files, or folders that hold some")
+        raise InvalidInputError("no pictures to look at", fix="name picture files, or folders that hold some")
     if out is None:
         return [_Picture(path, None) for path, _ in unique.values()]
     if out.exists() and not out.is_dir():
-        raise _UsageError(f"--out {out} is a file\nwhat to do: give a folder")
+        raise InvalidInputError(f"--out {out} is a file", fix="give a folder")
     taken = set(unique)
     pictures = []
     for path, name in unique.values():
@@ -324,7 +320,7 @@ def _write_json(target: str, document: dict[str, Any]) -> None:
         with _replacing(Path(target)) as stream:
             stream.write(data)
     except OSError as error:
-        raise _UsageError(f"--json {target} cannot be written: {error.strerror or error}") from None
+        raise InvalidInputError(f"--json {target} cannot be written: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from typing import IO, Any
 from .client import SSDClient
 from .exceptions import InvalidInputError, SSDClientError
 from .options import add_server_options, client_options
+from .text import escaped
 from .video import Film, Frame, Writer, detect, opened
 
 _EPILOG = """\
@@ -33,7 +34,7 @@ exit status: 0 done, 1 done as far as the film could be read, 2 nothing could be
 """
 
 
-def main(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
     """Run the subcommand.
 
     Args:
@@ -41,15 +42,11 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         The exit status.
+
+    Raises:
+        SSDClientError: nothing could be done.
     """
-    try:
-        return _run(_parser().parse_args(argv))
-    except SSDClientError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return _run(_parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,14 +147,14 @@ def _detect(options: argparse.Namespace, film: Film, client: SSDClient, writer: 
             f"{options.input} has no frame {_between(options)}" + "".join(f"\n{line}" for line in film.damage),
             fix="check the film, --start and --end",
         )
-    where = f", film in {out}" if out else ""
+    where = escaped(f", film in {out}") if out else ""
     print(f"{count} frames, {found} detections{where}", file=sys.stderr)
     if stopped:
         print(f"ended at {last:.2f} s: {stopped}", file=sys.stderr)
     if failed:
         print(f"warning: the server failed for {failed} frames; the lines of --json say why", file=sys.stderr)
     for line in film.damage:
-        print(f"warning: {options.input}: {line}", file=sys.stderr)
+        print(escaped(f"warning: {options.input}: {line}"), file=sys.stderr)
     return status or (1 if failed or film.damage else 0)
 
 

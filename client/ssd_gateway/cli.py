@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ssd_client.exceptions import SSDClientError
+from ssd_client.exceptions import InvalidInputError, SSDClientError
 from ssd_client.options import access_options, add_access_options
 
 from .settings import Settings
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.token_file is not None:
             token = options.token_file.read_text(encoding="utf-8-sig").strip()
             if not token:
-                raise _UsageError(f"{options.token_file} is empty", fix="write the token into it")
+                raise InvalidInputError(f"{options.token_file} is empty", fix="write the token into it")
         access = access_options(options)
         settings = Settings(
             triton=options.triton,
@@ -61,10 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _UsageError(SSDClientError):
-    """Something on the command line that argparse cannot see."""
-
-
 def run(settings: Settings, host: str = "127.0.0.1", port: int = 8080, workers: int = 1) -> None:
     """Print the address and answer there until Ctrl-C or SIGTERM.
 
@@ -86,7 +82,7 @@ def run(settings: Settings, host: str = "127.0.0.1", port: int = 8080, workers: 
             f"the gateway needs a package that is not installed: {error.name}", fix="pip install 'ssd-client[gateway]'"
         ) from None
     if workers < 1:
-        raise _UsageError(f"workers is {workers}", fix="give at least 1")
+        raise InvalidInputError(f"workers is {workers}", fix="give at least 1")
     local = is_loopback(host)
     if local and not settings.hosts:
         settings = replace(settings, hosts=(*_LOCAL, *({host} - set(_LOCAL))))

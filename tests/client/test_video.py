@@ -134,8 +134,11 @@ def test_what_a_damaged_film_still_has(video: Video, tmp_path: Path) -> None:
     films.write(tmp_path / "whole.mkv", [np.where(noise > 200, noise, p) for p in PICTURES] * 4, rate=20, audio="aac")
     data = (tmp_path / "whole.mkv").read_bytes()
     (tmp_path / "cut.mkv").write_bytes(data[: len(data) // 2])
-    done = video("cut.mkv", "--out", "out.mkv", "--json", "found.jsonl")
+    (tmp_path / "cut.mkv").rename(tmp_path / "c\x1but.mkv")  # a name must not reach the terminal's controls
+    done = video("c\x1but.mkv", "--out", "out.mkv", "--json", "found.jsonl")
     assert done.returncode == 1, done.stderr
+    assert "c\\x1but.mkv: " in done.stderr
+    assert "\x1b" not in done.stderr
     assert "it should end at 4.02 s, but its last frame is at" in done.stderr
     count = len(lines(tmp_path / "found.jsonl"))
     assert 20 < count < 60
@@ -245,3 +248,20 @@ def test_memory_does_not_grow_with_the_film(environment: dict[str, str], server:
     assert process.wait() == 0
     print(f"resident MiB: {sizes[len(sizes) // 4]:.0f} after a quarter, at most {max(sizes):.0f}")
     assert max(sizes) < 1.15 * max(sizes[: len(sizes) // 4])
+
+
+def test_whoever_reads_the_lines_may_have_seen_enough(
+    environment: dict[str, str], server: TritonServer, tmp_path: Path
+) -> None:
+    from tests.client import films
+
+    films.write(tmp_path / "in.mp4", PICTURES * 10)
+    command = [sys.executable, "-m", "ssd_client", "video", "in.mp4", "--json", "-"]
+    command += ["--url", server.grpc_url, "--model", "fake"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith(b"{")
+    process.stdout.close()
+    assert process.wait(60) == 2
+    assert process.stderr.read() == b""
