@@ -417,8 +417,6 @@ def _engine(
         RuntimeUnavailableError: OpenVINO was asked for and cannot be installed.
     """
     asked = spec.serving.engine == openvino.NAME
-    if not openvino.installed():
-        show.print(f"installing OpenVINO from {relative(openvino.LOCK)} into {openvino.PACKAGES} ...", markup=False)
     try:
         openvino.install()
     except RuntimeUnavailableError as error:

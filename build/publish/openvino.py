@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from build import optional
 from build.errors import RuntimeUnavailableError
-from build.files import ROOT, relative
+from build.files import ROOT
 
 if TYPE_CHECKING:
     import onnx
@@ -27,12 +28,10 @@ if TYPE_CHECKING:
     from build.session import Runner
 
 NAME, OTHER = "openvino", "onnxruntime"
-PACKAGES = Path(sys.prefix) / NAME
-LOCK = ROOT / "requirements" / f"{NAME}.lock"
+PACKAGES, LOCK = optional.folder_of(NAME), optional.lock_of(NAME)
 SESSION = Path(__file__).resolve().parent / "backends" / "python" / "openvino_session.py"
 ROUNDS = 15
 MARGIN = 1.1  # times faster: the C++ backend that ONNX Runtime has serves so much faster than the python backend
-_MARK = ".installed"
 _PATIENCE = 600
 
 
@@ -58,10 +57,7 @@ class Choice:
 
 def installed() -> bool:
     """Whether the locked version is there."""
-    try:
-        return (PACKAGES / _MARK).read_text() == LOCK.read_text()
-    except OSError:
-        return False
+    return optional.installed(PACKAGES, LOCK)
 
 
 def install() -> None:
@@ -70,24 +66,8 @@ def install() -> None:
     Raises:
         RuntimeUnavailableError: that fails.
     """
-    if installed():
-        return
-    options = ["--quiet", "--no-deps", "--require-hashes", "--upgrade", "--target", str(PACKAGES), "-r", str(LOCK)]
-    pip = [sys.executable, "-m", "pip", "install"]
-    if subprocess.run([*pip[:3], "--version"], capture_output=True).returncode:
-        pip = ["uv", "pip", "install", "--python", sys.executable]
-    try:
-        done = subprocess.run([*pip, *options], capture_output=True, text=True, timeout=_PATIENCE)
-        failed = done.returncode and (done.stderr.strip() or f"exit status {done.returncode}")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        failed = str(error)
-    if failed:
-        raise RuntimeUnavailableError(
-            f"OpenVINO cannot be installed into {PACKAGES}: {failed.splitlines()[-1]}",
-            why=f"{relative(LOCK)} is for Python 3.10 to 3.13 on Linux x86-64, and the network is needed once",
-            fix='check the network and pip\'s index, or set [serving] engine = "onnxruntime"',
-        )
-    (PACKAGES / _MARK).write_text(LOCK.read_text())
+    fix = 'check the network and pip\'s index, or set [serving] engine = "onnxruntime"'
+    optional.install(PACKAGES, LOCK, "OpenVINO", fix=fix, size="180 MB", error=RuntimeUnavailableError)
 
 
 def readable(model: onnx.ModelProto) -> onnx.ModelProto:

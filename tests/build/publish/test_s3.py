@@ -268,7 +268,7 @@ def test_errors_name_what_to_check(server: str, repository: Path) -> None:
 
 def test_fetching_needs_no_package_beside_the_standard_library(tmp_path: Path) -> None:
     """What deploy/docker/Dockerfile copies for the sync container is enough."""
-    for name in ("__init__.py", "errors.py", "files.py", "publish/__init__.py", "publish/s3.py"):
+    for name in ("__init__.py", "errors.py", "files.py", "optional.py", "publish/__init__.py", "publish/s3.py"):
         target = tmp_path / "build" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "build" / name, target)
