@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
+from build.files import locked
 from build.serve import TritonServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +41,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
     folder, done = root / name, root / f"{name}.done"
-    with (root / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(root / f"{name}.lock"):
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -114,6 +113,18 @@ def native() -> None:
         backend.prepare(backend.NATIVE)
     except RuntimeUnavailableError as error:
         pytest.skip(f"needs a C++ compiler: {error.what}")
+
+
+@pytest.fixture(params=["ssd_onnxruntime", "python"])
+def server(request: pytest.FixtureRequest) -> TritonServer:
+    """The server of each backend in turn; they must not differ in anything."""
+    if request.param == "python":
+        chosen: TritonServer = request.getfixturevalue("python_server")
+    else:
+        request.getfixturevalue("native")
+        chosen = request.getfixturevalue("triton_server")
+    assert chosen.model_config("shapes")["backend"] == request.param
+    return chosen
 
 
 @dataclass(frozen=True)

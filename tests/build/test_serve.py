@@ -111,18 +111,6 @@ def in_process(repository: Path) -> Callable[[Arrays], Arrays]:
     return run
 
 
-@pytest.fixture(params=["ssd_onnxruntime", "python"])
-def server(request: pytest.FixtureRequest) -> TritonServer:
-    """The server of each backend in turn; they must not differ in anything."""
-    if request.param == "python":
-        chosen: TritonServer = request.getfixturevalue("python_server")
-    else:
-        request.getfixturevalue("native")
-        chosen = request.getfixturevalue("triton_server")
-    assert chosen.model_config("shapes")["backend"] == request.param
-    return chosen
-
-
 @pytest.mark.triton
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -178,14 +178,20 @@ def servers(
     data_repository: Path, backend_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[Server]]:
     """Two servers on the same repository, as two pods of the chart."""
-    logs = tmp_path_factory.mktemp("logs")
-    pair = [Server(str(data_repository), backend_folder, logs / f"{name}.log") for name in "ab"]
+    with two_servers(data_repository, backend_folder, tmp_path_factory.mktemp("logs")) as servers:
+        yield servers
+
+
+@contextlib.contextmanager
+def two_servers(repository: Path, backend_folder: Path, logs: Path) -> Iterator[list[Server]]:
+    """Two servers that run until the end of the block."""
+    servers = [Server(str(repository), backend_folder, logs / f"{name}.log") for name in "ab"]
     try:
-        for server in pair:
+        for server in servers:
             server.start()
-        yield pair
+        yield servers
     finally:
-        for server in pair:
+        for server in servers:
             server.stop()
 
 

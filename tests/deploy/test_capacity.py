@@ -21,7 +21,7 @@ from build.publish import backend
 from build.publish import repository as store
 from deploy.capacity import Fleet, arrivals, on_paper, servers_for, simulate
 from models.shapes.scenes import scene
-from tests.deploy.conftest import ROOT, Server
+from tests.deploy.conftest import ROOT, Server, two_servers
 
 
 def exponential(mean_ms: float, count: int = 20_000) -> list[float]:
@@ -96,14 +96,8 @@ def pair(repository: Path, backend_folder: Path, tmp_path_factory: pytest.TempPa
     facts = {"verified": manifest["verified"]}
     served_by = backend.prepare(backend.NATIVE)
     store.publish(specs.load(model), source / "model.onnx", target, Target("onnxruntime"), facts, served_by)
-    servers = [Server(str(target), backend_folder, folder / f"{name}.log") for name in "ab"]
-    try:
-        for server in servers:
-            server.start()
+    with two_servers(target, backend_folder, folder) as servers:
         yield servers
-    finally:
-        for server in servers:
-            server.stop()
 
 
 def inputs() -> list[triton.InferInput]:

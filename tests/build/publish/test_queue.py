@@ -17,17 +17,6 @@ from tests.reliability.overload import abandoned, crowd, feeds
 GIVEN_UP, IMAGES = 12, 16
 
 
-@pytest.fixture(params=["ssd_onnxruntime", "python"])
-def server(request: pytest.FixtureRequest) -> TritonServer:
-    """The server of each backend in turn."""
-    if request.param == "python":
-        chosen: TritonServer = request.getfixturevalue("python_server")
-    else:
-        request.getfixturevalue("native")
-        chosen = request.getfixturevalue("triton_server")
-    return chosen
-
-
 @pytest.mark.triton
 @pytest.mark.parametrize("how", ["cancel", "timeout"])
 def test_requests_that_were_given_up_are_not_computed(server: TritonServer, how: str) -> None:
