@@ -64,8 +64,7 @@ def config(
     for entries, tensors in ((result.input, spec.inputs), (result.output, spec.outputs)):
         for tensor in tensors:
             entries.add(name=tensor.name, data_type=pb.DataType.Value(f"TYPE_{tensor.triton}"), dims=tensor.shape)
-    # Only a batcher's queue has a limit and drops what nobody waits for. On a CPU joining requests gains nothing, since
-    # a session answers them one after the other, but handing them on singly costs more (docs/perf.md).
+    # Only a batcher's queue has a limit and drops what nobody waits for. What that costs: docs/perf.md.
     if spec.serving.dynamic_batching == "off":
         result.dynamic_batching.preferred_batch_size.append(1)
     else:
