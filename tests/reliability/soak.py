@@ -44,17 +44,28 @@ RETRY_SECONDS = 60.0  # a request that is not answered by then has failed
 LIVES = 2.5  # of the server in one soak: long enough to see memory grow
 PAUSE = 0.005  # seconds between two requests of a client
 KILL = "kill the server"
-EVENTS = ("publish", "rollback", "kill a client", KILL)
+KILL_SHARING = "kill a client with shared memory"
+EVENTS = ("publish", "rollback", "cut a client off", KILL_SHARING, KILL)
+SHARING = """
+import sys
+import numpy as np
+from ssd_client import SSDClient
+client = SSDClient(sys.argv[1], model="tiny", shared_memory="system")
+while True:
+    client.detect(np.zeros((8, 8, 3), np.uint8))
+    print(flush=True)
+"""
 
 
 @dataclass
 class Totals:
-    """What a soak saw."""
+    """What a soak saw. `sharing`: answers to clients with shared memory, which are not compared."""
 
     answered: int = 0
     wrong: int = 0
     failed: int = 0
     retried: int = 0
+    sharing: int = 0
     events: Counter[str] = field(default_factory=Counter)
     rss_mib: list[int] = field(default_factory=list)
 
@@ -65,6 +76,7 @@ class Totals:
             "wrong": self.wrong,
             "failed": self.failed,
             "retried": self.retried,
+            "through shared memory": self.sharing,
             **dict(self.events),
             "rss_mib": [*first, *last, max(self.rss_mib, default=0)],
         }
@@ -76,10 +88,14 @@ class Soak:
     Args:
         folder: for everything; removed by the caller.
         seed: of the order of events.
+        pause: seconds between two requests of a client.
+        lives: of the server: it is killed this often, less one.
     """
 
-    def __init__(self, folder: Path, seed: int = 0) -> None:
+    def __init__(self, folder: Path, seed: int = 0, pause: float = PAUSE, lives: float = LIVES) -> None:
         self._folder = folder
+        self._pause = pause
+        self._lives = lives
         self._chance = random.Random(seed)
         self.totals = Totals()
         self._spec: Spec = load(tiny_model.write(folder / "models" / "tiny"))
@@ -161,8 +177,11 @@ class Soak:
         settled = False
         while time.monotonic() - begun < seconds:
             time.sleep(every)
-            event = self._chance.choice(EVENTS[:3])
-            if time.monotonic() - max(killed, begun) > seconds / LIVES and self._restarts() == self.totals.events[KILL]:
+            event = self._chance.choice(EVENTS[:-1])
+            if (
+                time.monotonic() - max(killed, begun) > seconds / self._lives
+                and self._restarts() == self.totals.events[KILL]
+            ):
                 event, killed = KILL, time.monotonic()
                 settled = False
             self.totals.events[event] += 1
@@ -171,8 +190,10 @@ class Soak:
             elif event == "rollback":
                 with suppress(repository.PublishError):
                     repository.rollback(self._root, "tiny")
-            elif event == "kill a client":
-                kill_client(self._ports)
+            elif event == "cut a client off":
+                cut_off(self._ports)
+            elif event == KILL_SHARING:
+                self._kill_sharing()
             else:
                 server = self._server()
                 if server is not None:
@@ -190,6 +211,16 @@ class Soak:
         while self._restarts() < self.totals.events[KILL] and time.monotonic() < deadline:
             time.sleep(0.1)
 
+    def _kill_sharing(self) -> None:
+        """A client that is killed while the server has its memory mapped."""
+        command = [sys.executable, "-c", SHARING, f"127.0.0.1:{self._ports[1]}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as client:
+            assert client.stdout is not None
+            for _ in range(3):
+                if client.stdout.readline():  # no line: the server was gone, and so is the client
+                    self.totals.sharing += 1
+            client.kill()
+
     def _restarts(self) -> int:
         return (self._folder / "shown").read_text().count("the server is up again")
 
@@ -206,7 +237,7 @@ class Soak:
                 while not self._ended.is_set():
                     if not self._one(client, inputs):
                         break
-                    time.sleep(PAUSE)
+                    time.sleep(self._pause)
 
     def _one(self, client: Any, inputs: list[Any]) -> bool:
         """One request; whether the connection is worth keeping."""
@@ -235,7 +266,7 @@ class Soak:
         return False
 
 
-def kill_client(ports: list[int]) -> None:
+def cut_off(ports: list[int]) -> None:
     """A client that is gone in the middle of its request: its connection is reset."""
     with suppress(OSError), socket.create_connection(("127.0.0.1", ports[0]), timeout=5) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -248,11 +279,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two events")
+    parser.add_argument("--pause", type=float, default=PAUSE, help="seconds between two requests of a client")
+    parser.add_argument("--lives", type=float, default=LIVES, help="of the server: it is killed this often, less one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="ssd-soak-"))
     try:
-        totals = Soak(folder, options.seed).run(options.minutes * 60, options.every)
+        totals = Soak(folder, options.seed, options.pause, options.lives).run(options.minutes * 60, options.every)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(totals.as_dict()))

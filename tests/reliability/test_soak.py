@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.soak import KILL, Soak
+from tests.reliability.soak import KILL, KILL_SHARING, Soak
 
 
 @pytest.mark.triton
@@ -17,5 +17,6 @@ def test_no_answer_is_wrong_and_none_is_lost(native: None, tmp_path: Path, secon
     assert (totals.wrong, totals.failed) == (0, 0), shown
     assert totals.answered > 100
     assert totals.events[KILL] >= 1
+    assert totals.sharing or not totals.events[KILL_SHARING]
     assert shown.count("the server is up again") == totals.events[KILL]
     assert max(totals.rss_mib) < min(totals.rss_mib) + 40
