@@ -89,12 +89,12 @@ class HttpTransport:
     def _read(self, response: http.client.HTTPResponse) -> bytes:
         parts, size = [], 0
         if (response.length or 0) > MAX_ANSWER:
-            raise _too_large(self._endpoint, response.length or 0)
+            raise _too_large(self._endpoint)
         while part := response.read1(_PART):
             parts.append(part)
             size += len(part)
             if size > MAX_ANSWER:
-                raise _too_large(self._endpoint, size)
+                raise _too_large(self._endpoint)
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
         response.close()
@@ -200,14 +200,14 @@ class AsyncHttpTransport:
         parts, size = [], response.content_length or 0
         if size > MAX_ANSWER:
             response.close()
-            raise _too_large(self._endpoint, size)
+            raise _too_large(self._endpoint)
         size = 0
         async for part in response.content.iter_any():
             parts.append(part)
             size += len(part)
             if size > MAX_ANSWER:
                 response.close()
-                raise _too_large(self._endpoint, size)
+                raise _too_large(self._endpoint)
         return b"".join(parts)
 
     async def close(self) -> None:
@@ -223,8 +223,8 @@ class AsyncHttpTransport:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))
 
 
-def _too_large(endpoint: Endpoint, size: int) -> Exception:
-    return endpoint.broken(f"it has {size / 1e6:.0f} MB or more, the limit is {MAX_ANSWER / 1e6:.0f}")
+def _too_large(endpoint: Endpoint) -> Exception:
+    return endpoint.broken(f"it is larger than the limit of {MAX_ANSWER / 1e6:.0f} MB")
 
 
 def _proxy_headers(proxy: SplitResult) -> dict[str, str]:

@@ -291,10 +291,26 @@ def test_an_endless_answer(client_type: Any, chunked: bool) -> None:
     with (
         listening(endless(chunked)) as port,
         client_type(f"127.0.0.1:{port}", model="m", protocol="http", retries=0) as client,
-        pytest.raises(InferenceError, match="MB or more, the limit is 67"),
+        pytest.raises(InferenceError, match="larger than the limit of 67 MB"),
     ):
         client.model_config()
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 4 * MAX_ANSWER
+
+
+@pytest.mark.parametrize("header", ["Content-Length", "Inference-Header-Content-Length"])
+@pytest.mark.parametrize(
+    "number", ["9" * 19, "9" * 400, "9" * 5000, "-1", "1e999", "0x10", "", "٣"], ids=lambda text: f"{ascii(text)[:9]}"
+)
+@pytest.mark.parametrize("client_type", CLIENTS, ids=["sync", "asyncio"])
+def test_a_header_with_an_absurd_number(client_type: Any, number: str, header: str) -> None:
+    head, content = http_outputs()
+    wrong = f"HTTP/1.1 200 OK\r\nConnection: close\r\n{header}: {number}\r\n\r\n".encode() + head + content
+    with (
+        http_server(lambda inference: wrong if inference else http_reply(http_config())) as url,
+        client_type(url, model="fake", protocol="http", retries=0, timeout=5) as client,
+        pytest.raises(SSDClientError),
+    ):
+        client.infer(IMAGES)
 
 
 @pytest.mark.parametrize("client_type", CLIENTS, ids=["sync", "asyncio"])
