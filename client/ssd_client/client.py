@@ -157,6 +157,7 @@ class _Client:
         headers: Mapping[str, str] | None = None,
         try_timeout: float | None = None,
     ) -> None:
+        self._settings = {name: value for name, value in locals().items() if name != "self"}
         endpoint = Endpoint.parse(url, protocol, model, ssl, headers)
         self._session = Session(endpoint, shared_memory, timeout, retries, max_in_flight, max_pixels, try_timeout)
         self._set_up()
@@ -173,6 +174,10 @@ class _Client:
 
     def _transports(self) -> Iterable[Transport | AsyncTransport]:
         raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, here or in a process that was spawned, has these settings and connections of its own."""
+        return partial(type(self), **self._settings), ()
 
     def begin_in_child(self) -> None:
         """After a fork: leave everything to the process before, and begin anew when this client is used here."""
@@ -203,7 +208,8 @@ class SSDClient(_Client):
         headers: sent with every request, such as {"Authorization": "Bearer ..."}; with gRPC as metadata.
         try_timeout: seconds for one try; None = `timeout`, or with several servers its part for each try.
 
-    A client that was made before a fork can be used in both processes: each has connections of its own.
+    A client that was made before a fork can be used in both processes: each has connections of its own. So has a copy,
+    by `copy` or `pickle` (spawned processes, Ray, Dask); a pickled client holds its `headers`.
 
     Raises:
         InvalidInputError: an argument is wrong. Nothing is sent before the first call.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import gc
 import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -19,7 +22,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -704,6 +707,45 @@ def test_closing(client_type: Any, server: TritonServer) -> None:
     client.close()
     with pytest.raises(SSDClientError, match="closed"):
         client.detect(scene())
+
+
+@pytest.mark.parametrize("client_type", [SSDClient, AsyncSSDClient])
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda client: pickle.loads(pickle.dumps(client))])
+def test_a_copy_has_all_settings(client_type: Any, again: Callable[[Any], Any]) -> None:
+    """Each differs from its default, so that one that is left out is noticed."""
+    settings: dict[str, Any] = {
+        "url": "https://localhost/v1",
+        "model": "m",
+        "protocol": "http",
+        "shared_memory": "system",
+        "timeout": 7.0,
+        "retries": 5,
+        "ssl": TLS(),
+        "max_in_flight": 2,
+        "max_pixels": 1000,
+        "headers": {"authorization": "Bearer x"},
+        "try_timeout": 3.0,
+    }
+    assert set(settings) == set(inspect.signature(client_type).parameters)
+    first = client_type(**settings)
+    second = again(first)
+    for name in ("_timeout", "_retries", "max_in_flight", "_max_pixels", "_try_timeout", "_shared"):
+        assert getattr(second._session, name) == getattr(first._session, name)
+    assert second._session.endpoint == first._session.endpoint
+    assert second._settings == settings
+    for client in (first, second):
+        closed = client.close()
+        if closed is not None:
+            asyncio.run(closed)
+
+
+def test_a_pickled_client_answers_in_a_spawned_process(server: TritonServer) -> None:
+    with SSDClient(server.grpc_url, model="fake", shared_memory="system") as client:
+        here = client.detect(scene())
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            there = pool.submit(client.detect, scene()).result()
+    assert np.array_equal(here.boxes, there.boxes)
+    assert len(here.boxes)
 
 
 def test_both_clients_have_the_same_interface() -> None:
