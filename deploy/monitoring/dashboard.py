@@ -72,9 +72,27 @@ PANELS = (
         ),
     ),
     Panel(
+        "Execution, all servers",
+        "s",
+        "Time in an instance, without the queue; from the backend's histogram, so it sums over servers.",
+        ((f"ssd:execution_seconds:quantile1m{_OURS}", "{{model}} {{quantile}}"),),
+    ),
+    Panel(
+        "Detections per picture (mean)",
+        "short",
+        "A fall to zero: the clients' pictures are black or cut, the thresholds too high, or the model is wrong.",
+        ((f"ssd:detections_per_image:mean5m{_OURS}", "{{model}}"),),
+    ),
+    Panel(
+        "Pictures without a detection",
+        "percentunit",
+        "Share of all pictures.",
+        ((f"ssd:empty_images:ratio5m{_OURS}", "{{model}}"),),
+    ),
+    Panel(
         "Failures per second",
         "reqps",
-        "server: the model failed. client: it gave up. overload: a full queue refused it.",
+        "server: the model failed. client: it gave up. overload: a full queue refused it. invalid: a wrong request.",
         ((f"ssd:failures:rate1m{_OURS}", "{{model}} {{kind}}"),),
     ),
     Panel(

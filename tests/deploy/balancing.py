@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from ssd_client import SSDClient
 
 from models.shapes.scenes import scene
@@ -120,8 +121,9 @@ BALANCERS: dict[str, Callable[..., Any]] = {"haproxy": haproxy, "envoy": envoy}
 
 @dataclass
 class Count:
-    """What the clients saw."""
+    """What the clients saw, and the picture that they send from now on."""
 
+    picture: Image.Image
     answered: int = 0
     failed: list[str] = field(default_factory=list)
     slowest: float = 0.0
@@ -130,15 +132,14 @@ class Count:
 @contextmanager
 def clients(address: str, protocol: str, retries: int) -> Iterator[Count]:
     """Four clients that ask without a pause."""
-    count, stopped, lock = Count(), threading.Event(), threading.Lock()
-    picture = scene("held_out", 0).image
+    count, stopped, lock = Count(scene("held_out", 0).image), threading.Event(), threading.Lock()
 
     def ask() -> None:
         with SSDClient(address, protocol=protocol, model="shapes", timeout=30, retries=retries) as client:  # type: ignore[arg-type]
             while not stopped.is_set():
                 started = time.monotonic()
                 try:
-                    client.detect(picture)
+                    client.detect(count.picture)
                     with lock:
                         count.answered += 1
                         count.slowest = max(count.slowest, time.monotonic() - started)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from deploy.monitoring import picture
 from tests.deploy.balancing import clients, envoy
@@ -146,6 +147,11 @@ def prometheus(folder: Path, servers: list[Server]) -> Iterator[Prometheus]:
 @pytest.mark.long
 def test_every_panel_has_data_and_the_right_alert_fires_and_clears(servers: list[Server], tmp_path: Path) -> None:
     began = time.time()
+    marks: dict[str, float] = {}
+
+    def mark(event: str) -> None:
+        marks[event] = time.time()
+
     with (
         prometheus(tmp_path, servers) as own,
         envoy(servers, tmp_path) as balancer,
@@ -161,19 +167,31 @@ def test_every_panel_has_data_and_the_right_alert_fires_and_clears(servers: list
         wait("every panel's expression returns data", complete, 60, 0.5)
         wait("both servers are seen", lambda: len(own.query("ssd:server_queue_ms:mean1m")) == 2, 20, 0.5)
         assert own.query("sum(ssd:requests:rate1m)")[0]["value"][1] != "0"
-        metrics = set(re.findall(r"\bnv_\w+", RULES.read_text()))
+        metrics = set(re.findall(r"\b(?:nv|ssd)_\w+", RULES.read_text()))
         assert {metric for metric in metrics if not own.query(metric)} == set()
         assert own.firing() == set()
 
         servers[1].send(signal.SIGKILL)
+        mark("kill -9 of one server")
         wait("the alert fires", lambda: "SSDServerDown" in own.firing(), 30, 0.3)
+        mark("SSDServerDown fires, the server is started again")
         assert own.firing() <= {"SSDServerDown", "SSDModelNotReady", "SSDRestartLoop"}
         servers[1].stop()
         servers[1].start()
         wait("the alert clears", lambda: "SSDServerDown" not in own.firing(), 30, 0.3)
+        mark("it clears")
         before = count.answered
         wait("both servers answer again", lambda: count.answered > before + 100, 60)
-        picture.draw(own.url, json.loads(DASHBOARD.read_text()), began, time.time(), PICTURE)
+
+        seen, count.picture = count.picture, Image.new("RGB", (300, 300))
+        mark("clients send blank pictures")
+        wait("the alert about blank pictures fires", lambda: own.firing() == {"SSDNoDetections"}, 40, 0.3)
+        mark("SSDNoDetections fires, clients send scenes again")
+        count.picture = seen
+        wait("it clears", lambda: own.firing() == set(), 40, 0.3)
+        mark("it clears, too")
+        time.sleep(5)  # so the picture shows the end
+        picture.draw(own.url, json.loads(DASHBOARD.read_text()), began, time.time(), PICTURE, marks)
     print(f"{count.answered} answered, {len(count.failed)} failed, one of two servers killed and started again")
     assert count.failed == []
     assert PICTURE.stat().st_size > 10_000

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,12 @@ CONTRACT = "1"
 ORT_TYPES = {"TYPE_UINT8": "tensor(uint8)", "TYPE_INT32": "tensor(int32)", "TYPE_FP32": "tensor(float)"}
 THRESHOLDS = ("score_threshold", "iou_threshold")
 TAKEN = b"used_dltensor"
+# Upper bounds of the histograms' buckets.
+EXECUTION_BOUNDS = [
+    *(0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
+    *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10),
+]
+DETECTIONS_BOUNDS = [0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000]
 _set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
 _set_capsule_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
@@ -43,7 +50,7 @@ class TritonPythonModel:
             self._session = _session(path, config)
             _check_contract(self._session, config)
             self._warm_up(config)
-            self._client_errors = _ClientErrors(config["name"], args["model_version"])
+            self._metrics = _Metrics(config["name"], args["model_version"])
         except _RefusedError as error:
             raise pb_utils.TritonModelException(f"{config['name']} version {args['model_version']}: {error}") from None
         except Exception as error:
@@ -60,9 +67,10 @@ class TritonPythonModel:
     def finalize(self):
         """Frees the session before the interpreter goes."""
         self._session = None
-        self._client_errors.close()
+        self._metrics.close()
 
     def _answer(self, request):
+        begun = time.monotonic()
         try:
             # By DLPack, which copies nothing. The backend's own conversions (as_numpy, Tensor(name, array)) take every
             # element for 0 bytes wide where a stub from before NumPy 2 meets NumPy 2.
@@ -72,9 +80,10 @@ class TritonPythonModel:
                     _check_threshold(name, feeds[name])
             arrays = self._session.run(self._outputs, feeds)
             tensors = [_tensor(name, array) for name, array in zip(self._outputs, arrays, strict=True)]
+            self._metrics.count_answer(time.monotonic() - begun, _counts(request, self._outputs, arrays))
             return pb_utils.InferenceResponse(output_tensors=tensors)
         except _RefusedError as error:
-            self._client_errors.count()
+            self._metrics.count_client_error()
             return _failed(str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception as error:
             pb_utils.Logger.log_error(f"request {request.request_id() or '(no id)'} failed: {error}")
@@ -109,6 +118,12 @@ def _tensor(name, array):
     return tensor
 
 
+def _counts(request, names, arrays):
+    """The detections of each image; nothing where the request does not ask for them."""
+    wanted = "num_detections" in request.requested_output_names()
+    return arrays[names.index("num_detections")].ravel().tolist() if wanted else []
+
+
 def _failed(message, code):
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
@@ -117,28 +132,67 @@ def _given_up():
     return _failed("the client gave the request up before it ran", pb_utils.TritonError.CANCELLED)
 
 
-class _ClientErrors:
-    """The metric of requests that were answered as invalid; nothing where the server has no metrics."""
+class _Metrics:
+    """The metrics of this version, as build/publish/backends/ssd_onnxruntime/metrics.h has them.
+
+    Nothing is counted where the server has no metrics; no histogram where its stub knows none (before Triton 2.50).
+    """
 
     def __init__(self, model, version):
-        self._family = self._metric = None
-        with contextlib.suppress(Exception):
-            self._family = pb_utils.MetricFamily(
-                name="ssd_client_errors",
-                description="Requests that were answered as invalid: their client's fault, and no failure of the model",
-                kind=pb_utils.MetricFamily.COUNTER,
-            )
-            self._metric = self._family.Metric(labels={"model": model, "version": version})
+        self._families = []
+        labels = {"model": model, "version": version}
+        self._client_errors = self._metric(
+            "COUNTER",
+            "ssd_client_errors",
+            "Requests that were answered as invalid: their client's fault, and no failure of the model",
+            labels,
+        )
+        self._execution = self._metric(
+            "HISTOGRAM",
+            "ssd_execution_seconds",
+            "Seconds from the moment an instance takes a request to its answer, of answered requests; without the "
+            "queue",
+            labels,
+            buckets=EXECUTION_BOUNDS,
+        )
+        self._detections = self._metric(
+            "HISTOGRAM",
+            "ssd_detections_per_image",
+            "Detections of an image at the thresholds of its request; requests that do not ask for num_detections are "
+            "left out",
+            labels,
+            buckets=DETECTIONS_BOUNDS,
+        )
 
-    def count(self):
-        if self._metric is not None:
+    def count_client_error(self):
+        if self._client_errors is not None:
             with contextlib.suppress(Exception):
-                self._metric.increment(1)
+                self._client_errors.increment(1)
+
+    def count_answer(self, seconds, detections):
+        """Counts an answered request: its seconds, and the detections of each of its images."""
+        with contextlib.suppress(Exception):
+            if self._execution is not None:
+                self._execution.observe(seconds)
+            if self._detections is not None:
+                for count in detections:
+                    self._detections.observe(count)
 
     def close(self):
-        """Frees the metric before its family, as Triton wants it."""
-        self._metric = None
-        self._family = None
+        """Frees the metrics before their families, as Triton wants it."""
+        self._client_errors = self._execution = self._detections = None
+        self._families.clear()
+
+    def _metric(self, kind, name, description, labels, **arguments):
+        try:
+            family = pb_utils.MetricFamily(
+                name=name, description=description, kind=getattr(pb_utils.MetricFamily, kind)
+            )
+            metric = family.Metric(labels=labels, **arguments)
+        except Exception:
+            return None
+        self._families.append(family)
+        return metric
 
 
 def _content(path, config):

@@ -7,6 +7,7 @@
 //! bits never depend on its neighbours, and one bad request is answered with its own error while the others of the call
 //! go on. build/publish/backends/python/model.py does the same where there is no compiler.
 
+#include "metrics.h"
 #include "onnxruntime.h"
 #include "sha256.h"
 #include "triton.h"
@@ -110,8 +111,7 @@ TRITONSERVER_Error* guarded(Body const& body) noexcept
 
 // -- ONNX Runtime -------------------------------------------------------------------------------------------------
 
-//! ONNX Runtime's functions and its environment, which all sessions of this backend share, and the metric of requests
-//! that their clients got wrong.
+//! ONNX Runtime's functions and its environment, which all sessions of this backend share, and the families of metrics.
 class Runtime
 {
 public:
@@ -142,23 +142,10 @@ public:
         check(api->createEnv(ort::kLogError, "ssd_onnxruntime", &env));
         check(api->createCpuMemoryInfo(ort::kDeviceAllocator, ort::kDefaultMemory, &memory));
         check(api->getAllocatorWithDefaultOptions(&allocator));
-        // Without metrics the server refuses, and nothing is counted.
-        TRITONSERVER_Error* const refused = TRITONSERVER_MetricFamilyNew(&clientErrors,
-            TRITONSERVER_METRIC_KIND_COUNTER, "ssd_client_errors",
-            "Requests that were answered as invalid: their client's fault, and no failure of the model");
-        if (refused != nullptr)
-        {
-            TRITONSERVER_ErrorDelete(refused);
-            clientErrors = nullptr;
-        }
     }
 
     ~Runtime()
     {
-        if (clientErrors != nullptr)
-        {
-            logged(TRITONSERVER_MetricFamilyDelete(clientErrors));
-        }
         api->releaseMemoryInfo(memory);
         api->releaseEnv(env);
     }
@@ -181,7 +168,7 @@ public:
     ort::Env* env{nullptr};
     ort::MemoryInfo* memory{nullptr};
     ort::Allocator* allocator{nullptr};
-    TRITONSERVER_MetricFamily* clientErrors{nullptr};
+    metrics::Families families;
 };
 
 //! One type of the contract, as each side calls it.
@@ -486,15 +473,7 @@ public:
         config.require(*mShared);
         char const* name{nullptr};
         check(TRITONBACKEND_ModelName(model, &name));
-        count(name, std::to_string(version));
-    }
-
-    ~Model()
-    {
-        if (mClientErrors != nullptr)
-        {
-            logged(TRITONSERVER_MetricDelete(mClientErrors));
-        }
+        mMetrics = std::make_unique<metrics::Metrics>(runtime.families, name, std::to_string(version));
     }
 
     Model(Model const&) = delete;
@@ -508,13 +487,9 @@ public:
         return mThreads == 1 || first ? mShared : std::make_shared<Session>(mRuntime, file(), mThreads);
     }
 
-    //! Counts a request that its client got wrong.
-    void countClientError() const noexcept
+    metrics::Metrics const& metrics() const noexcept
     {
-        if (mClientErrors != nullptr)
-        {
-            logged(TRITONSERVER_MetricIncrement(mClientErrors, 1));
-        }
+        return *mMetrics;
     }
 
     Runtime const& runtime() const noexcept
@@ -544,24 +519,6 @@ private:
         return content;
     }
 
-    void count(std::string const& name, std::string const& version)
-    {
-        if (mRuntime.clientErrors == nullptr)
-        {
-            return;
-        }
-        TRITONSERVER_Parameter* const labels[]
-            = {TRITONSERVER_ParameterNew("model", TRITONSERVER_PARAMETER_STRING, name.c_str()),
-                TRITONSERVER_ParameterNew("version", TRITONSERVER_PARAMETER_STRING, version.c_str())};
-        TRITONSERVER_Parameter const* const given[] = {labels[0], labels[1]};
-        logged(TRITONSERVER_MetricNew(
-            &mClientErrors, mRuntime.clientErrors, const_cast<TRITONSERVER_Parameter const**>(given), 2));
-        for (TRITONSERVER_Parameter* const label : labels)
-        {
-            TRITONSERVER_ParameterDelete(label);
-        }
-    }
-
     static int32_t number(std::string const& threads)
     {
         bool const whole = threads.size() < 5 && threads.find_first_not_of("0123456789") == std::string::npos;
@@ -576,7 +533,7 @@ private:
     Runtime const& mRuntime;
     std::string mPath;
     std::string mDigest; //!< of model.onnx; empty = not known
-    TRITONSERVER_Metric* mClientErrors{nullptr};
+    std::unique_ptr<metrics::Metrics> mMetrics;
     int32_t mThreads{1};
     std::shared_ptr<Session> mShared;
     std::atomic<bool> mTaken{false}; //!< Instances are made in parallel.
@@ -665,9 +622,13 @@ public:
         bool const failed = !success && !invalid && TRITONSERVER_ErrorCode(error) != TRITONSERVER_ERROR_CANCELLED;
         if (invalid)
         {
-            mModel.countClientError();
+            mModel.metrics().countClientError();
         }
         uint64_t const ended = now();
+        if (success)
+        {
+            mModel.metrics().countExecution(ended - times.begun);
+        }
         if (answerable)
         {
             logged(TRITONBACKEND_ResponseSend(response, kResponseFinal, error));
@@ -750,6 +711,7 @@ private:
             inputs.add(mInputs[i], input(request, i));
         }
         uint32_t wanted{0};
+        int32_t const* detections{nullptr};
         std::vector<Copy> copies;
         check(TRITONBACKEND_RequestOutputCount(request, &wanted));
         for (uint32_t i = 0; i < wanted; ++i)
@@ -765,11 +727,20 @@ private:
             {
                 throw Refused("there is no output " + std::string(name));
             }
-            outputs.add(mOutputs[index], output(response, index, copies));
+            void* const values = output(response, index, copies);
+            outputs.add(mOutputs[index], values);
+            if (mOutputs[index].name == "num_detections")
+            {
+                detections = static_cast<int32_t const*>(values);
+            }
         }
         times.computeBegun = now();
         compute(inputs, outputs);
         times.computeEnded = now();
+        if (detections != nullptr)
+        {
+            mModel.metrics().countDetections(detections, static_cast<size_t>(mInputs.front().shape.front()));
+        }
         for (Copy const& copy : copies)
         {
             std::memcpy(copy.to, copy.from, copy.bytes);

@@ -1,5 +1,5 @@
 //! \file triton.h
-//! The part of Triton's backend C interface that backend.cpp uses, declared here so that a compiler alone builds it.
+//! The part of Triton's backend C interface that this backend uses, declared here so that a compiler alone builds it.
 //!
 //! Names, order of enumerators and signatures are those of triton/core/tritonbackend.h and tritonserver.h
 //! (github.com/triton-inference-server/core), which promise to keep them within one major version of the interface.
@@ -50,6 +50,8 @@ extern "C"
     enum TRITONSERVER_MetricKind
     {
         TRITONSERVER_METRIC_KIND_COUNTER,
+        TRITONSERVER_METRIC_KIND_GAUGE,
+        TRITONSERVER_METRIC_KIND_HISTOGRAM,
     };
 
     enum TRITONSERVER_LogLevel
@@ -70,6 +72,7 @@ extern "C"
     struct TRITONSERVER_Error;
     struct TRITONSERVER_Message;
     struct TRITONSERVER_Metric;
+    struct TRITONSERVER_MetricArgs;
     struct TRITONSERVER_MetricFamily;
     struct TRITONSERVER_Parameter;
     struct TRITONBACKEND_Backend;
@@ -100,6 +103,15 @@ extern "C"
         TRITONSERVER_Parameter const** labels, uint64_t count);
     TRITONSERVER_Error* TRITONSERVER_MetricDelete(TRITONSERVER_Metric* metric);
     TRITONSERVER_Error* TRITONSERVER_MetricIncrement(TRITONSERVER_Metric* metric, double value);
+    //! These five from Triton 2.50 on; weak, so that they are null in an older server.
+    __attribute__((weak)) TRITONSERVER_Error* TRITONSERVER_MetricArgsNew(TRITONSERVER_MetricArgs** arguments);
+    __attribute__((weak)) TRITONSERVER_Error* TRITONSERVER_MetricArgsSetHistogram(
+        TRITONSERVER_MetricArgs* arguments, double const* bounds, uint64_t count);
+    __attribute__((weak)) TRITONSERVER_Error* TRITONSERVER_MetricArgsDelete(TRITONSERVER_MetricArgs* arguments);
+    __attribute__((weak)) TRITONSERVER_Error* TRITONSERVER_MetricNewWithArgs(TRITONSERVER_Metric** metric,
+        TRITONSERVER_MetricFamily* family, TRITONSERVER_Parameter const** labels, uint64_t count,
+        TRITONSERVER_MetricArgs const* arguments);
+    __attribute__((weak)) TRITONSERVER_Error* TRITONSERVER_MetricObserve(TRITONSERVER_Metric* metric, double value);
 
     TRITONSERVER_Error* TRITONBACKEND_ApiVersion(uint32_t* major, uint32_t* minor);
     TRITONSERVER_Error* TRITONBACKEND_BackendState(TRITONBACKEND_Backend* backend, void** state);
