@@ -1,6 +1,6 @@
 //! \file backend.cpp
-//! Triton backend `ssd_onnxruntime`: ONNX Runtime or OpenVINO on the CPU in the server's own process, behind the contract
-//! of docs/design.md. This file has the functions that Triton calls.
+//! Triton backend `ssd_onnxruntime`: ONNX Runtime or OpenVINO on the CPU in the server's own process, behind the
+//! contract of docs/design.md. This file has the functions that Triton calls.
 //!
 //! It lies beside the engines' libraries in a folder of backends (tritonserver --backend-directory); version folders
 //! hold data only. build/publish/backends/python/model.py does the same with ONNX Runtime where there is no compiler.

@@ -249,7 +249,8 @@ public:
         mRuntime.api = base != nullptr ? base()->getApi(ort::kVersion) : nullptr;
         if (mRuntime.api == nullptr)
         {
-            throw Refused(std::string(kLibrary) + " is no ONNX Runtime of version 1.11 or later: publish the model again",
+            throw Refused(
+                std::string(kLibrary) + " is no ONNX Runtime of version 1.11 or later: publish the model again",
                 TRITONSERVER_ERROR_UNSUPPORTED);
         }
         mRuntime.check(mRuntime.api->createEnv(ort::kLogError, "ssd_onnxruntime", &mRuntime.env));

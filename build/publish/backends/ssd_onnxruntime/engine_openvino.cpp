@@ -1,6 +1,6 @@
 //! \file engine_openvino.cpp
-//! OpenVINO, compiled for one picture: its kernels are 8 to 12 % faster for a fixed shape, and a row's bits never depend
-//! on its neighbours. The rows of a request run one after the other.
+//! OpenVINO, compiled for one picture: its kernels are 8 to 12 % faster for a fixed shape, and a row's bits never
+//! depend on its neighbours. The rows of a request run one after the other.
 
 #include "engine.h"
 #include "errors.h"
@@ -86,14 +86,12 @@ public:
         : mLibrary(library)
         , mInputs(inputs)
         , mOutputs(outputs)
-        , mRequest(owned<ov::Request>(library, library.api.ov_infer_request_free,
-              [&](ov::Request** request)
+        , mRequest(owned<ov::Request>(library, library.api.ov_infer_request_free, [&](ov::Request** request)
               { return library.api.ov_compiled_model_create_infer_request(compiled, request); }))
     {
         for (size_t i = 0; i < inputs.size(); ++i)
         {
-            auto const tensor = owned<ov::Tensor>(library, library.api.ov_tensor_free,
-                [&](ov::Tensor** made)
+            auto const tensor = owned<ov::Tensor>(library, library.api.ov_tensor_free, [&](ov::Tensor** made)
                 { return library.api.ov_infer_request_get_input_tensor_by_index(mRequest.get(), i, made); });
             void* memory{nullptr};
             library.check(library.api.ov_tensor_data(tensor.get(), &memory));
@@ -153,8 +151,7 @@ private:
     //! A new one after every run: the sizes that the function of SSDNMS gives are not known before.
     Owned<ov::Tensor> output(size_t index) const
     {
-        return owned<ov::Tensor>(mLibrary, mLibrary.api.ov_tensor_free,
-            [&](ov::Tensor** made)
+        return owned<ov::Tensor>(mLibrary, mLibrary.api.ov_tensor_free, [&](ov::Tensor** made)
             { return mLibrary.api.ov_infer_request_get_output_tensor_by_index(mRequest.get(), index, made); });
     }
 
@@ -193,8 +190,8 @@ public:
         mCompiled = owned<ov::Compiled>(library, api.ov_compiled_model_free,
             [&](ov::Compiled** made)
             {
-                return api.ov_core_compile_model(library.core, model.get(), "CPU", sizeof(options) / sizeof(char*), made,
-                    options[0][0], options[0][1], options[1][0], options[1][1], options[2][0], options[2][1],
+                return api.ov_core_compile_model(library.core, model.get(), "CPU", sizeof(options) / sizeof(char*),
+                    made, options[0][0], options[0][1], options[1][0], options[1][1], options[2][0], options[2][1],
                     options[3][0], options[3][1]);
             });
         readOutputs();

@@ -104,8 +104,8 @@ void Instance::execute(TRITONBACKEND_Request* request) noexcept
     }
     if (success)
     {
-        logged(TRITONBACKEND_ModelInstanceReportBatchStatistics(mInstance, static_cast<uint64_t>(mBatch), times.begun,
-            times.computeBegun, times.computeEnded, ended));
+        logged(TRITONBACKEND_ModelInstanceReportBatchStatistics(
+            mInstance, static_cast<uint64_t>(mBatch), times.begun, times.computeBegun, times.computeEnded, ended));
     }
     logged(TRITONBACKEND_RequestRelease(request, kReleaseAll));
 }
@@ -208,8 +208,8 @@ void* Instance::output(TRITONBACKEND_Response* response, size_t index, std::vect
     shape.insert(shape.end(), tensor.row.begin(), tensor.row.end());
     size_t const bytes = tensor.bytes() * static_cast<size_t>(mBatch);
     TRITONBACKEND_Output* output{nullptr};
-    check(TRITONBACKEND_ResponseOutput(response, &output, tensor.name.c_str(), tensor.type.triton, shape.data(),
-        static_cast<uint32_t>(shape.size())));
+    check(TRITONBACKEND_ResponseOutput(
+        response, &output, tensor.name.c_str(), tensor.type.triton, shape.data(), static_cast<uint32_t>(shape.size())));
     void* buffer{nullptr};
     TRITONSERVER_MemoryType memory{TRITONSERVER_MEMORY_CPU};
     int64_t memoryId{0};

@@ -22,8 +22,9 @@ constexpr char const* kOpenVino = "openvino";
 Backend::Backend()
 {
     // Without metrics the server refuses, and nothing is counted.
-    TRITONSERVER_Error* const refused = TRITONSERVER_MetricFamilyNew(&mClientErrors, TRITONSERVER_METRIC_KIND_COUNTER,
-        "ssd_client_errors", "Requests that were answered as invalid: their client's fault, and no failure of the model");
+    TRITONSERVER_Error* const refused =
+        TRITONSERVER_MetricFamilyNew(&mClientErrors, TRITONSERVER_METRIC_KIND_COUNTER, "ssd_client_errors",
+            "Requests that were answered as invalid: their client's fault, and no failure of the model");
     if (refused != nullptr)
     {
         TRITONSERVER_ErrorDelete(refused);
@@ -175,9 +176,8 @@ void Model::count(TRITONBACKEND_Model* model, std::string const& version)
     }
     char const* name{nullptr};
     check(TRITONBACKEND_ModelName(model, &name));
-    TRITONSERVER_Parameter* const labels[]
-        = {TRITONSERVER_ParameterNew("model", TRITONSERVER_PARAMETER_STRING, name),
-            TRITONSERVER_ParameterNew("version", TRITONSERVER_PARAMETER_STRING, version.c_str())};
+    TRITONSERVER_Parameter* const labels[] = {TRITONSERVER_ParameterNew("model", TRITONSERVER_PARAMETER_STRING, name),
+        TRITONSERVER_ParameterNew("version", TRITONSERVER_PARAMETER_STRING, version.c_str())};
     TRITONSERVER_Parameter const* const given[] = {labels[0], labels[1]};
     logged(TRITONSERVER_MetricNew(
         &mClientErrors, mBackend.clientErrors(), const_cast<TRITONSERVER_Parameter const**>(given), 2));

@@ -116,7 +116,8 @@ private:
     int32_t mMost{0}; //!< Runners at once; 0 = one for each instance.
     std::unique_ptr<Session> mSession;
     std::mutex mMutex; //!< Instances are made in parallel.
-    std::vector<std::unique_ptr<Session>> mFurther; //!< Sessions of the second runner and the next, where none is shared.
+    std::vector<std::unique_ptr<Session>>
+        mFurther; //!< Sessions of the second runner and the next, where none is shared.
     Runners mRunners; //!< Gone before their sessions.
     std::atomic<int32_t> mMade{0};
 };
