@@ -208,7 +208,7 @@ PRECISIONS: Mapping[str, Precision] = {
         Precision("fp32", RUNTIMES, "source"),
         Precision("tf32", ("tensorrt",), "source"),
         Precision("fp16", RUNTIMES, "half"),
-        Precision("bf16", ("tensorrt",), "half", widened=True, opset=22),
+        Precision("bf16", RUNTIMES, "half", widened=True, opset=22),
         Precision("int8", RUNTIMES, "quantised"),
         Precision("fp8", ("tensorrt",), "quantised", literal=True, opset=19),
     )

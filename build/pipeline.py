@@ -9,12 +9,11 @@ import contextlib
 import difflib
 import functools
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build import contract, files, rehearsal
+from build import checks, contract, files, rehearsal
 from build.contract import Target
 from build.errors import OptionError, PublishError, RuntimeUnavailableError, SpecError, VerifyError
 from build.files import ARTIFACTS, MODELS, REPOSITORY, relative
@@ -22,7 +21,7 @@ from build.gate import datasets, verify
 from build.gate.self_check import self_check
 from build.graph.attach import attach, before_nms
 from build.graph.precision import runnable
-from build.publish import backend, openvino, picture
+from build.publish import backend, engines, openvino, picture
 from build.publish import repository as store
 from build.publish.config import instances_and_threads
 from build.quantization import audit, implicit
@@ -34,9 +33,6 @@ from build.tensorrt.plugins import PLUGIN
 if TYPE_CHECKING:
     import onnx
     from rich.console import Console
-
-
-_FOR_OPENVINO = "openvino.onnx"
 
 
 def build_engines(
@@ -139,7 +135,7 @@ def verify_published(
         engine_name = served_by.engine if served_by else ""
         graph = _published_graph(spec, target, artifacts, engine_name)
         built = folder / store.MODEL_FILE[target.runtime]
-        report = _gate(spec, target, graph, built, manifest.get("engine"), artifacts, judge, count, engine_name)
+        report = checks.gate(spec, target, graph, built, manifest.get("engine"), artifacts, judge, count, engine_name)
         show.print(str(report), markup=False)
         reports.append(report)
     return reports
@@ -230,54 +226,6 @@ def _artifact(spec: Spec, target: Target, artifacts: Path) -> Path:
     return artifacts / spec.model.name / folder / ("onnxruntime.onnx" if on_cpu else "model.onnx")
 
 
-def _gate(
-    spec: Spec,
-    target: Target,
-    graph: onnx.ModelProto,
-    built: Path,
-    engine_facts: Mapping[str, Any] | None,
-    artifacts: Path,
-    judge: verify.Judge | None,
-    count: int,
-    served_engine: str = "",
-) -> verify.Report:
-    """The report on a built file: a plan on this machine's GPU, or an ONNX file in ONNX Runtime.
-
-    The reference is the graph that the file was built from, in ONNX Runtime as it is written; a graph in types that
-    ONNX Runtime has no kernels for is widened first (contract.PRECISIONS).
-    """
-    written = runnable(graph, target.precision)
-    check = functools.partial(
-        verify.gate,
-        spec,
-        f"{spec.model.name} ({target})",
-        reference=runner(written, optimised=False),
-        heads=runner(before_nms(written), optimised=False),
-        within=verify.tolerance(target),
-        baseline=runner(attach(spec)) if target.kind.typed else None,
-        judge=judge,
-        cache=artifacts / "datasets",
-    )
-    with _running(built, engine_facts, served_engine) as candidate:
-        if engine_facts is None:
-            return check(candidate, count=count)
-        return check(candidate, count=max(count, candidate.max_batch), max_batch=candidate.max_batch)
-
-
-@contextlib.contextmanager
-def _running(built: Path, engine_facts: Mapping[str, Any] | None, served_engine: str) -> Iterator[Any]:
-    """A built file in what will serve it: a plan on this machine's GPU, or an ONNX file in its engine."""
-    import onnx
-
-    if engine_facts is not None:
-        with plan.Plan(built, engine_facts, plugin=PLUGIN) as running:
-            yield running
-    elif served_engine == openvino.NAME:
-        yield openvino.runner(built)
-    else:
-        yield runner(onnx.load(built))
-
-
 def choose_runtime(runtime: str) -> tuple[str, str]:
     """The runtime to build for, and why.
 
@@ -329,14 +277,13 @@ def _build(
         _require_implicit(spec, artifacts, judge)
     plans = target.runtime == "tensorrt"
     machine = engine.built_for() if plans else None
-    served_by = None if plans else backend.prepare(spec.serving.backend)
-    before = None if plans else _served_with(spec, repository, served_by)
-    manifest = None if force else store.fresh_manifest(spec, repository, target, machine, before)
-    if before and before.engine == openvino.NAME:
-        artifact = artifact.with_name(_FOR_OPENVINO)
-    if manifest and artifact.is_file():
+    engines.require(spec, target)
+    served_by = None if plans else _prepared(spec, repository)
+    manifest = None if force else store.fresh_manifest(spec, repository, target, machine, served_by)
+    held = artifact.with_name(engines.FILE) if served_by and served_by.engine == openvino.NAME else artifact
+    if manifest and held.is_file():
         digest = manifest["engine"]["onnx_sha256"] if plans else manifest["files"][store.MODEL_FILE[target.runtime]]
-        if digest == files.sha256(artifact):
+        if digest == files.sha256(held):
             version: int = manifest["version"]
             picture.bring_about(spec, repository, version, target.runtime)
             show.print(f"{name}: nothing changed, version {version} stays ({target})", markup=False)
@@ -353,13 +300,6 @@ def _build(
         markup=False,
     )
     built, facts = artifact, dict[str, Any]()
-    if served_by and spec.serving.engine != openvino.OTHER:
-        choice = _engine(spec, target, chosen.graph, artifact, artifacts, show)
-        facts["engine_choice"] = choice.as_dict()
-        show.print(f"{name}: engine {choice.engine}: {choice.why}", markup=False)
-        if choice.engine == openvino.NAME:
-            served_by, graph = backend.with_openvino(choice.why), chosen.graph
-            built = artifact.with_name(_FOR_OPENVINO)
     if machine:
         built = artifact.with_name("model.plan")
         calibrator = functools.partial(implicit.calibrator, spec, artifacts) if target.implicit else None
@@ -370,10 +310,15 @@ def _build(
             f"with TensorRT {machine['tensorrt']} in {facts['engine']['build_seconds']:.0f} s",
             markup=False,
         )
-    count = spec.data.held_out_count if target.implicit else verify.PICTURES  # the audit saw all of them, if it ran
-    engine_name = served_by.engine if served_by else ""
-    report = _gate(spec, target, graph, built, facts.get("engine"), artifacts, judge, count, engine_name)
-    show.print(str(report.require()), markup=False)
+    if plans:
+        # The audit saw all pictures, if it ran.
+        count = spec.data.held_out_count if target.implicit else verify.PICTURES
+        report = checks.gate(spec, target, graph, built, facts["engine"], artifacts, judge, count).require()
+        show.print(str(report), markup=False)
+    else:
+        served_by, built, graph, report, facts["engine_choice"] = checks.with_engine(
+            spec, target, chosen.graph, graph, artifact, artifacts, judge, show
+        )
     facts["verified"] = report.as_dict()
     last = functools.partial(_rehearse, spec, target, graph, served_by, facts.get("engine"), artifacts, show)
     version = store.publish(spec, built, repository, target, facts, served_by, last if rehearse else None)
@@ -391,46 +336,26 @@ def _build(
             f"{name}: served by Triton's backend {served_by.name} with {served_by.engine}: {served_by.why}",
             markup=False,
         )
-        if served_by.name == backend.PYTHON and served_by.engine == openvino.OTHER and spec.serving.backend == "auto":
+        if served_by.name == backend.PYTHON and spec.serving.backend == "auto":
             show.print(f"{name}: {backend.SLOWER}", markup=False)
     return version
 
 
-def _served_with(spec: Spec, repository: Path, prepared: backend.Backend | None) -> backend.Backend | None:
-    """The backend that is compared with what is published: where the build chooses the engine, the one it chose."""
-    if spec.serving.engine == openvino.NAME:
-        return backend.with_openvino("asked for")
-    if spec.serving.engine == "auto":
+def _prepared(spec: Spec, repository: Path) -> backend.Backend:
+    """The backend that is compared with what is published; if the build chooses the engine, with the one it chose."""
+    chosen = spec.serving.engine
+    if chosen == "auto":
         with contextlib.suppress(PublishError):
             before = backend.of(store.served(repository, spec.model.name)[1])
-            if before is not None and before.engine == openvino.NAME:
-                return before
-    return prepared
-
-
-def _engine(
-    spec: Spec, target: Target, graph: onnx.ModelProto, artifact: Path, artifacts: Path, show: Console
-) -> openvino.Choice:
-    """The engine that serves a model on this CPU; writes OpenVINO's file beside the artifact.
-
-    Raises:
-        RuntimeUnavailableError: OpenVINO was asked for and cannot be installed.
-    """
-    asked = spec.serving.engine == openvino.NAME
-    try:
-        openvino.install()
-    except RuntimeUnavailableError as error:
-        if asked:
-            raise
-        return openvino.Choice(openvino.OTHER, error.what, {})
-    path = artifact.with_name(_FOR_OPENVINO)
-    files.write(path, openvino.readable(graph).SerializeToString(deterministic=True))
-    images, _ = verify.images_for(spec, artifacts / "datasets", 1)
-    threads = instances_and_threads(spec, target.runtime)[1]
-    choice = openvino.choose({openvino.OTHER: artifact, openvino.NAME: path}, spec.nms.feeds(images[:1]), threads)
-    if asked and not choice.ms:
-        raise RuntimeUnavailableError(choice.why, fix='set [serving] engine = "onnxruntime" or "auto"')
-    return replace(choice, engine=openvino.NAME, why=f"asked for; {choice.why}") if asked else choice
+            chosen = before.engine if before else chosen
+    if chosen == openvino.NAME:
+        try:
+            openvino.install()
+            return backend.prepare(spec.serving.backend, engine=openvino.NAME)
+        except RuntimeUnavailableError:
+            if spec.serving.engine == openvino.NAME:
+                raise
+    return backend.prepare(spec.serving.backend)
 
 
 def _rehearse(
@@ -456,7 +381,8 @@ def _rehearse(
     images, _ = verify.images_for(spec, artifacts / "datasets", rehearsal.PICTURES)
     images = images[: rehearsal.PICTURES]
     built = content / store.MODEL_FILE[target.runtime]
-    with _running(built, engine_facts, served_by.engine if served_by else "") as candidate:
+    engine_name = served_by.engine if served_by else ""
+    with checks.running(built, engine_facts, engine_name, target.precision) as candidate:
         heads = runner(before_nms(runnable(graph, target.precision)), optimised=False)
         said = rehearsal.rehearse(spec, target, content, candidate, heads, images)
     show.print(f"{spec.model.name}: {said}", markup=False)

@@ -172,7 +172,8 @@ def session(path: Path, threads: int = 1) -> Runner:
     import onnx
 
     if engine_of(path) == openvino.NAME:
-        return openvino.runner(path, threads)
+        precision = json.loads(path.with_name("manifest.json").read_bytes())["precision"]
+        return openvino.runner(path, threads, openvino.hint(precision))
     return runner(onnx.load(path), threads=threads)
 
 

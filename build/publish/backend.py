@@ -3,7 +3,8 @@
 Both lie in build/publish/backends/, each in a folder of Triton's name for it, and give the same answers. Ours runs in
 the server's process and copies nothing (docs/perf.md has the gain). The first publish compiles it into `backends/`,
 beside the model repository, for `tritonserver --backend-directory`; version folders hold data only. That takes a C++
-compiler and the ONNX Runtime library of the installed package, and no other headers or libraries.
+compiler and the ONNX Runtime library of the installed package, and no other headers or libraries. OpenVINO's libraries
+lie in the same folder, from the first model on that OpenVINO serves.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from build import files
@@ -39,7 +41,7 @@ _SOURCES = Path(__file__).resolve().parent / "backends"
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra")
 _LICENCES = ("LICENSE", "ThirdPartyNotices.txt")  # of ONNX Runtime's package
-_PATIENCE = 120  # seconds; it takes two
+_PATIENCE = 120  # seconds; it takes five
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Backend:
         why: the reason for choosing it.
         files: the files beside model.onnx in a version folder, by their name there.
         sources: the files of this project that it is made from.
-        libraries: SHA-256 of its libraries in the folder of backends, by name; empty until it is compiled, and where
-            the server brings the backend.
+        libraries: SHA-256 of the libraries in the folder of backends that it runs a file with, by name; empty until it
+            is compiled, and where the server brings the backend.
         engine: what runs the file in it: onnxruntime or openvino.
     """
 
@@ -78,19 +80,32 @@ def look(wanted: str = "auto", backends: Path = BACKENDS) -> Backend:
     return _choose(wanted, backends, compile_it=False)
 
 
-def prepare(wanted: str = "auto", backends: Path = BACKENDS) -> Backend:
-    """The backend to publish ONNX files with; installs ours where it is missing, damaged or of other sources (2 s).
+def prepare(wanted: str = "auto", backends: Path = BACKENDS, engine: str = openvino.OTHER) -> Backend:
+    """The backend to publish ONNX files with; installs ours where it is missing, damaged or of other sources (5 s).
 
     Args:
         wanted, backends: as for `look`.
+        engine: onnxruntime or openvino; OpenVINO must be installed.
 
     Raises:
-        RuntimeUnavailableError: ours was asked for and cannot be compiled.
+        RuntimeUnavailableError: ours was asked for, or is needed for OpenVINO, and cannot be compiled.
     """
-    return _choose(wanted, backends, compile_it=True)
+    if engine == openvino.OTHER:
+        return _choose(wanted, backends, compile_it=True)
+    if wanted in (PYTHON, NVIDIA):
+        raise RuntimeUnavailableError(
+            f'[serving] backend = "{wanted}" does not run OpenVINO',
+            fix=f'set it to "{NATIVE}" or "auto", or set engine = "onnxruntime"',
+        )
+    libraries = openvino.libraries()
+    chosen = _choose(NATIVE, backends, compile_it=True, more=libraries)
+    held = installed(backends)["files"]
+    return with_openvino("compiled here", {name: held[name] for name in (LIBRARY, *libraries)}, chosen.sources)
 
 
-def _choose(wanted: str, backends: Path, *, compile_it: bool) -> Backend:
+def _choose(
+    wanted: str, backends: Path, *, compile_it: bool, more: Mapping[str, Path] = MappingProxyType({})
+) -> Backend:
     if wanted == PYTHON:
         return _python("asked for")
     if wanted == NVIDIA:
@@ -98,17 +113,21 @@ def _choose(wanted: str, backends: Path, *, compile_it: bool) -> Backend:
     try:
         runtime = _onnxruntime()
         digest = _digest(runtime)
-        if installed(backends).get("built_from") != digest or damage(backends):
+        facts = installed(backends)
+        held = facts.get("files", {})
+        lacking = any(held.get(name) != files.sha256(path) for name, path in more.items())
+        if facts.get("built_from") != digest or lacking or damage(backends):
             compiler = _compiler()
             if not compile_it:
                 return Backend(NATIVE, f"the next build compiles it with {compiler[0]}", {}, _native_sources())
-            _install(compiler, runtime, digest, backends)
+            _install(compiler, runtime, digest, backends, more or _kept(backends))
+            held = installed(backends)["files"]
     except RuntimeUnavailableError as error:
         if wanted == NATIVE:
             raise
         return _python(error.what)
     why = "asked for" if wanted == NATIVE else "compiled here"
-    return Backend(NATIVE, why, {}, _native_sources(), installed(backends)["files"])
+    return Backend(NATIVE, why, {}, _native_sources(), {name: held[name] for name in (LIBRARY, RUNTIME)})
 
 
 def of(manifest: Mapping[str, Any]) -> Backend | None:
@@ -131,8 +150,8 @@ def installed(backends: Path = BACKENDS) -> dict[str, Any]:
     """
     try:
         facts = json.loads((backends / NATIVE / INSTALLED).read_bytes())
-        return facts if set(facts["files"]) == {LIBRARY, RUNTIME} and "built_from" in facts else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        return facts if {LIBRARY, RUNTIME} <= facts["files"].keys() and "built_from" in facts else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -150,10 +169,15 @@ def damage(backends: Path = BACKENDS) -> str:
     return ""
 
 
-def with_openvino(why: str) -> Backend:
-    """The python backend with OpenVINO in it."""
-    beside = {source.name: source for source in (_SOURCES / PYTHON / "model.py", openvino.SESSION)}
-    return Backend(PYTHON, why, beside, tuple(beside.values()), engine=openvino.NAME)
+def with_openvino(
+    why: str, libraries: Mapping[str, str] | None = None, sources: Sequence[Path] | None = None
+) -> Backend:
+    """Ours with OpenVINO in it.
+
+    Args:
+        why, libraries, sources: as Backend has them; None = not known, and those of this project.
+    """
+    return Backend(NATIVE, why, {}, tuple(sources or _native_sources()), libraries or {}, engine=openvino.NAME)
 
 
 def _python(why: str) -> Backend:
@@ -201,8 +225,25 @@ def _compiler() -> Sequence[str]:
     return compiler
 
 
-def _install(compiler: Sequence[str], runtime: Path, digest: str, backends: Path) -> None:
+def _kept(backends: Path) -> dict[str, Path]:
+    """The libraries of OpenVINO that an installed backend has and that are whole: they stay when it is made anew."""
+    held = installed(backends).get("files", {})
+    paths = {name: backends / NATIVE / name for name in held if name not in (LIBRARY, RUNTIME)}
+    try:
+        return paths if all(files.sha256(path) == held[name] for name, path in paths.items()) else openvino.libraries()
+    except (OSError, RuntimeUnavailableError):
+        return {}
+
+
+def _install(compiler: Sequence[str], runtime: Path, digest: str, backends: Path, more: Mapping[str, Path]) -> None:
     """Puts our backend's folder in place, whole or not at all. A server that has the old one loaded keeps it.
+
+    Args:
+        compiler: its command.
+        runtime: ONNX Runtime's library.
+        digest: of what the library is built from.
+        backends: the folder of backends.
+        more: libraries of OpenVINO, by name.
 
     Raises:
         RuntimeUnavailableError: the compiler fails, or its result cannot be kept.
@@ -215,21 +256,24 @@ def _install(compiler: Sequence[str], runtime: Path, digest: str, backends: Path
         new, old = Path(name) / "new", Path(name) / "old"
         new.mkdir()
         _run(compiler, new / LIBRARY)
-        shutil.copyfile(runtime, new / RUNTIME)
-        for licence in _LICENCES:
-            if (runtime.parent.parent / licence).is_file():
-                shutil.copyfile(runtime.parent.parent / licence, new / f"onnxruntime-{licence}")
-        digests = {library: files.sha256(new / library) for library in (LIBRARY, RUNTIME)}
+        copied = {RUNTIME: runtime, **more}
+        licences = {f"onnxruntime-{name}": runtime.parent.parent / name for name in _LICENCES}
+        licences |= openvino.licences() if more else {}
+        for target, source in {**copied, **licences}.items():
+            if source.is_file() or target in copied:
+                shutil.copyfile(source, new / target)
+        digests = {library: files.sha256(new / library) for library in (LIBRARY, *copied)}
         version = importlib.metadata.version("onnxruntime")
         files.write_json(new / INSTALLED, {"built_from": digest, "onnxruntime": version, "files": digests})
-        target = backends / NATIVE
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
+        place = backends / NATIVE
+        if place.exists():
+            place.rename(old)
+        new.rename(place)
 
 
 def _run(compiler: Sequence[str], library: Path) -> None:
-    command = [*compiler, *_FLAGS, "-o", str(library), str(_SOURCES / NATIVE / "backend.cpp"), "-ldl"]
+    code = [str(path) for path in _native_sources() if path.suffix == ".cpp"]
+    command = [*compiler, *_FLAGS, "-o", str(library), *code, "-ldl"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
         failed = done.returncode and (done.stderr.strip() or f"exit status {done.returncode}")

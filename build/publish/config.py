@@ -13,7 +13,7 @@ from build import contract
 from build.contract import Target
 from build.errors import PublishError
 from build.publish import openvino
-from build.publish.backend import NVIDIA, Backend
+from build.publish.backend import NATIVE, NVIDIA, Backend
 from build.spec import Spec
 
 if TYPE_CHECKING:
@@ -81,8 +81,10 @@ def config(
         result.backend = served_by.name
         result.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances)
         parameters["threads"] = str(threads)
+        if served_by.name == NATIVE:
+            parameters["runners"] = str(instances)
         if served_by.engine == openvino.NAME:
-            parameters |= {"engine": served_by.engine, "engine_packages": str(openvino.PACKAGES)}
+            parameters |= {"engine": served_by.engine, "engine_precision": openvino.hint(target.precision)}
         if model_sha256:
             parameters["model_sha256"] = model_sha256
         if served_by.name == NVIDIA:

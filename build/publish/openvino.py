@@ -1,25 +1,18 @@
-"""OpenVINO as the engine on a CPU: its installation, its sessions, and which of the two engines is faster here.
+"""OpenVINO as the engine on a CPU: its installation, its libraries and its sessions in this process.
 
 It lies in an environment folder of its own (`.venv/openvino`), from requirements/openvino.lock, and is installed when a
-spec asks for it. Served through Triton's python backend (backends/python/openvino_session.py).
+spec asks for it. Served through this project's backend, whose folder gets the libraries that it needs (`libraries`).
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build import optional
 from build.errors import RuntimeUnavailableError
-from build.files import ROOT
 
 if TYPE_CHECKING:
     import onnx
@@ -29,30 +22,19 @@ if TYPE_CHECKING:
 
 NAME, OTHER = "openvino", "onnxruntime"
 PACKAGES, LOCK = optional.folder_of(NAME), optional.lock_of(NAME)
-SESSION = Path(__file__).resolve().parent / "backends" / "python" / "openvino_session.py"
-ROUNDS = 15
-MARGIN = 1.1  # times faster: the C++ backend that ONNX Runtime has serves so much faster than the python backend
-_PATIENCE = 600
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which engine serves an ONNX file.
-
-    Attributes:
-        engine: onnxruntime or openvino.
-        why: the reason, with both figures where both were timed.
-        ms: milliseconds of one picture on the threads of one instance, the fastest of ROUNDS runs, by engine; empty if
-            nothing was timed.
-    """
-
-    engine: str
-    why: str
-    ms: Mapping[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {"engine": self.engine, "why": self.why, "ms": dict(self.ms)}
+# What compiles and runs an ONNX file on a CPU; the package's other libraries are for other devices and formats.
+_LIBRARIES = (
+    "libopenvino_c.so.*",
+    "libopenvino.so.*",
+    "libopenvino_onnx_frontend.so.*",
+    "libopenvino_intel_cpu_plugin.so",
+    "libtbb.so.*",
+    "libtbbbind_2_5.so.*",
+    "libhwloc.so.*",
+)
+# OpenVINO's name for what a precision computes in, and the instructions that it takes: without them it would compute in
+# FP32 and be no faster.
+_HINTS = {"bf16": ("bf16", ("avx512_bf16", "amx_bf16")), "fp16": ("f16", ("avx512_fp16", "amx_fp16"))}
 
 
 def installed() -> bool:
@@ -77,103 +59,103 @@ def readable(model: onnx.ModelProto) -> onnx.ModelProto:
     return inliner.inline_local_functions(model)
 
 
+def libraries() -> dict[str, Path]:
+    """The files of the installed package that a server needs, by name.
+
+    Raises:
+        RuntimeUnavailableError: it is not installed, or another than the locked version.
+    """
+    folder = PACKAGES / "openvino" / "libs"
+    found = {pattern: sorted(folder.glob(pattern)) for pattern in _LIBRARIES}
+    missing = [pattern for pattern, paths in found.items() if len(paths) != 1]
+    if missing:
+        raise RuntimeUnavailableError(
+            f"{folder} does not hold one {missing[0]}", fix=f"install it again: remove {PACKAGES} and build again"
+        )
+    return {path.name: path for (path,) in found.values()}
+
+
+def licences() -> dict[str, Path]:
+    """The texts that go with the libraries, by the name that they get beside them."""
+    return {
+        f"openvino-{path.name}": path for path in PACKAGES.glob("openvino-*.dist-info/licenses/**/*") if path.is_file()
+    }
+
+
+def hint(precision: str) -> str:
+    """In what OpenVINO computes a model of a precision here, by OpenVINO's name: f32, bf16 or f16.
+
+    FP16's hint was never run: no CPU with its instructions was at hand.
+    """
+    name, instructions = _HINTS.get(precision, ("f32", ()))
+    return name if _has(instructions) else "f32"
+
+
+def require(precision: str) -> None:
+    """That BF16 is faster here than FP32, if that is the precision.
+
+    Raises:
+        RuntimeUnavailableError: this CPU does not multiply BF16.
+    """
+    if precision == "bf16" and hint(precision) == "f32":
+        raise RuntimeUnavailableError(
+            "this CPU has no instructions for BF16 (AVX512-BF16 or AMX)",
+            why="it would be computed in FP32, and not be faster than that",
+            fix="build --precision fp32 or int8",
+        )
+
+
+def _has(instructions: tuple[str, ...]) -> bool:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return not flags.isdisjoint(instructions)
+
+
 def runner(path: Path, threads: int = 1, precision: str = "f32") -> Runner:
-    """A session in this process, as an instance has it.
+    """A session in this process that does what the backend does (backends/ssd_onnxruntime/engine_openvino.cpp).
+
+    It is compiled for one picture; the pictures of a batch run one after the other.
 
     Args:
         path: an ONNX file that `readable` made.
         threads: of the session.
-        precision: f32, or bf16 on a CPU with its instructions (`has_bf16`).
+        precision: as `hint` gives it.
 
     Raises:
         RuntimeUnavailableError: OpenVINO cannot be imported, or cannot run the file.
     """
-    spec = importlib.util.spec_from_file_location("ssd_openvino_session", SESSION)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    import numpy as np
+
+    if str(PACKAGES) not in sys.path:
+        sys.path.append(str(PACKAGES))  # last: NumPy and the rest stay those that are installed
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,
+    }
     try:
-        session = module.Session(path, threads, str(PACKAGES), precision)
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(path)
+        model.reshape({port.get_any_name(): [1, *list(port.partial_shape)[1:]] for port in model.inputs})
+        compiled = core.compile_model(model, "CPU", settings)
+        request = compiled.create_infer_request()
     except Exception as error:  # OpenVINO's own exceptions have no common type
         raise RuntimeUnavailableError(
             f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1]}",
             fix='set [serving] engine = "onnxruntime"',
         ) from None
-    names = [tensor.name for tensor in session.get_outputs()]
+    names = [port.get_any_name() for port in compiled.outputs]
 
     def run(feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        rows = []
+        for row in range(len(next(iter(feeds.values())))):
+            request.infer({name: values[row : row + 1] for name, values in feeds.items()}, share_inputs=True)
+            rows.append([request.get_output_tensor(place).data.copy() for place in range(len(names))])
+        return {name: np.concatenate(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
 
     return run
-
-
-def has_bf16() -> bool:
-    """Whether this CPU multiplies BF16 (AVX512-BF16 or AMX)."""
-    try:
-        return any(name in Path("/proc/cpuinfo").read_text() for name in ("avx512_bf16", "amx_bf16"))
-    except OSError:
-        return False
-
-
-def choose(files: Mapping[str, Path], feeds: Mapping[str, NDArray[Any]], threads: int) -> Choice:
-    """The faster engine, timed in turn in a process of its own, because an engine that cannot compile a file may crash.
-
-    Args:
-        files: the ONNX file of each engine.
-        feeds: one picture's inputs.
-        threads: of an instance.
-    """
-    import numpy as np
-
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = Path(folder) / "feeds.npz"
-        np.savez(inputs, **feeds)  # type: ignore[arg-type]
-        command = [sys.executable, "-m", __name__, str(files[OTHER]), str(files[NAME]), str(inputs), str(threads)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, cwd=ROOT)
-            ms = {name: float(value) for name, value in json.loads(done.stdout.splitlines()[-1]).items()}
-        except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
-            last = (
-                done.stderr.strip().splitlines()[-1:] if isinstance(error, (ValueError, IndexError)) else [str(error)]
-            )
-            reason = last[0] if last else f"its process ended with status {done.returncode}"
-            return Choice(OTHER, f"OpenVINO cannot run this file here: {reason}", {})
-    gain = ms[OTHER] / ms[NAME]
-    figures = ", ".join(f"{name} {value:.1f} ms" for name, value in ms.items())
-    why = (
-        f"OpenVINO is {gain:.2f} times as fast, {MARGIN:g} are asked for; one picture on {threads} thread(s): {figures}"
-    )
-    return Choice(NAME if gain >= MARGIN else OTHER, why, ms)
-
-
-def _time(files: Mapping[str, Path], inputs: Path, threads: int) -> dict[str, float]:
-    """Milliseconds of the fastest run by engine, in turn: other work on the machine only adds to a run.
-
-    On one thread the time is the processor's, which leaves out when other programs had the core.
-    """
-    import numpy as np
-    import onnx
-
-    from build import session
-
-    with np.load(inputs) as held:
-        feeds = dict(held)
-    runs = {
-        OTHER: session.runner(onnx.load(files[OTHER]), threads=threads, spinning=False),
-        NAME: runner(files[NAME], threads),
-    }
-    clock = time.process_time if threads == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-2, ROUNDS):
-        for name, run in runs.items():
-            begun = clock()
-            run(feeds)
-            if turn >= 0:
-                times[name].append((clock() - begun) * 1e3)
-    return {name: min(values) for name, values in times.items()}
-
-
-if __name__ == "__main__":
-    first, second, given, count = sys.argv[1:]
-    print(json.dumps(_time({OTHER: Path(first), NAME: Path(second)}, Path(given), int(count))))

@@ -200,8 +200,8 @@ def publish(repository: Path, name: str, url: str) -> int:
     served_by = backend.of(manifest)
     if served_by and served_by.engine == openvino.NAME:
         raise PublishError(
-            f"{name} is served by OpenVINO, which lies in {openvino.PACKAGES}; {_UNTOUCHED}",
-            why="a server on another machine has no such folder, and the images have no python backend",
+            f"{name} is served by OpenVINO; {_UNTOUCHED}",
+            why="the backend in the images of deploy/docker holds ONNX Runtime only",
             fix='set [serving] engine = "onnxruntime" in its spec.toml, build it again, and publish that',
         )
     version = int(folder.name)

@@ -126,7 +126,7 @@ def measure(
             show.print(text, markup=False, soft_wrap=True)
     if not openvino.installed():
         show.print('OpenVINO is not installed: [serving] engine = "auto" installs and compares it', markup=False)
-    elif not openvino.has_bf16():
+    elif openvino.hint("bf16") == "f32":
         show.print("bf16: this CPU has no instructions for it (AVX512-BF16 or AMX)", markup=False)
     return result
 
@@ -138,7 +138,7 @@ def _with_openvino(spec: Spec, chosen: Mapping[str, Candidate], artifacts: Path)
         path = artifacts / spec.model.name / kind / "speed-openvino.onnx"
         files.write(path, openvino.readable(candidate.graph).SerializeToString())
         made[f"{kind}, OpenVINO", "whole"] = openvino.runner(path)
-        if kind == contract.BASELINE and openvino.has_bf16():
+        if kind == contract.BASELINE and openvino.hint("bf16") == "bf16":
             made["bf16, OpenVINO", "whole"] = openvino.runner(path, precision="bf16")
     return made
 

@@ -3,7 +3,6 @@
 Published as `<version>/model.py` beside `<version>/model.onnx`; it reads nothing but that folder and config.pbtxt.
 Every request runs alone: the session reads the request's own memory (no concatenation, no copy), so that a row's bits
 never depend on its neighbours, and one bad request is answered with its own error while the others of the call go on.
-The session is ONNX Runtime's, or OpenVINO's where config.pbtxt's parameter `engine` says so.
 """
 
 import contextlib
@@ -212,8 +211,6 @@ def _content(path, config):
 def _session(path, config):
     """The session of one instance, with as many threads as config.pbtxt's parameter `threads` gives each instance."""
     content = _content(path, config)
-    if _parameter(config, "engine") == "openvino":
-        return _openvino(path, config)
     try:
         import onnxruntime
     except ImportError as error:
@@ -231,21 +228,6 @@ def _session(path, config):
     # Idle threads that spin take their core from the server's own threads and from the other instances.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
-def _openvino(path, config):
-    """The same on OpenVINO, whose packages config.pbtxt names."""
-    sys.path.insert(0, str(path.parent))  # of openvino_session.py
-    from openvino_session import Session
-
-    packages = _parameter(config, "engine_packages")
-    try:
-        return Session(path, _threads(config), packages)
-    except ImportError as error:
-        raise _RefusedError(
-            f"OpenVINO cannot be imported from {packages or sys.prefix} ({error}): publish again on this machine with "
-            'engine = "openvino", or with engine = "onnxruntime"'
-        ) from error
 
 
 def _parameter(config, name, default=""):
