@@ -15,13 +15,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from .client import SSDClient
 from .detections import Detections
 from .exceptions import InferenceError, SSDClientError
+from .planes import FORMAT, painted, picture, quarter_turns
 
 _OPEN_SECONDS, _READ_SECONDS = 15.0, 15.0  # a stream that sends nothing for so long has ended
 
@@ -40,7 +37,8 @@ class Frame:
         detections: what was found; of a frame that was left out, what was found last.
         asked: whether this frame was sent to the server.
         error: why the server did not answer for it.
-        drawn: RGB UINT8 [H,W,3], upright, with boxes; None if no picture was asked for.
+        drawn: the picture to encode, a frame of PyAV (see `planes.painted`); None if none was asked for.
+        turned: whether width and height of the picture are exchanged in the film.
         pts, time_base, duration: as the film has them.
     """
 
@@ -49,7 +47,8 @@ class Frame:
     detections: Detections | None
     asked: bool
     error: str
-    drawn: NDArray[np.uint8] | None
+    drawn: Any
+    turned: bool
     pts: int
     time_base: Fraction
     duration: int
@@ -210,28 +209,26 @@ def detect(
     """
 
     def work(index: int, frame: Any, found: Future[Detections | None], asked: bool) -> Frame:
-        pixels = upright(frame)
-        image = Image.fromarray(pixels)
         error = ""
         if asked:
             try:
-                found.set_result(client.detect(image, score_threshold=score_threshold, iou_threshold=iou_threshold))
+                found.set_result(
+                    client.detect(picture(frame), score_threshold=score_threshold, iou_threshold=iou_threshold)
+                )
             except InferenceError as failed:
                 error = str(failed)
                 found.set_result(None)
             except BaseException as failed:
                 found.set_exception(failed)
         detections = found.result()
-        drawn = None
-        if draw:
-            drawn = pixels if detections is None else np.asarray(detections.draw(image))
         return Frame(
             index,
             float(frame.pts * frame.time_base) - film.origin,
             detections,
             asked,
             error,
-            drawn,
+            painted(frame, detections) if draw else None,
+            bool(quarter_turns(frame) % 2),
             frame.pts,
             frame.time_base,
             frame.duration or 0,
@@ -255,13 +252,6 @@ def detect(
         finally:
             for future in running:
                 future.cancel()
-
-
-def upright(frame: Any) -> NDArray[np.uint8]:
-    """A frame's pixels, RGB UINT8 [H,W,3], turned as the film says."""
-    pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
 
 class Writer:
@@ -297,19 +287,16 @@ class Writer:
         Raises:
             VideoError: it cannot be encoded or written.
         """
-        assert frame.drawn is not None
-        pixels = frame.drawn
-        height, width = pixels.shape[:2]
-        if height % 2 or width % 2:  # the usual encoders store colours for two by two pixels
-            pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        drawn = frame.drawn
         try:
             if self._stream is None:
-                self._begin(pixels.shape[1], pixels.shape[0], frame.time_base)
-            picture = self._av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
-            picture.pts = frame.pts - round(self._shift / frame.time_base)
-            picture.time_base = frame.time_base
-            self._durations[picture.pts] = frame.duration
-            self._encode(picture)
+                self._begin(frame)
+            if (drawn.width, drawn.height) != (self._stream.width, self._stream.height):  # a stream may change its size
+                drawn = drawn.reformat(self._stream.width, self._stream.height)
+            drawn.pts = frame.pts - round(self._shift / frame.time_base)
+            drawn.time_base = frame.time_base
+            self._durations[drawn.pts] = frame.duration
+            self._encode(drawn)
         except (self._av.error.FFmpegError, OSError, ValueError) as error:
             raise self._failed(error) from None
 
@@ -317,14 +304,17 @@ class Writer:
     def _shift(self) -> Fraction:
         return Fraction(self._film.start + (self._film.origin if self._film.start else 0)).limit_denominator(1_000_000)
 
-    def _begin(self, width: int, height: int, time_base: Fraction) -> None:
-        source = self._film.stream
+    def _begin(self, frame: Frame) -> None:
+        source, drawn = self._film.stream, frame.drawn
         stream = self._container.add_stream(self._codec, rate=source.average_rate or 25, options=self._options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.time_base = stream.codec_context.time_base = time_base
-        context = stream.codec_context
-        if source.codec_context.sample_aspect_ratio:
-            context.sample_aspect_ratio = source.codec_context.sample_aspect_ratio
+        stream.width, stream.height, stream.pix_fmt = drawn.width, drawn.height, FORMAT
+        stream.time_base = stream.codec_context.time_base = frame.time_base
+        context, original = stream.codec_context, source.codec_context
+        context.color_range, context.colorspace = drawn.color_range, drawn.colorspace
+        context.color_primaries, context.color_trc = original.color_primaries, original.color_trc
+        shape = original.sample_aspect_ratio
+        if shape:
+            context.sample_aspect_ratio = 1 / shape if frame.turned else shape
         self._stream = stream
         self._container.start_encoding()
         for packet in self._early:
