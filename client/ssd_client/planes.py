@@ -26,7 +26,7 @@ _TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Tra
 
 def quarter_turns(frame: Any) -> int:
     """How often a player turns the frame by 90 degrees, counterclockwise."""
-    return round(frame.rotation / 90) % 4
+    return int(round(frame.rotation / 90) % 4)
 
 
 def picture(frame: Any) -> Image.Image:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import signal
 import sys
@@ -21,6 +22,8 @@ from .exceptions import InvalidInputError, SSDClientError
 from .options import add_server_options, client_options
 from .text import escaped
 from .video import Film, Frame, Writer, detect, opened
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 _EPILOG = """\
 --json writes one line for each frame that was asked for:
@@ -74,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     out = None if options.no_video else options.out
     _check(options, out)
+    _keep_freed_memory()
     with (
         opened(options.input, format=options.format, start=options.start, end=options.end) as film,
         SSDClient(**client_options(options), max_in_flight=1) as client,
@@ -87,6 +91,14 @@ def _run(options: argparse.Namespace) -> int:
         finally:
             if writer is not None:
                 writer.discard()  # nothing is left of it if it was closed
+
+
+def _keep_freed_memory() -> None:
+    """Have the next frame use the memory of the last one: a tenth of the time goes into handing it back and forth."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        glibc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,17 @@ def test_frames_times_and_audio_stay(video: Video, server: TritonServer, tmp_pat
 
 
 def test_a_turned_film_comes_upright_and_odd_sizes_are_filled(video: Video, tmp_path: Path) -> None:
+    import av
+
     from tests.client import films
 
-    films.write(tmp_path / "in.mp4", PICTURES[:3], quarter_turns=1)
+    bt709 = {"colorspace": 1, "color_primaries": 1, "color_trc": 1}
+    films.write(tmp_path / "in.mp4", PICTURES[:3], quarter_turns=1, sample_aspect_ratio=Fraction(4, 3), **bt709)
     assert video("in.mp4", "--out", "out.mkv", "--json", "-", "--score-threshold", "0.99").returncode == 0
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        stream = container.streams.video[0]
+        assert stream.sample_aspect_ratio == Fraction(3, 4)
+        assert {name: getattr(stream.codec_context, name) for name in bt709} == bt709
     before, after = films.read(tmp_path / "in.mp4"), films.read(tmp_path / "out.mkv")
     assert after["pictures"][0].shape == (200, 100, 3)
     assert np.abs(after["pictures"][0].astype(int) - np.rot90(before["pictures"][0], -1)).mean() < 6
