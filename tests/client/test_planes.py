@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,19 +11,10 @@ from ssd_client import Detections
 from ssd_client.planes import painted, picture
 
 from tests.client.conftest import scene
-from tests.optional import optional
 
+pytestmark = pytest.mark.usefixtures("pyav")
 BT709, BT2020, UNKNOWN = 1, 9, 2  # FFmpeg's AVCOL_SPC
 MPEG, JPEG = 1, 2  # AVCOL_RANGE
-
-
-@pytest.fixture(scope="module", autouse=True)
-def packages() -> Iterator[None]:
-    folder = str(optional("video"))
-    sys.path.insert(0, folder)
-    importlib.invalidate_caches()
-    yield
-    sys.path.remove(folder)
 
 
 def frame_of(pixels: NDArray[np.uint8], kind: str = "yuv420p", space: int = UNKNOWN, value_range: int = MPEG) -> Any:
