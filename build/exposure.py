@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssd_client.exceptions import InvalidInputError
+from ssd_client.ports import port_of
+
 from build.errors import ServeError
 from build.files import ARTIFACTS, explained, relative
 
@@ -159,3 +162,25 @@ def _token(path: Path) -> str:
     if len(token) < 16 or json.dumps(token) != f'"{token}"' or any(mark in token for mark in " ,:="):
         raise ServeError(f"{relative(path)} holds no token", fix="remove it, then a new one is made")
     return token
+
+
+def ports_of(given: Mapping[str, int | str]) -> dict[str, int]:
+    """The ports as numbers, 0 = a free one.
+
+    Args:
+        given: what was given for each of http, grpc and metrics.
+
+    Raises:
+        ServeError: one is no port, or one is given twice.
+    """
+    ports: dict[str, int] = {}
+    for which, value in given.items():
+        try:
+            port = port_of(value, f"--{which}-port")
+        except InvalidInputError as error:
+            raise ServeError(str(error)) from None
+        twice = next((other for other, taken in ports.items() if port and taken == port), None)
+        if twice is not None:
+            raise ServeError(f"--{twice}-port and --{which}-port are both {port}", fix="give two; 0 takes a free one")
+        ports[which] = port
+    return ports

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from build import tritonserver
 from build.errors import ServeError
-from build.exposure import Exposure
+from build.exposure import Exposure, ports_of
 from build.publish import backend, picture
 from build.publish import repository as store
 from build.tritonserver import SHM_PREFIX, Installation
@@ -67,6 +67,9 @@ class TritonServer:
         startup_timeout: seconds until a server that is not ready counts as failed.
         log: where the server's log goes; None = a temporary file that goes with the server.
         extra_args: more arguments for tritonserver.
+
+    Raises:
+        ServeError: a port is no port, or given twice.
     """
 
     def __init__(
@@ -75,9 +78,9 @@ class TritonServer:
         *,
         backends: Path = backend.BACKENDS,
         exposure: Exposure = Exposure(),  # noqa: B008
-        http_port: int = 0,
-        grpc_port: int = 0,
-        metrics_port: int = 0,
+        http_port: int | str = 0,
+        grpc_port: int | str = 0,
+        metrics_port: int | str = 0,
         poll_seconds: int = 0,
         startup_timeout: float = 120.0,
         log: Path | None = None,
@@ -89,7 +92,7 @@ class TritonServer:
         self.startup_timeout = startup_timeout
         self.version = ""
         self.models: dict[str, str] = {}
-        self._ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        self._ports = ports_of({"http": http_port, "grpc": grpc_port, "metrics": metrics_port})
         self._poll_seconds = poll_seconds
         self._extra_args = list(extra_args)
         self._log = log

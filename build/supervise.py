@@ -40,9 +40,9 @@ def serve(
     repository: Path | str = REPOSITORY,
     *,
     exposure: Exposure = Exposure(),  # noqa: B008
-    http_port: int = 8000,
-    grpc_port: int = 8001,
-    metrics_port: int = 8002,
+    http_port: int | str = 8000,
+    grpc_port: int | str = 8001,
+    metrics_port: int | str = 8002,
     poll_seconds: int = 2,
     log: Path = LOG,
     log_limit: int = LOG_LIMIT,

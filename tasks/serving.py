@@ -37,9 +37,9 @@ def demo(c: Context, quick: bool = False) -> None:
 def serve(
     c: Context,
     host: str = "127.0.0.1",
-    http_port: int = 8000,
-    grpc_port: int = 8001,
-    metrics_port: int = 8002,
+    http_port: str = "8000",
+    grpc_port: str = "8001",
+    metrics_port: str = "8002",
     repository: str = "",
     ssl_cert: str = "",
     ssl_key: str = "",
@@ -65,16 +65,18 @@ def serve(
 )
 @explained
 def page(
-    c: Context, triton: str = "", model: str = "", host: str = "127.0.0.1", port: int = 8080, workers: int = 1
+    c: Context, triton: str = "", model: str = "", host: str = "127.0.0.1", port: str = "8080", workers: int = 1
 ) -> None:
     """A page for people, with a camera, and plain HTTP: a picture in, boxes out; starts a server where none runs."""
     from ssd_client.exceptions import SSDClientError
+    from ssd_client.ports import port_of
     from ssd_gateway.cli import TOKEN, run
     from ssd_gateway.settings import Settings
 
     from build.page import server_at
 
     try:
+        port_of(port, "--port")  # before a server starts
         with server_at(triton, REPOSITORY, artifacts=ARTIFACTS) as (address, started):
             settings = Settings(address, model, shared_memory=started, token=os.environ.get(TOKEN, ""))
             run(settings, host, port, workers)

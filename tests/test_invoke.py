@@ -52,6 +52,19 @@ class Recorder(Context):
 # -- the tasks' command lines ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("port", ["99999", "-1", "web"])
+def test_a_wrong_port_is_told_before_a_server_starts(
+    port: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tasks = load_tasks(monkeypatch, tmp_path)
+    monkeypatch.setattr("build.page.server_at", None)
+    monkeypatch.setattr("build.serve.subprocess", None)
+    with pytest.raises(Exit, match=f"--port is '{port}'"):
+        tasks.serving.page(Recorder(), port=port)
+    with pytest.raises(Exit, match=f"--metrics-port is '{port}'"):
+        tasks.serving.serve(Recorder(), metrics_port=port)
+
+
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_tasks_quote_the_interpreter(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = str(tmp_path / name / ".venv/bin/python")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from .exceptions import InvalidInputError
-from .fonts import fitting
+from .marks import Mark, marks
 from .preprocess import MAX_PIXELS, ImageSource, load_image
 
 
@@ -100,41 +99,11 @@ class Detections:
                 f"{self.image_size[0]} x {self.image_size[1]}",
                 fix="draw on the picture that was given to detect",
             )
-        _draw(canvas, self)
+        for mark in self.marks():
+            box = (mark.left, mark.top, mark.right, mark.bottom)
+            canvas.paste(mark.paint if isinstance(mark.paint, tuple) else Image.fromarray(mark.paint), box)
         return canvas
 
-
-def color_of(class_id: int) -> tuple[int, int, int]:
-    """A colour of its own for every class: hues a golden angle apart, bright."""
-    rgb = colorsys.hsv_to_rgb((class_id * 0.618034) % 1.0, 0.85, 1.0 if class_id % 2 == 0 else 0.8)
-    return (round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2]))
-
-
-def _draw(canvas: Image.Image, detections: Detections) -> None:
-    pen = ImageDraw.Draw(canvas)
-    width, height = canvas.size
-    line = max(1, round(min(width, height) / 200))
-    size = max(10, round(min(width, height) / 32))
-    worst_first = range(len(detections) - 1, -1, -1)
-    for k in worst_first:
-        x1, y1, x2, y2 = _corners(detections.boxes[k], canvas.size)
-        pen.rectangle((x1, y1, x2, y2), outline=color_of(int(detections.class_ids[k])), width=line)
-    for k in worst_first:  # labels lie over every box
-        x1, y1, _, _ = _corners(detections.boxes[k], canvas.size)
-        color = color_of(int(detections.class_ids[k]))
-        font, text = fitting(f"{detections.labels[k]} {detections.scores[k]:.2f}", size)
-        left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-        label_width, label_height = right - left + 2 * line + 2, bottom - top + 2 * line + 2
-        x = max(0, min(x1, width - label_width))
-        above = y1 - label_height
-        y = above if above >= 0 else max(0, min(y1 + line, height - label_height))
-        pen.rectangle((x, y, x + label_width, y + label_height), fill=color)
-        bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
-        pen.text((x + line + 1 - left, y + line + 1 - top), text, fill="black" if bright else "white", font=font)
-
-
-def _corners(box: NDArray[np.float32], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """First and last pixel of the box in x and y, inside the picture."""
-    x1, y1 = (min(max(round(float(v)), 0), limit - 1) for v, limit in zip(box[:2], size, strict=True))
-    x2, y2 = (min(max(round(float(v)) - 1, 0), limit - 1) for v, limit in zip(box[2:], size, strict=True))
-    return x1, y1, max(x1, x2), max(y1, y2)
+    def marks(self) -> Iterator[Mark]:
+        """The rectangles that `draw` paints, in this order."""
+        return marks(self.boxes, self.scores, self.class_ids, self.labels, self.image_size)

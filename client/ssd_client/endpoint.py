@@ -25,6 +25,7 @@ from .exceptions import (
     SharedMemoryError,
     SSDClientError,
 )
+from .ports import HIGHEST
 
 DEFAULT_PORTS = {"grpc": 8001, "http": 8000}
 _SCHEME_PORTS = {"http": 80, "https": 443}
@@ -292,7 +293,7 @@ class _Place:
             raise wrong
         scheme, host, path = match[1] or "", match[2], (match[4] or "").rstrip("/")
         port = int(match[3] or _SCHEME_PORTS.get(scheme) or DEFAULT_PORTS[chosen])
-        if not 0 < port < 65536:
+        if not 0 < port <= HIGHEST:
             raise wrong
         if path and chosen == "grpc":
             raise InvalidInputError(f"url is {url!r}: gRPC knows no base path", fix="use protocol='http', or host:port")

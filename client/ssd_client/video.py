@@ -6,24 +6,25 @@ It needs PyAV (`pip install 'ssd-client[video]'`).
 from __future__ import annotations
 
 import contextlib
-import uuid
+import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from .client import SSDClient
 from .detections import Detections
 from .exceptions import InferenceError, SSDClientError
+from .planes import painted, picture, quarter_turns
 
-_OPEN_SECONDS, _READ_SECONDS = 15.0, 15.0  # a stream that sends nothing for so long has ended
+_JUMP = 1.0  # seconds; a time further back than this is of a clock that began anew
+READ_TIMEOUT = 15.0  # seconds; a stream that sends nothing for so long has ended
+_LIVE = ("rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "udp")  # what does not wait for its reader
+# Try TCP first: over UDP, frames are damaged as soon as a packet is lost.
+_OPTIONS = {"rtsp": {"rtsp_flags": "prefer_tcp"}, "rtsps": {"rtsp_flags": "prefer_tcp"}}
 
 
 class VideoError(SSDClientError):
@@ -40,7 +41,8 @@ class Frame:
         detections: what was found; of a frame that was left out, what was found last.
         asked: whether this frame was sent to the server.
         error: why the server did not answer for it.
-        drawn: RGB UINT8 [H,W,3], upright, with boxes; None if no picture was asked for.
+        drawn: the picture to encode, a frame of PyAV (see `planes.painted`); None if none was asked for.
+        turned: whether width and height of the picture are exchanged in the film.
         pts, time_base, duration: as the film has them.
     """
 
@@ -49,10 +51,39 @@ class Frame:
     detections: Detections | None
     asked: bool
     error: str
-    drawn: NDArray[np.uint8] | None
+    drawn: Any
+    turned: bool
     pts: int
     time_base: Fraction
     duration: int
+
+
+class Clock:
+    """Times of a stream that grow from one to the next, as every container wants them.
+
+    Recordings that were joined and cameras that were started again begin anew; some cameras send two frames at once.
+    """
+
+    def __init__(self) -> None:
+        self._last: int | None = None
+        self._offset = 0
+
+    def next(self, at: int, time_base: Fraction) -> int:
+        """How much a time has to be moved.
+
+        Args:
+            at: in ticks.
+            time_base: seconds of a tick.
+        """
+        last = self._last
+        if last is not None and at + self._offset <= last:
+            if (last - at - self._offset) * time_base > _JUMP:
+                self._offset = last + 1 - at
+            else:
+                self._last = last + 1
+                return last + 1 - at
+        self._last = at + self._offset
+        return self._offset
 
 
 @dataclass
@@ -60,24 +91,43 @@ class Film:
     """An open film, camera or stream.
 
     Attributes:
-        damage: what could not be read, one sentence each.
         start, end: seconds from the beginning; None = all of it.
+        live: it does not wait: frames that come while the server is busy are left out.
+        read_timeout: seconds; a stream that sends nothing for so long has ended.
+        damage: what could not be read, one sentence each.
+        left_out: how many frames of a live source were left out.
+        packets: takes what is not video, in whatever thread reads.
     """
 
     container: Any
     stream: Any
     start: float = 0.0
     end: float | None = None
+    live: bool = False
+    read_timeout: float = READ_TIMEOUT
     damage: list[str] = field(default_factory=list)
-    packets: Callable[[Any], None] | None = None  # takes what is not video
+    left_out: int = 0
+    packets: Callable[[Any], None] | None = None
 
     @property
     def seconds(self) -> float | None:
         """How long the part is that was asked for; None if the film does not tell."""
-        if self.container.duration is None:
+        whole = self._length
+        if whole is None:
             return None if self.end is None else self.end - self.start
-        whole: float = self.container.duration / 1_000_000
         return max(0.0, min(whole, whole if self.end is None else self.end) - self.start)
+
+    @property
+    def _length(self) -> float | None:
+        """Seconds until its pictures end: the audio may go on for longer."""
+        stream = self.stream
+        if stream.duration is not None:
+            return float((stream.duration + (stream.start_time or 0)) * stream.time_base) - self.origin
+        try:  # Matroska
+            hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+            return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        except (KeyError, ValueError):
+            return None if self.container.duration is None else self.container.duration / 1_000_000
 
     @property
     def audio(self) -> list[Any]:
@@ -90,7 +140,7 @@ class Film:
 
         broken, last = 0, 0.0
         streams = [self.stream, *(self.audio if self.packets is not None else [])]
-        origin = self.origin
+        origin, clocks = self.origin, {stream.index: Clock() for stream in streams}
         if self.start:
             self.container.seek(int((self.start + origin) * 1_000_000), backward=True)
         packets = self.container.demux(*streams)
@@ -98,12 +148,15 @@ class Film:
             try:
                 packet = next(packets, None)
             except (av.error.FFmpegError, OSError) as error:
-                self.damage.append(f"it cannot be read after {last:.2f} s: {error.strerror or error}")
+                self.damage.append(f"it cannot be read after {last:.2f} s: {_reason(error, self.read_timeout)}")
                 break
             if packet is None:
                 break
             if packet.stream is not self.stream:
                 if self.packets is not None and packet.dts is not None and self._wanted(packet):
+                    moved = clocks[packet.stream.index].next(packet.dts, packet.time_base)
+                    packet.dts += moved
+                    packet.pts = None if packet.pts is None else packet.pts + moved
                     self.packets(packet)
                 continue
             try:
@@ -115,6 +168,7 @@ class Film:
                 if frame.pts is None:
                     broken += 1
                     continue
+                frame.pts += clocks[self.stream.index].next(frame.pts, frame.time_base)
                 seconds = float(frame.pts * frame.time_base) - origin
                 if seconds < self.start - 1e-6:
                     continue
@@ -136,7 +190,9 @@ class Film:
 
     def _note(self, broken: int, last: float | None) -> None:
         if broken:
-            self.damage.append(f"{broken} packets or frames are damaged")
+            self.damage.append(
+                "a packet or frame is damaged" if broken == 1 else f"{broken} packets or frames are damaged"
+            )
         whole = self.seconds
         if last is not None and whole is not None and self.start + whole - last > max(1.0, 0.02 * whole):
             self.damage.append(f"it should end at {self.start + whole:.2f} s, but its last frame is at {last:.2f} s")
@@ -157,32 +213,102 @@ def require() -> Any:
 
 
 @contextlib.contextmanager
-def opened(source: str, *, format: str | None = None, start: float = 0.0, end: float | None = None) -> Iterator[Film]:
+def opened(
+    source: str,
+    *,
+    format: str | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    live: bool | None = None,
+    read_timeout: float = READ_TIMEOUT,
+) -> Iterator[Film]:
     """A film for reading.
 
     Args:
         source: a path, a URL or a device.
         format: FFmpeg's name of the format, where it cannot be found out (a camera: v4l2).
         start, end: seconds; only frames in between.
+        live: it does not wait for its reader; None = guess: a format was given, or a URL such as rtsp://.
+        read_timeout: seconds; a stream that sends nothing for so long has ended.
 
     Raises:
         VideoError: it cannot be opened, or has no pictures.
     """
     av = require()
+    scheme = source.partition("://")[0].lower() if "://" in source else ""
     try:
-        container = av.open(source, format=format, timeout=(_OPEN_SECONDS, _READ_SECONDS))
+        container = av.open(source, format=format, options=_OPTIONS.get(scheme), timeout=read_timeout)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise VideoError(
-            f"{source} cannot be opened: {getattr(error, 'strerror', None) or error}",
+            f"{without_password(source)} cannot be opened: {_reason(error, read_timeout)}",
             why="it is no film, was cut off before its table of contents, or is not there",
             fix="check it with ffprobe; a camera needs --format v4l2",
         ) from None
     with container:
         films = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not films:
-            raise VideoError(f"{source} has no moving pictures", fix="give a film")
+            raise VideoError(f"{without_password(source)} has no moving pictures", fix="give a film")
         films[0].thread_type = "AUTO"
-        yield Film(container, films[0], start, end)
+        live = bool(format) or scheme in _LIVE if live is None else live
+        yield Film(container, films[0], start, end, live, read_timeout)
+
+
+def _reason(error: Exception, read_timeout: float) -> str:
+    from av.error import ExitError
+
+    if isinstance(error, ExitError):  # FFmpeg's word for the end of its patience
+        return f"nothing came for {read_timeout:g} s"
+    return str(getattr(error, "strerror", None) or error)
+
+
+def without_password(source: str) -> str:
+    """A URL as it may be shown."""
+    return re.sub(r"(?<=://)[^/@]*:[^/@]*@", "***@", source)
+
+
+@contextlib.contextmanager
+def newest(film: Film) -> Iterator[Iterator[Any]]:
+    """The frames of a live source, read in a thread: whoever takes the next one gets the newest."""
+    changed = threading.Condition()
+    waiting: list[Any] = []
+    failed: list[BaseException] = []
+    ended = stopped = False
+
+    def read() -> None:
+        nonlocal ended
+        try:
+            for frame in film.frames():
+                with changed:
+                    film.left_out += len(waiting)
+                    waiting[:] = [frame]
+                    changed.notify()
+                    if stopped:
+                        break
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            with changed:
+                ended = True
+                changed.notify()
+
+    def frames() -> Iterator[Any]:
+        while True:
+            with changed:
+                changed.wait_for(lambda: waiting or ended)
+                if not waiting:
+                    break
+                frame = waiting.pop()
+            yield frame
+        if failed:
+            raise failed[0]
+
+    thread = threading.Thread(target=read, name="ssd_video_reader", daemon=True)
+    thread.start()
+    try:
+        yield frames()
+    finally:
+        stopped = True
+        thread.join()  # nobody may close what it reads from
 
 
 def detect(
@@ -210,28 +336,26 @@ def detect(
     """
 
     def work(index: int, frame: Any, found: Future[Detections | None], asked: bool) -> Frame:
-        pixels = upright(frame)
-        image = Image.fromarray(pixels)
         error = ""
         if asked:
             try:
-                found.set_result(client.detect(image, score_threshold=score_threshold, iou_threshold=iou_threshold))
+                found.set_result(
+                    client.detect(picture(frame), score_threshold=score_threshold, iou_threshold=iou_threshold)
+                )
             except InferenceError as failed:
                 error = str(failed)
                 found.set_result(None)
             except BaseException as failed:
                 found.set_exception(failed)
         detections = found.result()
-        drawn = None
-        if draw:
-            drawn = pixels if detections is None else np.asarray(detections.draw(image))
         return Frame(
             index,
             float(frame.pts * frame.time_base) - film.origin,
             detections,
             asked,
             error,
-            drawn,
+            painted(frame, detections) if draw else None,
+            bool(quarter_turns(frame) % 2),
             frame.pts,
             frame.time_base,
             frame.duration or 0,
@@ -239,9 +363,10 @@ def detect(
 
     running: deque[Future[Frame]] = deque()
     found: Future[Detections | None] = Future()
-    with ThreadPoolExecutor(in_flight, "ssd_video") as threads:
+    source = newest(film) if film.live else contextlib.nullcontext(film.frames())
+    with ThreadPoolExecutor(in_flight, "ssd_video") as threads, source as frames:
         try:
-            for index, frame in enumerate(film.frames()):
+            for index, frame in enumerate(frames):
                 asked = index % every == 0
                 if asked:
                     found = Future()
@@ -255,128 +380,3 @@ def detect(
         finally:
             for future in running:
                 future.cancel()
-
-
-def upright(frame: Any) -> NDArray[np.uint8]:
-    """A frame's pixels, RGB UINT8 [H,W,3], turned as the film says."""
-    pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
-
-
-class Writer:
-    """A film that appears at `path` when it is closed, with the boxes drawn and the audio of the original.
-
-    Args:
-        path: its suffix names the container.
-        film: the original.
-        codec: FFmpeg's name of the encoder.
-        options: of the encoder.
-    """
-
-    def __init__(self, path: Path, film: Film, codec: str = "libx264", options: dict[str, str] | None = None) -> None:
-        self._av = require()
-        self._path, self._film = path, film
-        self._part = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name[-50:]}")
-        self._codec, self._options = codec, {"preset": "veryfast", "crf": "20"} if options is None else options
-        self._stream: Any = None
-        self._durations: dict[int, int] = {}  # of the frames inside the encoder, by their time
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._container = self._av.open(str(self._part), "w")
-            self._audio = {s.index: self._container.add_stream_from_template(s) for s in film.audio}
-        except (self._av.error.FFmpegError, OSError, ValueError) as error:
-            self.discard()
-            raise self._failed(error) from None
-        film.packets = self._copy
-        self._early: list[Any] = []  # audio from before the first frame, whose size the header needs
-
-    def write(self, frame: Frame) -> None:
-        """Append a frame.
-
-        Raises:
-            VideoError: it cannot be encoded or written.
-        """
-        assert frame.drawn is not None
-        pixels = frame.drawn
-        height, width = pixels.shape[:2]
-        if height % 2 or width % 2:  # the usual encoders store colours for two by two pixels
-            pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        try:
-            if self._stream is None:
-                self._begin(pixels.shape[1], pixels.shape[0], frame.time_base)
-            picture = self._av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
-            picture.pts = frame.pts - round(self._shift / frame.time_base)
-            picture.time_base = frame.time_base
-            self._durations[picture.pts] = frame.duration
-            self._encode(picture)
-        except (self._av.error.FFmpegError, OSError, ValueError) as error:
-            raise self._failed(error) from None
-
-    @property
-    def _shift(self) -> Fraction:
-        return Fraction(self._film.start + (self._film.origin if self._film.start else 0)).limit_denominator(1_000_000)
-
-    def _begin(self, width: int, height: int, time_base: Fraction) -> None:
-        source = self._film.stream
-        stream = self._container.add_stream(self._codec, rate=source.average_rate or 25, options=self._options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.time_base = stream.codec_context.time_base = time_base
-        context = stream.codec_context
-        if source.codec_context.sample_aspect_ratio:
-            context.sample_aspect_ratio = source.codec_context.sample_aspect_ratio
-        self._stream = stream
-        self._container.start_encoding()
-        for packet in self._early:
-            self._copy(packet)
-        self._early.clear()
-
-    def _encode(self, picture: Any) -> None:
-        for packet in self._stream.encode(picture):
-            # The encoder knows when a frame begins, and only the film how long the last one stays.
-            packet.duration = self._durations.pop(packet.pts, 0) or packet.duration
-            self._container.mux(packet)
-
-    def _copy(self, packet: Any) -> None:
-        """Take over an audio packet as it is."""
-        if self._stream is None:
-            self._early.append(packet)
-            return
-        shift = round(self._shift / packet.time_base)
-        packet.pts = None if packet.pts is None else packet.pts - shift
-        packet.dts -= shift
-        packet.stream = self._audio[packet.stream.index]
-        self._container.mux(packet)
-
-    def close(self) -> bool:
-        """Finish the film and put it at its place; whether there is one.
-
-        Raises:
-            VideoError: it cannot be written.
-        """
-        if self._stream is None:
-            self.discard()
-            return False
-        try:
-            self._encode(None)
-            self._container.close()
-            self._part.replace(self._path)
-        except (self._av.error.FFmpegError, OSError, ValueError) as error:
-            self.discard()
-            raise self._failed(error) from None
-        return True
-
-    def discard(self) -> None:
-        """Leave nothing behind."""
-        with contextlib.suppress(Exception):
-            self._container.close()
-        self._part.unlink(missing_ok=True)
-
-    def _failed(self, error: Exception) -> VideoError:
-        codecs = ", ".join(s.codec_context.name for s in self._film.audio) or "none"
-        return VideoError(
-            f"{self._path} cannot be written: {getattr(error, 'strerror', None) or error}",
-            why=f"the disk is full, the folder is write-protected, FFmpeg lacks the encoder {self._codec}, or files "
-            f"that end in {self._path.suffix or 'nothing'} cannot hold the audio ({codecs})",
-            fix="try another place, or --out NAME.mkv, which holds nearly everything",
-        )

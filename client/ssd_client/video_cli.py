@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import signal
 import sys
@@ -20,7 +21,10 @@ from .client import SSDClient
 from .exceptions import InvalidInputError, SSDClientError
 from .options import add_server_options, client_options
 from .text import escaped
-from .video import Film, Frame, Writer, detect, opened
+from .video import READ_TIMEOUT, Film, Frame, detect, opened, without_password
+from .video_writer import Writer
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 _EPILOG = """\
 --json writes one line for each frame that was asked for:
@@ -66,7 +70,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--end", type=float, metavar="S", help="end at this second")
     add("--format", metavar="NAME", help="FFmpeg's name of the input's format")
     add("--in-flight", type=int, default=4, metavar="N", help="frames worked on at once; default: 4")
-    add("--codec", default="libx264", metavar="NAME", help="FFmpeg's encoder for --out; default: %(default)s")
+    add(
+        "--live",
+        action=argparse.BooleanOptionalAction,
+        help="leave out frames that come while the server is busy; default: for devices and for streams that do not "
+        "wait, such as rtsp://",
+    )
+    add(
+        "--read-timeout",
+        type=float,
+        default=READ_TIMEOUT,
+        metavar="S",
+        help="a stream that sends nothing for so many seconds has ended; default: %(default)g",
+    )
+    add("--codec", metavar="NAME", help="FFmpeg's encoder for --out; default: libx264, for .webm vp9")
     add_server_options(parser)
     return parser
 
@@ -74,14 +91,22 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     out = None if options.no_video else options.out
     _check(options, out)
+    _keep_freed_memory()
     with (
-        opened(options.input, format=options.format, start=options.start, end=options.end) as film,
+        opened(
+            options.input,
+            format=options.format,
+            start=options.start,
+            end=options.end,
+            live=options.live,
+            read_timeout=options.read_timeout,
+        ) as film,
         SSDClient(**client_options(options), max_in_flight=1) as client,
     ):
         client.model_config()
         writer = None
         if out is not None:
-            writer = Writer(out, film, options.codec, None if options.codec == "libx264" else {})
+            writer = Writer(out, film, options.codec)
         try:
             return _detect(options, film, client, writer, out)
         finally:
@@ -89,9 +114,17 @@ def _run(options: argparse.Namespace) -> int:
                 writer.discard()  # nothing is left of it if it was closed
 
 
+def _keep_freed_memory() -> None:
+    """Have the next frame use the memory of the last one: a tenth of the time goes into handing it back and forth."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        glibc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+
+
 @contextlib.contextmanager
 def _stopping() -> Iterator[threading.Event]:
-    """What Ctrl-C sets, so a frame is written whole or not at all; a second Ctrl-C ends at once."""
+    """What Ctrl-C and SIGTERM set, so a frame is written whole or not at all; a second one ends at once."""
     stop = threading.Event()
 
     def handle(_number: int, _frame: object) -> None:
@@ -99,11 +132,12 @@ def _stopping() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _detect(options: argparse.Namespace, film: Film, client: SSDClient, writer: Writer | None, out: Path | None) -> int:
@@ -122,7 +156,7 @@ def _detect(options: argparse.Namespace, film: Film, client: SSDClient, writer: 
         try:
             for frame in frames:
                 if stop.is_set():
-                    stopped = "stopped by Ctrl-C"
+                    stopped = "stopped by Ctrl-C or SIGTERM"
                     break
                 if frame.asked:
                     write_line(_line(frame))
@@ -144,17 +178,20 @@ def _detect(options: argparse.Namespace, film: Film, client: SSDClient, writer: 
         writer.close()
     if not count and not status:
         raise InvalidInputError(
-            f"{options.input} has no frame {_between(options)}" + "".join(f"\n{line}" for line in film.damage),
+            f"{without_password(options.input)} has no frame {_between(options)}"
+            + "".join(f"\n{line}" for line in film.damage),
             fix="check the film, --start and --end",
         )
     where = escaped(f", film in {out}") if out else ""
     print(f"{count} frames, {found} detections{where}", file=sys.stderr)
     if stopped:
         print(f"ended at {last:.2f} s: {stopped}", file=sys.stderr)
+    if film.left_out:
+        print(f"{film.left_out} frames were left out: they came while the server was busy", file=sys.stderr)
     if failed:
         print(f"warning: the server failed for {failed} frames; the lines of --json say why", file=sys.stderr)
     for line in film.damage:
-        print(escaped(f"warning: {options.input}: {line}"), file=sys.stderr)
+        print(escaped(f"warning: {without_password(options.input)}: {line}"), file=sys.stderr)
     return status or (1 if failed or film.damage else 0)
 
 
@@ -170,8 +207,12 @@ def _check(options: argparse.Namespace, out: Path | None) -> None:
         raise InvalidInputError(
             f"--start is {options.start:g}, --end is {options.end}", fix="give seconds from 0, the end after the start"
         )
+    if not 0 < options.read_timeout < float("inf"):
+        raise InvalidInputError(f"--read-timeout is {options.read_timeout:g}", fix="give seconds, more than 0")
     if out is None and options.json is None:
         raise InvalidInputError("there is nothing to write", fix="give --out FILE, --json FILE or both")
+    if out is not None and options.json not in (None, "-") and out.resolve() == Path(options.json).resolve():
+        raise InvalidInputError(f"--out and --json are both {out}", fix="give two files")
     source = Path(options.input).resolve()
     for name, path in (("--out", out), ("--json", options.json)):
         if path not in (None, "-") and Path(path).resolve() == source:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(settings: Settings, host: str = "127.0.0.1", port: int = 8080, workers: int = 1) -> None:
+def run(settings: Settings, host: str = "127.0.0.1", port: int | str = 8080, workers: int = 1) -> None:
     """Print the address and answer there until Ctrl-C or SIGTERM.
 
     Args:
@@ -72,7 +72,7 @@ def run(settings: Settings, host: str = "127.0.0.1", port: int = 8080, workers: 
 
     Raises:
         PortError: the address cannot be had.
-        InvalidInputError: a setting is wrong.
+        InvalidInputError: a setting or the port is wrong.
         SSDClientError: a package that the gateway needs is missing.
     """
     try:
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--model", default="", metavar="NAME", help="for requests that name none; default: the first by name")
     add("--host", default="127.0.0.1", help="interface; 0.0.0.0 opens it to the network; default: %(default)s")
-    add("--port", type=int, default=8080, help="0 = a free one; default: %(default)s")
+    add("--port", default="8080", help="0 = a free one; default: %(default)s")
     add("--allow-host", action="append", default=[], metavar="NAME", help="a name to be called by (repeatable)")
     add("--workers", type=int, default=1, metavar="N", help="processes; default: %(default)s")
     add("--threads", type=int, default=defaults.threads, metavar="N", help="in each worker; default: %(default)s")

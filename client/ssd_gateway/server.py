@@ -21,6 +21,7 @@ from typing import Any
 from aiohttp import web
 from PIL import Image
 from ssd_client.exceptions import SSDClientError
+from ssd_client.ports import port_of
 
 from .metrics import SHARED
 from .settings import Settings
@@ -37,7 +38,7 @@ class PortError(SSDClientError):
 
 
 @contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
+def listening(host: str, port: int | str) -> Iterator[socket.socket]:
     """A listening socket.
 
     Args:
@@ -45,8 +46,10 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         port: 0 = a free one.
 
     Raises:
+        InvalidInputError: the port is none.
         PortError: the address cannot be had.
     """
+    port = port_of(port, "--port")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)

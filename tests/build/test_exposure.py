@@ -132,3 +132,18 @@ def test_a_server_on_ipv6_alone(repository: Path) -> None:
     with TritonServer(repository, exposure=Exposure("::1")) as server:
         assert server.http_url.startswith("[::1]:")
         server.check()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"http_port": 99_999}, "--http-port is '99999'"),
+        ({"grpc_port": "-1"}, "--grpc-port is '-1'"),
+        ({"metrics_port": "web"}, "--metrics-port is 'web'"),
+        ({"http_port": 8000, "grpc_port": "8000"}, "--http-port and --grpc-port are both 8000"),
+    ],
+)
+def test_ports_are_checked_before_anything_starts(given: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match=words):
+        TritonServer(tmp_path, **given)
+    TritonServer(tmp_path, http_port="0", grpc_port=0, metrics_port=65_535)

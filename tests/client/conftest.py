@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import importlib
 import json
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterator
@@ -23,6 +25,7 @@ from ssd_client import AsyncSSDClient, SSDClient
 from tritonclient.grpc import model_config_pb2
 
 from build.serve import TritonServer
+from tests.optional import optional
 
 WIDTH, HEIGHT = 64, 48
 PARAMETERS = {
@@ -187,3 +190,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     """One server with all models for the tests that do not harm it."""
     with server_on(write_repository(tmp_path_factory.mktemp("fakes") / "repository")) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def pyav() -> Iterator[Path]:
+    """The folder of PyAV, which this process has, too."""
+    folder = optional("video")
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()  # the folder may have been looked for before it was there
+    yield folder
+    sys.path.remove(str(folder))

@@ -23,6 +23,7 @@ def write(
     audio: str = "",
     codec: str = "libx264",
     quarter_turns: int = 0,
+    **tags: Any,
 ) -> None:
     """A film of RGB arrays.
 
@@ -34,6 +35,7 @@ def write(
         audio: a codec for a tone as long as the film; "" = none.
         codec: of the pictures.
         quarter_turns: what the film tells a player to turn it by, clockwise (mp4).
+        tags: attributes of the encoder, such as `colorspace`.
     """
     height, width = pictures[0].shape[:2]
     with av.open(str(path), "w") as container:
@@ -41,6 +43,8 @@ def write(
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000 if times is not None else rate)
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
         sound = container.add_stream(audio, rate=RATE) if audio else None
         seconds = len(pictures) / rate if times is None else times[-1] / 1000 + 1 / rate
         for index, picture in enumerate(pictures):

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from ssd_client import Detections, ImageError, InvalidInputError, fonts
-from ssd_client.detections import color_of
 from ssd_client.fonts import fitting
+from ssd_client.marks import color_of
 
 
 def detections(boxes: list[list[float]], size: tuple[int, int], source: Any = None) -> Detections:
