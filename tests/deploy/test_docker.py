@@ -5,11 +5,13 @@ No Docker engine runs any of this.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -112,7 +114,7 @@ def test_the_canary_sees_what_health_endpoints_do_not(servers: list[Server], tmp
     assert canary(url).stdout == "ok\n"
     (port,) = free_ports(1)
     command = [sys.executable, "-I", DOCKER / "canary.py", url, f"--listen={port}", "--seconds=2"]
-    with running(command, tmp_path / "canary.log"):
+    with running(command, tmp_path / "canary.log") as process:
         assert wait("the canary listens", lambda: get(f"http://127.0.0.1:{port}/healthz")) == "ok"
         own.send(signal.SIGSTOP)
         try:
@@ -122,10 +124,39 @@ def test_the_canary_sees_what_health_endpoints_do_not(servers: list[Server], tmp
         finally:
             own.send(signal.SIGCONT)
         assert wait("it is well again", lambda: get(f"http://127.0.0.1:{port}/healthz", 20)) == "ok"
+        process.kill()  # after SIGTERM it stays until the server is gone
     assert "no model" in canary(url + "/x").stderr or canary(url + "/x").returncode == 1
     refused = canary(f"http://127.0.0.1:{port}")
     assert refused.returncode == 1
     assert "refused" in refused.stderr
+
+
+@pytest.mark.triton
+def test_a_server_drains_before_it_ends(data_repository: Path, backend_folder: Path, tmp_path: Path) -> None:
+    """From SIGTERM on balancers are told to send nothing more, while requests are answered as before."""
+    server = Server(str(data_repository), backend_folder, tmp_path / "log", drain=1).start()
+    probes = f"http://127.0.0.1:{server.ports[3]}"
+    try:
+        for path in ("/readyz", "/healthz"):
+            assert wait(f"{path} is there", lambda path=path: get(probes + path)) == "ok"
+        server.send(signal.SIGTERM)
+
+        def told() -> bool:
+            try:
+                get(f"{probes}/readyz")
+            except urllib.error.HTTPError as error:
+                return error.code == 404
+            return False
+
+        wait("the probe says so", told, 1)
+        with SSDClient(server.http, protocol="http", model="shapes", retries=0) as client:
+            assert len(client.detect(scene("held_out", 0).image)) > 0
+        assert server.process is not None
+        assert server.process.wait(15) == 0
+        with pytest.raises(ConnectionRefusedError), contextlib.closing(socket.socket()) as probe:
+            probe.connect(("127.0.0.1", server.ports[3]))
+    finally:
+        server.stop()
 
 
 def steps(stage: str) -> list[str]:
