@@ -177,7 +177,7 @@ def test_a_pod_ends_after_its_requests(matrix: dict[str, tuple[Path, list[Any]]]
         variables = {entry["name"]: entry.get("value") for entry in triton["env"]}
         command = triton["lifecycle"]["preStop"]["exec"]["command"]
         assert command[0] == "sleep"
-        assert all("lifecycle" not in other for other in spec["containers"][1:]), "they tell balancers of the end at once"
+        assert all("lifecycle" not in other for other in spec["containers"][1:]), "balancers hear of the end at once"
         needed = int(command[1]) + int(variables["SSD_EXIT_TIMEOUT"])
         assert spec["terminationGracePeriodSeconds"] > needed, name
         strategy = of_kind(documents, "Deployment")["spec"]["strategy"]["rollingUpdate"]
