@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from build import tritonserver
+from build.contract import OUTPUTS
 from build.errors import ServeError
 from build.exposure import Exposure, ports_of
 from build.publish import backend, picture
@@ -401,9 +402,11 @@ class TritonServer:
                     else:
                         blank = np.zeros([1, *map(int, entry["dims"])], utils.triton_to_np_dtype(kind))
                     inputs.append(http.InferInput(entry["name"], list(blank.shape), kind).set_data_from_numpy(blank))
-                answer = client.infer(model, inputs)
-                for entry in config["output"]:
-                    answer.as_numpy(entry["name"])  # ValueError: fewer bytes than its shape needs
+                # Not num_detections: the backend's metric of detections counts the images of requests that ask for it.
+                names = [entry["name"] for entry in config["output"] if entry["name"] != OUTPUTS[0]]
+                answer = client.infer(model, inputs, outputs=[http.InferRequestedOutput(name) for name in names])
+                for name in names:
+                    answer.as_numpy(name)  # ValueError: fewer bytes than its shape needs
         except (utils.InferenceServerException, OSError, ValueError) as error:
             raise ServeError(f"model {model} does not answer: {error}", fix="see the server's log") from error
 

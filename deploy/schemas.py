@@ -2,6 +2,7 @@
 
     python deploy/schemas.py validate FILE...     every ServiceMonitor, PrometheusRule, ScaledObject, ServingRuntime and
                                                   InferenceService; unknown keys are errors. Exit status 1 on an error.
+    python deploy/schemas.py compose FILE         a compose.yaml, by the Compose Specification; Docker is not asked
     python deploy/schemas.py json FILE...         the YAML documents as one JSON list
 
 `kubernetes-validate` knows Kubernetes' own kinds and only warns about these. Their schemas come from packages that are
@@ -176,6 +177,15 @@ def main(command: str, paths: list[str]) -> int:
     """The command line."""
     if command == "json":
         print(json.dumps(documents(paths)))
+        return 0
+    if command == "compose":
+        from compose_spec import PyCompose
+
+        try:
+            PyCompose.from_yaml(Path(paths[0]).read_text())
+        except ValueError as error:
+            print(error)
+            return 1
         return 0
     wrong = [error for document in documents(paths) for error in errors(document)]
     print("\n".join(wrong) or f"{len(documents(paths))} documents are as their schemas say")

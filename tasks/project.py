@@ -102,8 +102,9 @@ def lock(c: Context) -> None:
     beside_runtime = ("video", "batch", "openvino")  # they run with what .venv holds, NumPy first of all
     programs = ("deploy_tools", "s3")  # of these packages only a program, or a few files, is used
     apart = ("runtime", "dev", "train", "convert_tensorflow", "plugin_tools", "clients", "deploy")
-    for group in (*apart, *beside_runtime, *programs):
+    for group in (*apart, *beside_runtime, "gateway", *programs):
         how = "--constraints requirements/runtime.lock --no-emit-package numpy" if group in beside_runtime else ""
+        how = "--constraints requirements/runtime.lock" if group == "gateway" else how
         how = "--no-deps" if group in programs else how
         python = "3.11" if group.startswith("deploy") else "3.10"  # Grafana's package asks for Python 3.11
         c.run(

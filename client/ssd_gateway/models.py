@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 from ssd_client import Detections, ModelConfig, SSDClient
-from ssd_client.exceptions import ModelConfigError, ModelNotFoundError, ModelNotReadyError
+from ssd_client.exceptions import AccessDeniedError, ModelConfigError, ModelNotFoundError, ModelNotReadyError
 from ssd_client.messages import Message
 from ssd_client.transport import Transport, transport_for
 
@@ -130,18 +130,21 @@ class Models:
 
         if self._index is None:
             self._index = transport_for(self._endpoint)
-        question = Message("RepositoryIndex", service_pb2.RepositoryIndexRequest(), {})
-        index = self._index.send(question, self._settings.timeout)
-        ready = {entry.name for entry in index.models if entry.state == "READY"}
-        waiting = {each.name: each.reason or each.state or "unknown" for each in index.models}
+        try:
+            question = Message("RepositoryIndex", service_pb2.RepositoryIndexRequest(), {})
+            index = self._index.send(question, self._settings.timeout).models
+            ready = {each.name: each.version for each in index if each.state == "READY"}
+            waiting = {each.name: each.reason or each.state or "unknown" for each in index}
+        except AccessDeniedError:  # a server may close this API (deploy/docker/serve.sh does); its statistics stay open
+            question = Message("ModelStatistics", service_pb2.ModelStatisticsRequest(), {})
+            loaded = self._index.send(question, self._settings.timeout).model_stats
+            ready, waiting = {each.name: each.version for each in loaded}, {}
         self._waiting = {name: reason for name, reason in waiting.items() if name not in ready}
         served = {}
-        for entry in sorted(index.models, key=lambda entry: str(entry.name)):
-            if entry.state != "READY":
-                continue
+        for name in sorted(ready):
             try:
-                served[entry.name] = Served(self._client(entry.name).model_config(refresh=True), entry.version)
-            except (ModelConfigError, ModelNotFoundError):  # of somebody else, or gone since the index was made
+                served[name] = Served(self._client(name).model_config(refresh=True), ready[name])
+            except (ModelConfigError, ModelNotFoundError):  # of somebody else, or gone since the list was made
                 continue
         return served
 

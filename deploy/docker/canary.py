@@ -4,9 +4,12 @@
 Triton's health endpoints stay green when a model's instance has died or hangs; this does not.
 
     canary.py http://localhost:8000                        once: exit status 0 or 1
-    canary.py http://localhost:8000 --listen 8005          GET /healthz → 200 or 503, for a kubelet's probe
+    canary.py http://localhost:8000 --listen 8005          answers probes, 200 or 503:
+                                                           GET /healthz by an inference, for a kubelet
+                                                           GET /readyz by Triton's own readiness, for a balancer
 
-A full queue counts as alive: a busy server must not leave the balancer.
+A full queue counts as alive: a busy server must not leave the balancer. After SIGTERM, probes get 404 until the server
+is gone: balancers stop sending while the server still answers.
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -58,8 +64,9 @@ def infer(server: str, model: str, seconds: float) -> str:
             {"name": entry["name"], "datatype": kind, "shape": shape, "parameters": {"binary_data_size": len(content)}}
         )
         body += content
-    # The boxes come from the last step around a picture input.
-    names = ["num_detections", *(["detection_boxes"] if is_part else [])]
+    # Not num_detections: the backend's metric of detections counts the images of requests that ask for it. The boxes
+    # come from the last step around a picture input.
+    names = ["detection_boxes"]
     head = json.dumps({"inputs": inputs, "outputs": [{"name": name} for name in names]}).encode()
     try:
         answer = _ask(
@@ -86,22 +93,53 @@ def check(server: str, seconds: float) -> str:
         return f"{server}: {error}"
 
 
+def ready(server: str, seconds: float) -> str:
+    """Why the server says that it is not ready; empty where it is."""
+    try:
+        _ask(f"{server}/v2/health/ready", seconds)
+    except (OSError, ValueError) as error:
+        return f"{server}: {error}"
+    return ""
+
+
 def listen(server: str, seconds: float, port: int) -> None:
-    """Answers probes until it is ended."""
+    """Answers probes until it is ended and the server is gone."""
+    looks = {"/healthz": check, "/readyz": ready}
+    ending = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            fault = "not found" if self.path != "/healthz" else check(server, seconds)
-            text = (fault or "ok").encode()
-            self.send_response(404 if self.path != "/healthz" else 503 if fault else 200)
-            self.send_header("Content-Length", str(len(text)))
+            look = looks.get(self.path)
+            if look is None or ending.is_set():
+                status, text = 404, "ending" if look else "not found"
+            else:
+                fault = look(server, seconds)
+                status, text = (503, fault) if fault else (200, "ok")
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text.encode())))
             self.end_headers()
-            self.wfile.write(text)
+            self.wfile.write(text.encode())
 
         def log_message(self, *arguments: Any) -> None:
             """Probes come every few seconds; only failures are worth a line."""
 
-    ThreadingHTTPServer(("", port), Handler).serve_forever()
+    class Probes(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exc_info()[1], ConnectionError):  # some balancers reset a probe that is answered
+                super().handle_error(request, client_address)
+
+    def leave() -> None:
+        while not ready(server, seconds):
+            time.sleep(0.5)
+        probes.shutdown()
+
+    def end(number: int, frame: object) -> None:
+        ending.set()
+        threading.Thread(target=leave, daemon=True).start()
+
+    probes = Probes(("", port), Handler)
+    signal.signal(signal.SIGTERM, end)
+    probes.serve_forever()
 
 
 def main() -> int:
@@ -109,10 +147,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("server", help="such as http://localhost:8000")
     parser.add_argument("--seconds", type=float, default=10.0, help="that one answer may take")
-    parser.add_argument("--listen", type=int, default=0, metavar="PORT", help="answer GET /healthz there")
+    parser.add_argument("--listen", type=int, default=0, metavar="PORT", help="answer probes there")
     given = parser.parse_args()
     if given.listen:
-        listen(given.server, given.seconds, given.listen)
+        listen(given.server.rstrip("/"), given.seconds, given.listen)
     fault = check(given.server.rstrip("/"), given.seconds)
     print(fault or "ok", file=sys.stderr if fault else sys.stdout)
     return 1 if fault else 0

@@ -71,7 +71,9 @@ def haproxy(servers: list[Server], folder: Path, tls: Certificate | None = None)
     for number, server in enumerate(servers, 1):
         variables[f"SSD_SERVER_{number}"] = server.http
         variables[f"SSD_SERVER_{number}_GRPC"] = server.grpc
-        variables[f"SSD_SERVER_{number}_HEALTH"] = str(server.ports[0])
+        variables[f"SSD_SERVER_{number}_HEALTH"] = str(server.ports[3 if server.drain else 0])
+        if server.drain:
+            variables["SSD_HEALTH_PATH"] = "/readyz"
     if tls is not None:
         variables["SSD_TLS"] = f"ssl crt {tls.folder / 'both.pem'}"
     with tempfile.TemporaryDirectory(prefix="ssd-") as short:  # a socket's path may have 107 bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -97,14 +98,20 @@ def wait(what: str, condition: Callable[[], Any], seconds: float = 30.0, pause: 
 
 @dataclass
 class Server:
-    """A tritonserver that deploy/docker/serve.sh started."""
+    """A tritonserver that deploy/docker/serve.sh started.
+
+    Attributes:
+        drain: seconds between SIGTERM and its end; with 0 the process is tritonserver itself.
+        ports: HTTP, gRPC, metrics, and the canary's where it drains.
+    """
 
     repository: str
     backends: Path
     log: Path
     extra: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
-    ports: list[int] = field(default_factory=lambda: free_ports(3))
+    drain: int = 0
+    ports: list[int] = field(default_factory=lambda: free_ports(4))
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -121,7 +128,7 @@ class Server:
 
     def start(self, ready: bool = True) -> Server:
         """Starts it; when this returns it is ready, or only alive where its models cannot load."""
-        names = ("SSD_HTTP_PORT", "SSD_GRPC_PORT", "SSD_METRICS_PORT")
+        names = ("SSD_HTTP_PORT", "SSD_GRPC_PORT", "SSD_METRICS_PORT", "SSD_CANARY_PORT")
         variables = {
             **tritonserver.environment(),
             **dict(zip(names, map(str, self.ports), strict=True)),
@@ -129,11 +136,17 @@ class Server:
             "SSD_REPOSITORY": self.repository,
             "SSD_BACKENDS": str(self.backends),
             "SSD_EXIT_TIMEOUT": "5",
+            "SSD_DRAIN_SECONDS": str(self.drain),
+            "SSD_CANARY": str(DOCKER / "canary.py"),
             **self.environment,
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [str(DOCKER / "serve.sh"), *self.extra], env=variables, stdout=log, stderr=log
+                [str(DOCKER / "serve.sh"), *self.extra],
+                env=variables,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # so stop() reaches tritonserver behind the script
             )
         wait(f"{self.http} is ready, see {self.log}", lambda: self.alive() and self.up(ready), 60)
         return self
@@ -152,9 +165,9 @@ class Server:
 
     def stop(self) -> None:
         if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGCONT)
-                self.process.kill()
+            for number in (signal.SIGCONT, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, number)
             self.process.wait(20)
             self.process = None
 
@@ -183,9 +196,9 @@ def servers(
 
 
 @contextlib.contextmanager
-def two_servers(repository: Path, backend_folder: Path, logs: Path) -> Iterator[list[Server]]:
+def two_servers(repository: Path, backend_folder: Path, logs: Path, drain: int = 0) -> Iterator[list[Server]]:
     """Two servers that run until the end of the block."""
-    servers = [Server(str(repository), backend_folder, logs / f"{name}.log") for name in "ab"]
+    servers = [Server(str(repository), backend_folder, logs / f"{name}.log", drain=drain) for name in "ab"]
     try:
         for server in servers:
             server.start()

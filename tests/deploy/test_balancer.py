@@ -18,7 +18,7 @@ from ssd_client import TLS, SSDClient, SSDClientError
 
 from models.shapes.scenes import scene
 from tests.deploy.balancing import BALANCERS, Balancer, Certificate, clients
-from tests.deploy.conftest import Server, get, wait
+from tests.deploy.conftest import Server, get, two_servers, wait
 
 
 @pytest.mark.parametrize("name", list(BALANCERS))
@@ -71,35 +71,39 @@ def test_no_request_fails_when_one_server_goes(
 
 @pytest.mark.triton
 @pytest.mark.long
-@pytest.mark.parametrize("balancer", ["haproxy"], indirect=True)  # Envoy drains by its endpoints, which here are fixed
-def test_a_rollout_to_the_next_version_loses_no_request(
-    balancer: Balancer, servers: list[Server], data_repository: Path, tmp_path: Path
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize(("name", "drain"), [("envoy", 0), ("haproxy", 4)])
+def test_a_rollout_costs_no_request_even_without_retries_in_the_client(
+    name: str, drain: int, protocol: str, data_repository: Path, backend_folder: Path, tmp_path: Path
 ) -> None:
-    """What a Deployment does to its pods: one server after the other leaves, ends, and comes back with version 2."""
+    """What a Deployment does to its pods: one server after the other gets SIGTERM and comes back with version 2.
+
+    Envoy repeats what a server that ends refuses. HAProxy cannot repeat gRPC by its status, so there the servers drain.
+    """
     newer = Path(shutil.copytree(data_repository, tmp_path / "newer"))
     (newer / "shapes" / "1").rename(newer / "shapes" / "2")
     config = newer / "shapes" / "config.pbtxt"
     config.write_text(config.read_text().replace("versions: 1", "versions: 2"))
-    before = [server.repository for server in servers]
-    with clients(balancer.grpc, "grpc", retries=3) as count:
-        for server, name in zip(servers, ("one", "two"), strict=True):
-            balancer.state("drain", name)
-            time.sleep(1)
-            server.send(signal.SIGTERM)
-            assert server.process is not None
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.process.wait(15)  # the grace period; what is left then is killed
-            server.stop()
-            server.repository = str(newer)
-            server.start()
-            balancer.state("ready", name)
-            answered = count.answered
-            wait("requests are answered", lambda answered=answered: count.answered > answered + 60, 60)
-    for server, repository in zip(servers, before, strict=True):
-        assert '"versions":["2"]' in get(f"http://{server.http}/v2/models/shapes")
-        server.stop()
-        server.repository = repository
-    print(f"{count.answered} answered, {len(count.failed)} failed, both servers replaced")
+    with (
+        two_servers(data_repository, backend_folder, tmp_path, drain) as servers,
+        BALANCERS[name](servers, tmp_path) as own,
+    ):
+        wait("the balancer passes requests", lambda: get(f"http://{own.http}/v2/health/ready") == "", 30)
+        with clients(own.grpc if protocol == "grpc" else own.http, protocol, retries=0) as count:
+            for server in servers:
+                answered = count.answered
+                wait("requests are answered", lambda answered=answered: count.answered > answered + 60, 60)
+                server.send(signal.SIGTERM)
+                assert server.process is not None
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.process.wait(20)  # the grace period; what is left then is killed
+                server.stop()
+                server.repository = str(newer)
+                server.start()
+                time.sleep(2)  # until the balancer knows
+        for server in servers:
+            assert '"versions":["2"]' in get(f"http://{server.http}/v2/models/shapes")
+    print(f"{name}, {protocol}: {count.answered} answered, {len(count.failed)} failed, slowest {count.slowest:.2f} s")
     assert count.failed == []
 
 

@@ -5,11 +5,15 @@ No Docker engine runs any of this.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -17,12 +21,16 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import tomlkit
 from ssd_client import SSDClient
+from ssd_gateway.models import Models
+from ssd_gateway.settings import Settings
 
 from models.shapes.scenes import scene
-from tests.deploy.conftest import DOCKER, ROOT, Server, free_ports, get, need, parsed, run, running, wait
+from tests.deploy.conftest import DOCKER, ROOT, Server, free_ports, get, need, parsed, python, run, running, wait
 
 DOCKERFILE = DOCKER / "Dockerfile"
+PYTHON3 = shutil.which(f"python{sys.version_info.major}.{sys.version_info.minor}", path="/usr/local/bin:/usr/bin")
 
 
 def test_hadolint_passes_the_dockerfile_and_would_not_pass_anything(tmp_path: Path) -> None:
@@ -34,15 +42,22 @@ def test_hadolint_passes_the_dockerfile_and_would_not_pass_anything(tmp_path: Pa
 
 def stages() -> dict[str, str]:
     """The text of each stage of the Dockerfile."""
-    parts = re.split(r"^FROM \S+ AS (\w+)$", DOCKERFILE.read_text(), flags=re.MULTILINE)
+    parts = re.split(r"^FROM \S+ AS ([\w-]+)$", DOCKERFILE.read_text(), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-@pytest.mark.parametrize("stage", ["cpu", "gpu"])
-def test_an_image_is_not_root_and_asks_its_own_health(stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "asks"),
+    [
+        ("cpu", '["canary", "http://localhost:8000"]'),
+        ("gpu", '["canary", "http://localhost:8000"]'),
+        ("gateway", "http://127.0.0.1:8080/healthz"),
+    ],
+)
+def test_an_image_is_not_root_and_asks_its_own_health(stage: str, asks: str) -> None:
     text = stages()[stage]
     assert "USER 65532:65532" in text
-    assert re.search(r'HEALTHCHECK .* CMD \["canary", "http://localhost:8000"\]', text)
+    assert asks in re.findall(r"HEALTHCHECK .* CMD (.*)", text)[0]
     assert not re.search(r"(?i)password|secret|token|api_?key", DOCKERFILE.read_text())
 
 
@@ -69,13 +84,28 @@ def test_the_build_context_has_what_is_copied() -> None:
     assert all((ROOT / name).exists() for name in allowed)
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("", ""), ("stop_grace_period", "stop_grace_perid"), ("service_healthy", "service_helthy"), ("/tmp]", "/tmp, 3]")],
+)
+def test_compose_is_as_its_specification_says_and_a_misspelt_key_is_caught(
+    tmp_path: Path, right: str, wrong: str
+) -> None:
+    text = (DOCKER / "compose.yaml").read_text()
+    assert right in text
+    (tmp_path / "compose.yaml").write_text(text.replace(right, wrong) if right else text)
+    assert python(ROOT / "deploy" / "schemas.py", "compose", tmp_path / "compose.yaml").returncode == bool(right)
+
+
 def test_compose_names_only_what_exists(tmp_path: Path) -> None:
     (compose,) = parsed(DOCKER / "compose.yaml")
-    assert set(compose["services"]) == {"server", "prometheus", "grafana"}
-    assert compose["services"]["server"]["build"]["target"] in stages()
-    for service in compose["services"].values():
+    services = compose["services"]
+    assert set(services) == {"server", "gateway", "prometheus", "grafana"}
+    for service in services.values():
         assert service["cap_drop"] == ["ALL"]
-        for volume in service["volumes"]:
+        assert service["build"]["target"] in stages() if "build" in service else "@sha256:" in service["image"]
+        assert set(service.get("depends_on", ())) <= set(services)
+        for volume in service.get("volumes", ()):
             assert (DOCKER / volume.split(":")[0]).resolve().exists(), volume
         assert all(port.startswith("127.0.0.1:") for port in service["ports"]), "open to this machine only"
     for name in ("prometheus.yml", "rules.yml"):
@@ -101,6 +131,15 @@ def test_a_server_answers_requests_and_nothing_else(servers: list[Server]) -> No
         assert refused.value.code == 403, path
 
 
+@pytest.mark.triton
+def test_the_gateway_finds_the_models_of_a_server_that_lists_none(servers: list[Server]) -> None:
+    models = Models(Settings(triton=servers[0].grpc))
+    try:
+        assert models.choose("").config.name == "shapes"
+    finally:
+        models.close()
+
+
 def canary(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-I", str(DOCKER / "canary.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -112,7 +151,7 @@ def test_the_canary_sees_what_health_endpoints_do_not(servers: list[Server], tmp
     assert canary(url).stdout == "ok\n"
     (port,) = free_ports(1)
     command = [sys.executable, "-I", DOCKER / "canary.py", url, f"--listen={port}", "--seconds=2"]
-    with running(command, tmp_path / "canary.log"):
+    with running(command, tmp_path / "canary.log") as process:
         assert wait("the canary listens", lambda: get(f"http://127.0.0.1:{port}/healthz")) == "ok"
         own.send(signal.SIGSTOP)
         try:
@@ -122,10 +161,98 @@ def test_the_canary_sees_what_health_endpoints_do_not(servers: list[Server], tmp
         finally:
             own.send(signal.SIGCONT)
         assert wait("it is well again", lambda: get(f"http://127.0.0.1:{port}/healthz", 20)) == "ok"
+        process.kill()  # after SIGTERM it stays until the server is gone
     assert "no model" in canary(url + "/x").stderr or canary(url + "/x").returncode == 1
     refused = canary(f"http://127.0.0.1:{port}")
     assert refused.returncode == 1
     assert "refused" in refused.stderr
+
+
+@pytest.mark.triton
+def test_a_server_drains_before_it_ends(data_repository: Path, backend_folder: Path, tmp_path: Path) -> None:
+    """From SIGTERM on balancers are told to send nothing more, while requests are answered as before."""
+    server = Server(str(data_repository), backend_folder, tmp_path / "log", drain=1).start()
+    probes = f"http://127.0.0.1:{server.ports[3]}"
+    try:
+        for path in ("/readyz", "/healthz"):
+            assert wait(f"{path} is there", lambda path=path: get(probes + path)) == "ok"
+        server.send(signal.SIGTERM)
+
+        def told() -> bool:
+            try:
+                get(f"{probes}/readyz")
+            except urllib.error.HTTPError as error:
+                return error.code == 404
+            return False
+
+        wait("the probe says so", told, 1)
+        with SSDClient(server.http, protocol="http", model="shapes", retries=0) as client:
+            assert len(client.detect(scene("held_out", 0).image)) > 0
+        assert server.process is not None
+        assert server.process.wait(15) == 0
+        with pytest.raises(ConnectionRefusedError), contextlib.closing(socket.socket()) as probe:
+            probe.connect(("127.0.0.1", server.ports[3]))
+    finally:
+        server.stop()
+
+
+def test_the_gateways_lock_has_what_the_client_asks_for() -> None:
+    """In the versions that the tests ran with."""
+    project = tomlkit.parse((ROOT / "pyproject.toml").read_text())
+    client = tomlkit.parse((ROOT / "client" / "pyproject.toml").read_text())["project"]
+    names = [
+        {re.split(r"[<>=]", entry)[0] for entry in entries}
+        for entries in (
+            project["dependency-groups"]["gateway"],
+            client["dependencies"] + client["optional-dependencies"]["gateway"],
+        )
+    ]
+    assert names[0] == names[1]
+    pinned = [
+        set(re.findall(r"^(\S+==\S+)", (ROOT / "requirements" / f"{name}.lock").read_text(), re.MULTILINE))
+        for name in ("gateway", "runtime")
+    ]
+    assert pinned[0] < pinned[1]
+
+
+@pytest.mark.triton
+@pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to run the gateway as the image's user")
+@pytest.mark.skipif(PYTHON3 is None, reason="needs a python3 of .venv's version that every user may run")
+def test_the_gateway_images_steps_make_a_gateway_that_runs_as_its_user(servers: list[Server], tmp_path: Path) -> None:
+    """The steps of `gateway-build` and the start of `gateway`, with the image's folder moved below a folder."""
+    image = tmp_path / "image"
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:3]:
+        parent.chmod(parent.stat().st_mode | 0o055)
+    place = {"/opt/gateway": str(image), "/tmp/gateway.lock": str(ROOT / "requirements" / "gateway.lock")}
+    (pip,) = steps("gateway-build")
+    copies = re.findall(r"^COPY (client/\S+) (\S+)$", stages()["gateway-build"], re.MULTILINE)
+    for name, moved in place.items():
+        pip = pip.replace(name, moved)
+    subprocess.run(["bash", "-ec", pip.replace("pip ", f"{sys.executable} -m pip -q ", 1)], check=True, cwd=ROOT)
+    for source, target in copies:
+        shutil.copytree(ROOT / source, target.replace("/opt/gateway", str(image)))
+    variables = dict(re.findall(r"(\w+)=(\S+)", " ".join(re.findall(r"ENV ((?:.*\\\n)*.*)", stages()["gateway"]))))
+    variables = {key: value.replace("/opt/gateway", str(image)) for key, value in variables.items()}
+    (port,) = free_ports(1)
+    (entry,) = re.findall(r"ENTRYPOINT (\[.*\])", stages()["gateway"])
+    (probe,) = re.findall(r"HEALTHCHECK .* CMD (\[.*\])", stages()["gateway"])
+    command, check = ([PYTHON3, "-s", *json.loads(text.replace("8080", str(port)))[1:]] for text in (entry, probe))
+    options = {"env": {**variables, "SSD_GATEWAY_TOKEN": "abc"}, "user": 65532, "group": 65532, "cwd": "/"}
+    command += [f"--triton={servers[0].grpc}"]
+    with running(command, tmp_path / "log", **options, extra_groups=[]):
+        wait("the image's health check passes", lambda: subprocess.run(check, capture_output=True).returncode == 0, 30)
+        picture = io.BytesIO()
+        scene("held_out", 0).image.save(picture, "PNG")
+        headers = {"Content-Type": "image/png", "Authorization": "Bearer abc"}
+        ask = urllib.request.Request(f"http://127.0.0.1:{port}/detect", picture.getvalue(), headers)
+        with urllib.request.urlopen(ask, timeout=20) as answer:
+            assert json.loads(answer.read())["detections"]
+        del ask.headers["Authorization"]
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(ask, timeout=20)
+        assert refused.value.code == 401
 
 
 def steps(stage: str) -> list[str]:

@@ -36,7 +36,13 @@ MATRIX: dict[str, tuple[object, ...]] = {
         *("--set", "imagePullSecrets[0].name=pull,server.extraArgs[0]=--log-verbose=1,server.env[0].name=A"),
         *("--set-string", "server.env[0].value=1,nodeSelector.disk=ssd"),
         *("--set", f"image.digest=sha256:{'0' * 64},service.type=LoadBalancer,service.annotations.e=f"),
+        *("--set", "models.s3.sync.enabled=true,gpus=1,server.extraArgs[1]=--log-info=0"),
+        *(
+            "--set",
+            "gateway.enabled=true,gateway.tokenSecret=token,gateway.model=shapes,gateway.extraArgs[0]=--threads=2",
+        ),
     ),
+    "gateway": (*PVC, "--set", "gateway.enabled=true,networkPolicy.enabled=false,topologySpread.enabled=false"),
 }
 
 
@@ -54,14 +60,15 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, li
     return documents
 
 
-def of_kind(documents: list[Any], kind: str) -> Any:
-    """The only document of a kind."""
-    (document,) = [entry for entry in documents if entry["kind"] == kind]
+def of_kind(documents: list[Any], kind: str, name: str = "ssd") -> Any:
+    """The only document of a kind; of the gateway where `name` says so."""
+    names = {"ssd-gateway"} if name == "ssd-gateway" else {"ssd", "ssd-dashboard", "ssd-test"}
+    (document,) = [entry for entry in documents if entry["kind"] == kind and entry["metadata"]["name"] in names]
     return document
 
 
-def pod(documents: list[Any]) -> Any:
-    return of_kind(documents, "Deployment")["spec"]["template"]["spec"]
+def pod(documents: list[Any], name: str = "ssd") -> Any:
+    return of_kind(documents, "Deployment", name)["spec"]["template"]["spec"]
 
 
 def test_helm_lints_both_examples_strictly() -> None:
@@ -130,7 +137,10 @@ def test_the_schema_knows_exactly_the_values_that_are_explained() -> None:
     explained = keys(values)
     assert known <= explained
     below = explained - known
-    open_maps = ("podSecurityContext.", "resources.requests.", "resources.limits.", "monitoring.dashboard.labels.")
+    open_maps = (
+        *("podSecurityContext.", "resources.requests.", "resources.limits.", "monitoring.dashboard.labels."),
+        *("gateway.resources.requests.", "gateway.resources.limits."),
+    )
     assert all(key.startswith(open_maps) for key in below), below
 
 
@@ -142,6 +152,8 @@ def test_the_schema_knows_exactly_the_values_that_are_explained() -> None:
         (("--set", "models.source=s4"), "source"),
         (("--set", "server.preStopSeconds=0"), "preStopSeconds"),
         (("--set", "gpus=one"), "gpus"),
+        (("--set", "gateway.enable=true"), "enable"),
+        (("--set", "gateway.resources.limit.memory=1Gi"), "limit"),
         (("--set", "models.source=s3,models.s3.url=s3://bucket/"), "url"),
         (("--set", "models.pvc.claimName="), "models.pvc.claimName must name the claim"),
         (("--set", "models.source=image"), "models.image.reference must name"),
@@ -177,6 +189,7 @@ def test_a_pod_ends_after_its_requests(matrix: dict[str, tuple[Path, list[Any]]]
         variables = {entry["name"]: entry.get("value") for entry in triton["env"]}
         command = triton["lifecycle"]["preStop"]["exec"]["command"]
         assert command[0] == "sleep"
+        assert all("lifecycle" not in other for other in spec["containers"][1:]), "balancers hear of the end at once"
         needed = int(command[1]) + int(variables["SSD_EXIT_TIMEOUT"])
         assert spec["terminationGracePeriodSeconds"] > needed, name
         strategy = of_kind(documents, "Deployment")["spec"]["strategy"]["rollingUpdate"]
@@ -184,8 +197,9 @@ def test_a_pod_ends_after_its_requests(matrix: dict[str, tuple[Path, list[Any]]]
 
 
 def test_every_container_is_confined(matrix: dict[str, tuple[Path, list[Any]]]) -> None:
-    for _, documents in matrix.values():
-        for spec in (pod(documents), of_kind(documents, "Pod")["spec"]):
+    for name, (_, documents) in matrix.items():
+        gateway = [pod(documents, "ssd-gateway")] if name in ("gateway", "everything") else []
+        for spec in (pod(documents), of_kind(documents, "Pod")["spec"], *gateway):
             assert spec["automountServiceAccountToken"] is False
             context = spec["securityContext"]
             assert context["runAsNonRoot"]
@@ -230,7 +244,7 @@ def test_network_services_and_spread(matrix: dict[str, tuple[Path, list[Any]]]) 
     policy = of_kind(documents, "NetworkPolicy")["spec"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     allowed = {port["port"] for rule in policy["ingress"] for port in rule["ports"]}
-    assert allowed == {"http", "grpc", "metrics"}
+    assert allowed == {"http", "grpc", "metrics", "canary"}
     spread = pod(documents)["topologySpreadConstraints"][0]
     labels = of_kind(documents, "Deployment")["spec"]["selector"]["matchLabels"]
     assert spread["labelSelector"]["matchLabels"] == labels
@@ -238,6 +252,38 @@ def test_network_services_and_spread(matrix: dict[str, tuple[Path, list[Any]]]) 
     assert all(services[name]["selector"] == labels for name in services)
     tested = of_kind(documents, "Pod")["metadata"]["labels"]
     assert not labels.items() <= tested.items(), "the test pod must not be behind the Service"
+
+
+def test_the_gateway_is_off_unless_asked_for_and_reaches_only_the_servers(
+    matrix: dict[str, tuple[Path, list[Any]]],
+) -> None:
+    assert not any("gateway" in entry["metadata"]["name"] for entry in matrix["cpu"][1])
+    documents = matrix["everything"][1]
+    deployment = of_kind(documents, "Deployment", "ssd-gateway")["spec"]
+    labels = deployment["selector"]["matchLabels"]
+    servers = of_kind(documents, "Deployment")["spec"]["selector"]["matchLabels"]
+    assert labels.items() <= deployment["template"]["metadata"]["labels"].items()
+    assert not servers.items() <= deployment["template"]["metadata"]["labels"].items(), (
+        "no Service takes it for a server"
+    )
+    (container,) = deployment["template"]["spec"]["containers"]
+    assert container["args"] == ["--triton=dns:///ssd-headless:8001", "--model=shapes", "--threads=2"]
+    assert {"name": "token", "key": "token"} in [
+        entry["valueFrom"]["secretKeyRef"] for entry in container["env"] if "valueFrom" in entry
+    ]
+    assert not any("valueFrom" in entry for entry in pod(matrix["gateway"][1], "ssd-gateway")["containers"][0]["env"])
+    service = of_kind(documents, "Service", "ssd-gateway")["spec"]
+    assert (
+        service["selector"]
+        == of_kind(documents, "PodDisruptionBudget", "ssd-gateway")["spec"]["selector"]["matchLabels"]
+    )
+    assert service["selector"] == labels
+    assert service["ports"][0]["targetPort"] == container["ports"][0]["name"] == "gateway"
+    policy = of_kind(documents, "NetworkPolicy", "ssd-gateway")["spec"]
+    assert policy["podSelector"]["matchLabels"] == labels
+    assert policy["egress"][1]["to"] == [{"podSelector": {"matchLabels": servers}}]
+    assert {"podSelector": {"matchLabels": labels}} in of_kind(documents, "NetworkPolicy")["spec"]["ingress"][0]["from"]
+    assert len([entry for entry in matrix["gateway"][1] if entry["kind"] == "NetworkPolicy"]) == 0
 
 
 def test_the_prometheus_rule_is_the_rules_file(matrix: dict[str, tuple[Path, list[Any]]]) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 import urllib.request
 from collections import Counter
@@ -18,7 +19,7 @@ import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from build.contract import Target
-from build.files import sha256
+from build.files import ROOT, sha256
 from build.publish import backend, repository
 from build.serve import TritonServer
 from build.spec import Spec
@@ -119,6 +120,19 @@ def test_what_is_answered_is_counted(server: TritonServer) -> None:
 
 
 @pytest.mark.triton
+def test_canaries_count_no_detections(server: TritonServer) -> None:
+    """Their images are blank: an idle server would look as if its model found nothing any more."""
+    before = series(server)
+    server.check()
+    command = [sys.executable, "-I", str(ROOT / "deploy" / "docker" / "canary.py"), f"http://{server.http_url}"]
+    subprocess.run(command, check=True)
+    after = series(server)
+    assert after["ssd_execution_seconds_count", ""] == before["ssd_execution_seconds_count", ""] + 2
+    assert after["ssd_detections_per_image_count", ""] == before["ssd_detections_per_image_count", ""]
+
+
+@pytest.mark.triton
+@pytest.mark.long
 def test_a_server_that_knows_no_histograms_has_the_same_series(native: None, repository: Path, tmp_path: Path) -> None:
     """Compiled to look for a function that no server has, as Triton before 2.50 has not the right one."""
     target = tmp_path / backend.NATIVE
@@ -136,7 +150,7 @@ def test_a_server_that_knows_no_histograms_has_the_same_series(native: None, rep
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("name", [backend.NATIVE, backend.PYTHON])
+@pytest.mark.parametrize("name", [backend.NATIVE, pytest.param(backend.PYTHON, marks=pytest.mark.long)])
 def test_the_series_of_an_old_version_go_with_it(native: None, spec: Spec, built: Path, root: Path, name: str) -> None:
     served_by = backend.prepare(name)
     for _ in range(2):

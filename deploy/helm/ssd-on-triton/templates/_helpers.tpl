@@ -14,12 +14,27 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
-{{- define "ssd.image" -}}
-{{- if .Values.image.digest -}}
-{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{/* Of a dict with `image` and `default` (a tag). */}}
+{{- define "ssd.reference" -}}
+{{- if .image.digest -}}
+{{ .image.repository }}@{{ .image.digest }}
 {{- else -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{ .image.repository }}:{{ .image.tag | default .default }}
 {{- end -}}
+{{- end }}
+
+{{- define "ssd.image" -}}
+{{ include "ssd.reference" (dict "image" .Values.image "default" .Chart.AppVersion) }}
+{{- end }}
+
+{{/* The gateway is no server: it has another name, so that Services, budgets and policies of the servers leave it out. */}}
+{{- define "ssd.gatewaySelector" -}}
+app.kubernetes.io/name: ssd-gateway
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "ssd.gatewayLabels" -}}
+{{ include "ssd.labels" . | replace "app.kubernetes.io/name: ssd-on-triton" "app.kubernetes.io/name: ssd-gateway" }}
 {{- end }}
 
 {{- define "ssd.serviceAccount" -}}
