@@ -95,7 +95,7 @@ class Worker:
         row: dict[str, Any] = dict.fromkeys(("width", "height", "boxes", "scores", "labels"))
         try:
             if "://" in path and content is None:
-                raise ImageError(f"{path} cannot be read", fix="check that it is there, and that you may read it")
+                raise _unreadable(path)
             image = load_image(_named(path) if content is None else content, max_pixels=self._job.max_pixels)
             row |= {"width": image.width, "height": image.height}
             job = self._job
@@ -109,6 +109,10 @@ class Worker:
         """End the threads and the connection: at the interpreter's end they would meet the engine's own threads."""
         self._threads.shutdown()
         self._client.close()
+
+
+def _unreadable(path: str) -> ImageError:
+    return ImageError(f"{path} cannot be read", fix="check that it is there, and that you may read it")
 
 
 def _text(name: str) -> str:
@@ -312,9 +316,18 @@ def _write(
                     f"model {config.name!r} was replaced while pictures were worked on",
                     fix="start again with another --out: one folder holds the rows of one model",
                 )
+            told = frame.select("path", "error").to_pydict()
+            if all(
+                "://" in path and error == str(_unreadable(path)) for path, error in zip(*told.values(), strict=True)
+            ):
+                raise BatchError(
+                    f"none of {len(chunk)} pictures can be read, {chunk[0]} among them",
+                    why="the store can be listed, but you may not read there, or it does not answer any more",
+                    fix="check your credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), and run this again",
+                )
             with _target(out) as place:
                 frame.write_parquet(place)
-            return failed + int(frame.where(daft.col("error") != "").count_rows())
+            return failed + sum(bool(error) for error in told["error"])
         except SSDClientError:
             raise
         except Exception as error:  # Daft and Ray raise many kinds
