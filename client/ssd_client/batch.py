@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +31,7 @@ from .preprocess import MAX_PIXELS, SUFFIXES, load_image
 
 _PART = ".part-"
 _TRIES = 3  # for a chunk, as long as the server answers: a worker of a cluster may die
+_RAY_TIMEOUT = 5.0  # seconds
 _ROWS = 64  # handed to a worker at once
 
 
@@ -91,8 +95,8 @@ class Worker:
         row: dict[str, Any] = dict.fromkeys(("width", "height", "boxes", "scores", "labels"))
         try:
             if "://" in path and content is None:
-                raise ImageError(f"{path} cannot be read", fix="check that it is there, and that you may read it")
-            image = load_image(path if content is None else content, max_pixels=self._job.max_pixels)
+                raise _unreadable(path)
+            image = load_image(_named(path) if content is None else content, max_pixels=self._job.max_pixels)
             row |= {"width": image.width, "height": image.height}
             job = self._job
             found = self._client.detect(image, score_threshold=job.score_threshold, iou_threshold=job.iou_threshold)
@@ -105,6 +109,22 @@ class Worker:
         """End the threads and the connection: at the interpreter's end they would meet the engine's own threads."""
         self._threads.shutdown()
         self._client.close()
+
+
+def _unreadable(path: str) -> ImageError:
+    return ImageError(f"{path} cannot be read", fix="check that it is there, and that you may read it")
+
+
+def _text(name: str) -> str:
+    """A file's name as Parquet can hold it: bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _named(text: str) -> str:
+    """The file that `_text` means."""
+    if os.path.lexists(text):
+        return text
+    return os.fsdecode(re.sub(rb"\\x([89a-f][0-9a-f])", lambda match: bytes.fromhex(match[1].decode()), text.encode()))
 
 
 _workers: dict[str, Worker] = {}
@@ -131,6 +151,8 @@ def require(ray: str | None = None) -> Any:
     """
     for name, value in (("DAFT_PROGRESS_BAR", "0"), ("DAFT_ANALYTICS_ENABLED", "0"), ("DO_NOT_TRACK", "1")):
         os.environ.setdefault(name, value)
+    for name in ("aws_config", "daft_local_execution"):  # what they log is raised, too, and told once
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         import daft
 
@@ -140,11 +162,13 @@ def require(ray: str | None = None) -> Any:
         raise BatchError(
             f"this needs {error.name}, which is not installed", fix="pip install 'ssd-client[batch]'"
         ) from None
+    daft.set_planning_config(default_io_config=daft.io.IOConfig(s3=daft.io.S3Config(**_store())))
     if ray is None:
         daft.set_runner_native()
         return daft
     try:
         if not cluster.is_initialized():
+            _knock(ray)
             package = str(Path(__file__).parent)  # the workers of a cluster may not have it
             cluster.init(ray, runtime_env={"py_modules": [package]}, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -153,6 +177,52 @@ def require(ray: str | None = None) -> Any:
         ) from None
     daft.set_runner_ray(noop_if_initialized=True)
     return daft
+
+
+def _knock(ray: str) -> None:
+    """Ray itself waits for minutes for a cluster that is not there."""
+    match = re.fullmatch(r"(?:ray://)?\[?([^/\]]+)\]?:(\d{1,5})", ray)
+    if match is not None:
+        try:
+            socket.create_connection((match[1], int(match[2])), _RAY_TIMEOUT).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(f"it does not answer: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _store() -> dict[str, Any]:
+    """How a store is asked; where it is and who asks comes from AWS's own variables and files."""
+    settings: dict[str, Any] = {"connect_timeout_ms": 5_000, "num_tries": 5}
+    regions = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_CONFIG_FILE")
+    if "AWS_ENDPOINT_URL" in os.environ and not any(name in os.environ for name in regions):
+        settings["region_name"] = "us-east-1"  # what other stores than Amazon's expect
+    return settings
+
+
+def _in_store(daft: Any, pattern: str) -> list[str]:
+    """What matches a URL; of a folder all its pictures."""
+    folder = not set(pattern) & set("*?[{") and not pattern.lower().endswith(SUFFIXES)
+    try:
+        listed = (
+            daft.from_glob_path(f"{pattern.rstrip('/')}/**" if folder else pattern).select("path").to_pydict()["path"]
+        )
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # Daft raises many kinds for what a store answers
+        said = str(error)
+        if "Need at least 1 MicroPartition" in said:  # how Daft 0.7 says that nothing matches
+            return []
+        if "Unable to load credentials" in said:
+            raise BatchError(
+                f"{pattern} cannot be listed: there are no credentials for the store",
+                fix="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for another store than Amazon's "
+                "AWS_ENDPOINT_URL, too",
+            ) from None
+        raise BatchError(
+            f"{pattern} cannot be listed: {_last_line(error)}",
+            why="the address is wrong, the store does not answer, or you may not read there",
+            fix="check AWS_ENDPOINT_URL, AWS_REGION and the rights",
+        ) from None
+    return [path for path in listed if not folder or path.lower().endswith(SUFFIXES)]
 
 
 def pictures(daft: Any, patterns: Sequence[str]) -> list[str]:
@@ -168,22 +238,18 @@ def pictures(daft: Any, patterns: Sequence[str]) -> list[str]:
     found: set[str] = set()
     for pattern in patterns:
         if "://" in pattern:
-            try:
-                listed = daft.from_glob_path(pattern).select("path").to_pydict()["path"]
-            except FileNotFoundError:
-                listed = []
-            except Exception as error:  # Daft raises many kinds for what a store answers
-                raise BatchError(
-                    f"{pattern} cannot be listed: {error}", fix="check the address and the rights"
-                ) from None
-        elif Path(pattern).is_dir():
+            listed = _in_store(daft, pattern)
+        elif pattern and Path(pattern).is_dir():
             held = (str(path) for path in Path(pattern).absolute().rglob("*") if path.is_file())
-            listed = [path for path in held if path.lower().endswith(SUFFIXES)]
-        else:
-            names = glob(pattern, recursive=True)  # noqa: PTH207 - of any pattern, absolute ones, too
-            listed = [str(Path(path).absolute()) for path in names if Path(path).is_file()]
+            listed = [_text(path) for path in held if path.lower().endswith(SUFFIXES)]
+        else:  # a name may have brackets
+            names = [pattern] if Path(pattern).is_file() else glob(pattern, recursive=True)  # noqa: PTH207 - any pattern
+            listed = [_text(str(Path(path).absolute())) for path in names if Path(path).is_file()]
         if not listed:
-            raise BatchError(f"no picture matches {pattern}", fix="check the pattern; quote it, so the shell keeps it")
+            raise BatchError(
+                f"no picture matches {pattern or repr(pattern)}",
+                fix="check the pattern; quote it, so the shell keeps it; a [ in a folder's name is [[] in a pattern",
+            )
         found.update(listed)
     return sorted(found)
 
@@ -240,26 +306,50 @@ def _write(
     warn: Callable[[str], None],
 ) -> int:
     """The rows of one chunk; how many of them are errors."""
+    failed, frame = 0, None
     for last in (False,) * (_TRIES - 1) + (True,):
         try:
             # Collected first: only whole chunks are written, each once.
-            frame = _frame(daft, chunk, job, config).collect()
+            frame = _frame(daft, chunk, job, config).collect() if frame is None else frame
             if client.model_config(refresh=True) != config:
                 raise BatchError(
                     f"model {config.name!r} was replaced while pictures were worked on",
                     fix="start again with another --out: one folder holds the rows of one model",
                 )
+            told = frame.select("path", "error").to_pydict()
+            if all(
+                "://" in path and error == str(_unreadable(path)) for path, error in zip(*told.values(), strict=True)
+            ):
+                raise BatchError(
+                    f"none of {len(chunk)} pictures can be read, {chunk[0]} among them",
+                    why="the store can be listed, but you may not read there, or it does not answer any more",
+                    fix="check your credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), and run this again",
+                )
             with _target(out) as place:
                 frame.write_parquet(place)
-            return int(frame.where(daft.col("error") != "").count_rows())
+            return failed + sum(bool(error) for error in told["error"])
         except SSDClientError:
             raise
         except Exception as error:  # Daft and Ray raise many kinds
             client.model_config(refresh=True)  # raises if it is the server
+            if "://" in out:  # a store may have kept what it said had failed
+                there = _done(daft, out, config)
+                failed += sum(there.get(path, False) for path in chunk)
+                rest = [path for path in chunk if path not in there]
+                if not rest:
+                    return failed
+                chunk, frame = rest, frame if len(rest) == len(chunk) else None
             if last:
-                raise BatchError(f"a chunk of {len(chunk)} pictures failed {_TRIES} times: {error}") from error
-            warn(f"a chunk of {len(chunk)} pictures is tried again: {str(error).strip().splitlines()[-1]}")
+                raise BatchError(
+                    f"a chunk of {len(chunk)} pictures failed {_TRIES} times: {_last_line(error)}"
+                ) from error
+            warn(f"a chunk of {len(chunk)} pictures is tried again: {_last_line(error)}")
     raise AssertionError("unreachable")
+
+
+def _last_line(error: Exception) -> str:
+    """The innermost cause, which Daft's errors end with."""
+    return (str(error).strip().splitlines() or [repr(error)])[-1].strip()
 
 
 def _frame(daft: Any, chunk: Sequence[str], job: Job, config: ModelConfig) -> Any:

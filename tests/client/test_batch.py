@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from ssd_client.cli import main
 from build.serve import TritonServer
 from tests.client.conftest import order, scene
 from tests.client.fake_model import RAISE
+from tests.deploy.conftest import free_ports, need, running, wait
 from tests.optional import optional
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +54,7 @@ def batch(environment: dict[str, str], server: TritonServer, tmp_path: Path) -> 
     return call
 
 
-def rows(folder: Path, environment: dict[str, str]) -> dict[str, list[Any]]:
+def rows(folder: Path | str, environment: dict[str, str]) -> dict[str, list[Any]]:
     command = [sys.executable, "-c", _READ, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
     found: dict[str, list[Any]] = json.loads(done.stdout)
@@ -177,3 +180,61 @@ def test_two_nodes_of_ray_and_a_killed_worker_give_the_same_rows(
     assert "nodes: 2" in done.stdout
     assert "killed a worker" in done.stdout
     assert rows(tmp_path / "ray", environment) == rows(tmp_path / "local", environment)
+
+
+@pytest.fixture
+def bucket(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """An empty bucket on an S3 server, which the variables of AWS name in `environment`."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    for name in [name for name in environment if name.startswith("AWS_")]:
+        monkeypatch.delitem(environment, name)
+    settings = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    for name, value in {**settings, "AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}.items():
+        monkeypatch.setitem(environment, name, value)
+    with running([need("moto_server"), "-H", "127.0.0.1", "-p", str(port)], tmp_path / "log"):
+        wait("moto answers", lambda: urllib.request.urlopen(f"{url}/moto-api/data.json", timeout=5), 60)
+        put(f"{url}/pictures", b"")
+        yield f"{url}/pictures"
+
+
+def put(url: str, content: bytes) -> None:
+    as_it_is = {"Content-Type": "application/octet-stream"}  # urllib's own type makes moto wait for a form
+    with urllib.request.urlopen(urllib.request.Request(url, content, as_it_is, method="PUT"), timeout=10):
+        pass
+
+
+def test_pictures_and_rows_in_a_bucket(
+    batch: Batch, environment: dict[str, str], server: TritonServer, tmp_path: Path, bucket: str
+) -> None:
+    paths = fill(tmp_path / "in", 3)
+    names = ["one.png", "deep/ä +#%.png", "deep/SHOUTED.PNG"]
+    for path, name in zip(paths, names, strict=True):
+        put(f"{bucket}/in/{quote(name)}", path.read_bytes())
+    put(f"{bucket}/in/bad.jpg", b"hello")
+    put(f"{bucket}/in/notes.txt", b"hello")
+    done = batch("s3://pictures/in", "--out", "s3://pictures/out", "--score-threshold", "0.55")
+    assert (done.returncode, "4 of 4 pictures, 1 errors" in done.stderr) == (1, True), done.stderr
+    found = rows("s3://pictures/out", environment)
+    assert found["path"] == sorted(f"s3://pictures/in/{name}" for name in [*names, "bad.jpg"])
+    assert [bool(error) for error in found["error"]] == [path.endswith("bad.jpg") for path in found["path"]]
+    with SSDClient(server.grpc_url, model="fake") as client:
+        for path, name in zip(paths, names, strict=True):
+            wanted = client.detect(path, score_threshold=0.55)
+            assert found["boxes"][found["path"].index(f"s3://pictures/in/{name}")] == wanted.boxes.tolist()
+    again = batch("s3://pictures/in/**/*.png", "--out", "s3://pictures/out")
+    assert (again.returncode, again.stderr) == (0, "2 of 2 pictures, 0 errors, 0.0/s\nrows in s3://pictures/out\n")
+
+
+@pytest.mark.long  # Daft asks again and again
+def test_a_bucket_that_may_not_be_read_is_one_error_and_no_rows(
+    batch: Batch, environment: dict[str, str], tmp_path: Path, bucket: str
+) -> None:
+    put(f"{bucket}/in/one.jpg", b"hello")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):  # put back by `bucket`
+        del environment[name]
+    refused = batch("s3://pictures/in/*.jpg", "--out", "out")
+    assert refused.returncode == 2
+    assert "AWS_ACCESS_KEY_ID" in refused.stderr
+    assert "none of 1 pictures can be read" in refused.stderr or "no credentials" in refused.stderr
+    assert not list((tmp_path / "out").glob("*.parquet")), "they would count as done"

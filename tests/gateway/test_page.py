@@ -102,6 +102,7 @@ def test_a_dropped_picture_the_slider_and_what_is_saved(page: Page, folder: Path
     page.press("End", 35)
     page.until("state.shown.answer.detections.length === 0 && !state.busy")
     assert page.value("$('score-value').textContent") == "1.00"
+    assert page.value("$('rows').innerText").startswith("Nothing scores that high")
     page.value("$('score').value = 0.3, $('score').dispatchEvent(new Event('input'))")
     page.until(f"state.shown.answer.detections.length === {many}")
     page.value("$('save-json').click(), $('save-png').click()")
