@@ -43,7 +43,20 @@ def compiler(alone: Path, name: str, code: str) -> Path:
 
 WORKS = 'Path(sys.argv[sys.argv.index("-o") + 1]).write_bytes(b"library")'
 FILES = {"libtriton_ssd_onnxruntime.so", "libonnxruntime.so.1", "manifest.json"}
-SOURCES = {"backend.cpp", "onnxruntime.h", "sha256.h", "triton.h"}
+SOURCES = {
+    *("backend.cpp", "engine.cpp", "engine_onnxruntime.cpp", "engine_openvino.cpp", "instance.cpp", "model.cpp"),
+    *(
+        "config.h",
+        "engine.h",
+        "errors.h",
+        "instance.h",
+        "model.h",
+        "onnxruntime.h",
+        "openvino.h",
+        "sha256.h",
+        "triton.h",
+    ),
+}
 
 
 def test_ours_is_installed_once_with_its_runtime(native: None, tmp_path: Path) -> None:
