@@ -1,4 +1,4 @@
-"""The backend in C++ under AddressSanitizer and UndefinedBehaviorSanitizer in a real server, with a planted overflow."""
+"""The C++ backend under AddressSanitizer and UndefinedBehaviorSanitizer in a real server, with a planted overflow."""
 
 from __future__ import annotations
 

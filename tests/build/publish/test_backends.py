@@ -1,4 +1,4 @@
-"""The backends and engines of the CPU on a real server: what they refuse to load, and errors that stay with a request."""
+"""The CPU's backends and engines on a real server: what they refuse to load, and errors that stay with a request."""
 
 from __future__ import annotations
 
