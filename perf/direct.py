@@ -203,9 +203,13 @@ def fastest(path: Path, requests: Sequence[Feed], instances: int, threads: int) 
 
 
 def split(triton: Mapping[str, Any]) -> tuple[int, int]:
-    """Instances, and threads of each, of a model's Triton configuration."""
+    """How many requests run at once, and on how many threads each, by a model's Triton configuration."""
+
+    def parameter(name: str, default: int) -> int:
+        return int(triton["parameters"].get(name, {}).get("string_value", default))
+
     instances = sum(int(group.get("count", 1)) for group in triton["instance_group"])
-    return instances, int(triton["parameters"].get("threads", {}).get("string_value", "1"))
+    return parameter("runners", instances), parameter("threads", 1)
 
 
 def thresholds(config: ModelConfig, score_threshold: float | None = None) -> dict[str, float]:

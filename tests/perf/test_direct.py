@@ -101,6 +101,8 @@ def test_split_of_the_servers_threads() -> None:
     groups = [{"count": 2, "kind": "KIND_CPU"}, {"count": 1}]
     assert direct.split({"instance_group": groups, "parameters": {"threads": {"string_value": "3"}}}) == (3, 3)
     assert direct.split({"instance_group": [{}], "parameters": {}}) == (1, 1)
+    runners = {"runners": {"string_value": "2"}}  # another instance only has the next request ready
+    assert direct.split({"instance_group": [{"count": 3}], "parameters": runners}) == (2, 1)
 
 
 @pytest.fixture

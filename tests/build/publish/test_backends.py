@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -115,9 +115,9 @@ def publish(repository: Path, name: str, kind: Kind, config: str = CONFIG) -> Pa
     version = repository / name / "1"
     version.mkdir(parents=True)
     onnx.save(small_model(), version / "model.onnx")
-    for file, source in backend.prepare(kind.backend, engine=kind.engine).files.items():
+    for file, source in backend.prepare(kind.backend, engine=kind.engine or "onnxruntime").files.items():
         shutil.copy(source, version / file)
-    engine = f'parameters {{ key: "engine" value {{ string_value: "{kind.engine}" }} }}'
+    engine = f'parameters {{ key: "engine" value {{ string_value: "{kind.engine}" }} }}' if kind.engine else ""
     (repository / name / "config.pbtxt").write_text(f'name: "{name}" backend: "{kind.backend}" {config} {engine}')
     return version
 
@@ -171,6 +171,11 @@ REFUSED = {
     ),
 }
 
+OF_OURS = {
+    "engine": ("engine", "other", "expected onnxruntime or openvino"),
+    "runners": ("runners", "0", "whole number"),
+}
+
 
 @pytest.mark.triton
 def test_what_does_not_fit_is_refused_with_its_reason(kind: Kind, tmp_path: Path, traces: Any) -> None:
@@ -186,11 +191,15 @@ def test_what_does_not_fit_is_refused_with_its_reason(kind: Kind, tmp_path: Path
         digest = hashlib.sha256(content).hexdigest()
         parameter = f'parameters {{ key: "model_sha256" value {{ string_value: "{digest}" }} }}'
         publish(tmp_path, name, kind, f"{CONFIG} {parameter}")
+    ours = OF_OURS if kind.backend == backend.NATIVE else {}
+    for name, (key, value, _) in ours.items():
+        parameter = f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+        publish(tmp_path, name, replace(kind, engine="") if key == "engine" else kind, f"{CONFIG} {parameter}")
     with pytest.raises(ServeError) as caught:
         TritonServer(tmp_path).start()
     reasons = dict(re.findall(r"^model (\w+) did not load: (.*)$", caught.value.what, re.MULTILINE))
-    assert set(reasons) == {*REFUSED, "missing", "corrupt", "more", "changed"}
-    for name, (_, _, reason) in REFUSED.items():
+    assert set(reasons) == {*REFUSED, *ours, "missing", "corrupt", "more", "changed"}
+    for name, (_, _, reason) in {**REFUSED, **ours}.items():
         assert re.search(reason, reasons[name]), (name, reasons[name])
     assert "model.onnx is missing: publish the model again" in reasons["missing"]
     assert re.search("protobuf parsing failed|OpenVINO failed: .*model format", reasons["corrupt"])
@@ -200,7 +209,7 @@ def test_what_does_not_fit_is_refused_with_its_reason(kind: Kind, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def server(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """The small model thrice: alone, as instances side by side, and behind a batcher that hands over several requests.
+    """The small model alone, as instances side by side, and behind a batcher that hands over several requests.
 
     After the last test all of them must still be whole.
     """
@@ -211,6 +220,8 @@ def server(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tri
     for threads in (1, 2):
         config = CONFIG.replace("count: 1", "count: 3").replace(given.format(1), given.format(threads))
         publish(repository, f"three_of_{threads}", kind, config)
+    one = 'parameters { key: "runners" value { string_value: "1" } }'
+    publish(repository, "three_for_one", kind, CONFIG.replace("count: 1", "count: 3") + one)
     with TritonServer(repository) as server:
         yield server
         server.check()
@@ -336,14 +347,14 @@ def test_tensors_lie_anywhere_in_shared_memory(server: TritonServer, offset: int
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("threads", [1, 2])
-def test_instances_answer_side_by_side(server: TritonServer, threads: int) -> None:
-    """Three of them, which share what they can; every answer is its own request's."""
+@pytest.mark.parametrize("model", ["three_of_1", "three_of_2", "three_for_one"])
+def test_instances_answer_side_by_side(server: TritonServer, model: str) -> None:
+    """Three of them, which share what they can, or wait for one runner; every answer is its own request's."""
     answers: SimpleQueue[tuple[int, Any, Any]] = SimpleQueue()
     with closing(triton_grpc.InferenceServerClient(server.grpc_url)) as client:
         for number in range(BRIGHT):
             client.async_infer(
-                f"three_of_{threads}",
+                model,
                 request(number, batch=1 + number % 8),
                 lambda result, error, number=number: answers.put((number, result, error)),
             )
