@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def build_engines(
     judge: verify.Judge | None = None,
     calibration: str = "explicit",
     rehearse: bool = True,
+    serving_engine: str = "",
     console: Console | None = None,
 ) -> dict[str, int]:
     """Builds and publishes models; what is published already from the same inputs is left as it is.
@@ -63,6 +65,7 @@ def build_engines(
         judge: mAP of COCO detections for the gate; None = the gate does not look at mAP.
         calibration: explicit (the graph says what is INT8) or, for int8 and TensorRT up to 10, implicit (it does).
         rehearse: whether a real server has to answer with the files before they are published (a second each).
+        serving_engine: in place of each spec's [serving] engine; empty = as the spec says.
         console: where to print what is done; None = standard output.
 
     Returns:
@@ -76,6 +79,8 @@ def build_engines(
     target = Target(runtime, precision, calibration)
     show.print(f"runtime {runtime}: {why}", markup=False)
     specs = [load(sources / name) for name in _names(models, sources)]
+    if serving_engine:
+        specs = [replace(spec, serving=replace(spec.serving, engine=serving_engine)) for spec in specs]
     return {
         spec.model.name: _build(spec, target, force, repository, artifacts, judge, rehearse, show) for spec in specs
     }
@@ -290,7 +295,8 @@ def _build(
             return version
     # Where TensorRT calibrates, no graph is quantised: the gate judges the plan.
     chosen = audit.approved(spec, contract.BASELINE if target.implicit else target.precision, artifacts, show)
-    spec = load(spec.path)  # the audit may have written which layers stay unquantised
+    # The audit may have written which layers stay unquantised.
+    spec = replace(spec, quantization=load(spec.path).quantization)
     graph = chosen.runs if artifact.name == "onnxruntime.onnx" else chosen.graph
     self_check(chosen.runs, spec, literal=chosen.kind.literal)
     for path, written in {artifact.with_name("model.onnx"): chosen.graph, artifact: graph}.items():

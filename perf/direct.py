@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from build import contract
 from build.errors import ServeError
-from build.publish import backend, openvino
+from build.publish import backend, openvino, repository
 from build.session import runner
 
 if TYPE_CHECKING:
@@ -125,7 +125,6 @@ def beside(
         if path.suffix == ".onnx":
             yield fastest(path, requests, instances, threads)
         else:
-            from build.publish import repository
             from build.tensorrt.plan import Plan
             from build.tensorrt.plugins import PLUGIN
 
@@ -156,15 +155,13 @@ def served_file(server: TritonServer, model: str) -> Path:
 
 def engine_of(path: Path) -> str:
     """What serves a published model.onnx: onnxruntime or openvino; its manifest lies beside it."""
-    from build.publish import repository
-
     manifest = path.with_name(repository.MANIFEST)
     served_by = backend.of(json.loads(manifest.read_bytes())) if manifest.is_file() else None
     return served_by.engine if served_by else openvino.OTHER
 
 
-def session(path: Path, threads: int = 1) -> Runner:
-    """A published model.onnx in this process, in the engine that serves it. Answers one request at a time.
+def sessions(path: Path, count: int, threads: int = 1) -> list[Runner]:
+    """A published model.onnx in this process, in the engine that serves it: `count` requests at once.
 
     Raises:
         RuntimeUnavailableError: OpenVINO cannot run it here.
@@ -172,9 +169,11 @@ def session(path: Path, threads: int = 1) -> Runner:
     import onnx
 
     if engine_of(path) == openvino.NAME:
-        precision = json.loads(path.with_name("manifest.json").read_bytes())["precision"]
-        return openvino.runner(path, threads, openvino.hint(precision))
-    return runner(onnx.load(path), threads=threads)
+        precision = json.loads(path.with_name(repository.MANIFEST).read_bytes())["precision"]
+        return list(openvino.runners(path, count, threads, openvino.hint(precision)))
+    if threads == 1:  # ONNX Runtime's of one thread run in their callers' threads: one session serves them all
+        return [runner(onnx.load(path), threads=1)] * count
+    return [runner(onnx.load(path), threads=threads) for _ in range(count)]
 
 
 def fastest(path: Path, requests: Sequence[Feed], instances: int, threads: int) -> Direct:
@@ -188,16 +187,9 @@ def fastest(path: Path, requests: Sequence[Feed], instances: int, threads: int) 
         instances: the server's.
         threads: of each instance.
     """
-
-    def sessions(count: int, threads: int) -> list[Runner]:
-        """ONNX Runtime's of one thread run in their callers' threads: one session serves them all."""
-        if threads == 1 and engine_of(path) != openvino.NAME:
-            return [session(path, 1)] * count
-        return [session(path, threads) for _ in range(count)]
-
     total = instances * threads
     counts = [count for count in range(1, total + 1) if total % count == 0]
-    splits = {n: Direct(sessions(n, total // n), requests, threads=total // n) for n in counts}
+    splits = {n: Direct(sessions(path, n, total // n), requests, threads=total // n) for n in counts}
     rate = max(candidate.throughput(0.1) for candidate in splits.values())
     # Long enough for whole requests to tell, and in turn: one may meet a busy moment.
     seconds = max(TRIAL_S, REQUESTS * len(requests[0]["images"]) / rate)
@@ -211,9 +203,13 @@ def fastest(path: Path, requests: Sequence[Feed], instances: int, threads: int) 
 
 
 def split(triton: Mapping[str, Any]) -> tuple[int, int]:
-    """Instances, and threads of each, of a model's Triton configuration."""
+    """How many requests run at once, and on how many threads each, by a model's Triton configuration."""
+
+    def parameter(name: str, default: int) -> int:
+        return int(triton["parameters"].get(name, {}).get("string_value", default))
+
     instances = sum(int(group.get("count", 1)) for group in triton["instance_group"])
-    return instances, int(triton["parameters"].get("threads", {}).get("string_value", "1"))
+    return parameter("runners", instances), parameter("threads", 1)
 
 
 def thresholds(config: ModelConfig, score_threshold: float | None = None) -> dict[str, float]:

@@ -55,6 +55,40 @@ def perf(
 
 @task(
     help={
+        "model": "one or several folders of models/, with commas",
+        "precision": "one or several, with commas",
+        "engine": "one or several, with commas",
+        "clients": "that send requests at once, with shared memory",
+        "rounds": "how often each is measured; the medians count",
+        "seconds": "of each measurement",
+    }
+)
+@explained
+def perf_engines(
+    c: Context,
+    model: str = "shapes",
+    precision: str = "fp32,bf16,int8",
+    engine: str = "onnxruntime,openvino",
+    clients: int = 4,
+    rounds: int = 5,
+    seconds: float = 1.5,
+) -> None:
+    """Time models, precisions and engines of the CPU side by side, served and in process; writes JSON."""
+    from perf.engines import side_by_side
+
+    side_by_side(
+        model.split(","),
+        precisions=precision.split(","),
+        engines=engine.split(","),
+        clients=clients,
+        rounds=rounds,
+        seconds=seconds,
+        artifacts=ARTIFACTS,
+    )
+
+
+@task(
+    help={
         "scenario": "single-stream, multi-stream, server, offline or all",
         "seconds": "of each run of LoadGen, at least (the rules ask for 600)",
         "accuracy": "LoadGen's accuracy mode, too: mAP, and the same answers in both modes",

@@ -22,6 +22,7 @@ from build.serve import TritonServer
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "SSD_TEST_TOKEN"
+NO_OPENVINO = 'needs OpenVINO: build once with [serving] engine = "openvino"'
 
 
 def pytest_configure() -> None:

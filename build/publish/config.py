@@ -65,7 +65,8 @@ def config(
         for tensor in tensors:
             entries.add(name=tensor.name, data_type=pb.DataType.Value(f"TYPE_{tensor.triton}"), dims=tensor.shape)
     # Only a batcher's queue has a limit and drops what nobody waits for. What that costs: docs/perf.md.
-    if spec.serving.dynamic_batching == "off":
+    alone = served_by is not None and served_by.name == NATIVE  # it runs every request by itself
+    if spec.serving.dynamic_batching == "off" or (alone and spec.serving.dynamic_batching == "auto"):
         result.dynamic_batching.preferred_batch_size.append(1)
     else:
         result.dynamic_batching.max_queue_delay_microseconds = spec.serving.queue_delay_us
@@ -79,9 +80,10 @@ def config(
     else:
         assert served_by is not None
         result.backend = served_by.name
-        result.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances)
+        # One more than may run at once: it has the next request's inputs ready when a runner becomes idle.
+        result.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances + alone)
         parameters["threads"] = str(threads)
-        if served_by.name == NATIVE:
+        if alone:
             parameters["runners"] = str(instances)
         if served_by.engine == openvino.NAME:
             parameters |= {"engine": served_by.engine, "engine_precision": openvino.hint(target.precision)}

@@ -6,6 +6,7 @@ spec asks for it. Served through this project's backend, whose folder gets the l
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,13 +115,19 @@ def _has(instructions: tuple[str, ...]) -> bool:
 
 
 def runner(path: Path, threads: int = 1, precision: str = "f32") -> Runner:
-    """A session in this process that does what the backend does (backends/ssd_onnxruntime/engine_openvino.cpp).
+    """The only one of `runners`."""
+    return runners(path, 1, threads, precision)[0]
+
+
+def runners(path: Path, count: int, threads: int, precision: str) -> list[Runner]:
+    """What runs a file in this process as the backend does (backends/ssd_onnxruntime/engine_openvino.cpp).
 
     It is compiled for one picture; the pictures of a batch run one after the other.
 
     Args:
         path: an ONNX file that `readable` made.
-        threads: of the session.
+        count: how many requests run at once: the streams of one compiled model.
+        threads: of each.
         precision: as `hint` gives it.
 
     Raises:
@@ -132,8 +139,8 @@ def runner(path: Path, threads: int = 1, precision: str = "f32") -> Runner:
         sys.path.append(str(PACKAGES))  # last: NumPy and the rest stay those that are installed
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
-        "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": count,
+        "INFERENCE_NUM_THREADS": count * threads,
         "ENABLE_CPU_PINNING": False,
     }
     try:
@@ -143,7 +150,7 @@ def runner(path: Path, threads: int = 1, precision: str = "f32") -> Runner:
         model = core.read_model(path)
         model.reshape({port.get_any_name(): [1, *list(port.partial_shape)[1:]] for port in model.inputs})
         compiled = core.compile_model(model, "CPU", settings)
-        request = compiled.create_infer_request()
+        requests = [compiled.create_infer_request() for _ in range(count)]
     except Exception as error:  # OpenVINO's own exceptions have no common type
         raise RuntimeUnavailableError(
             f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1]}",
@@ -151,11 +158,11 @@ def runner(path: Path, threads: int = 1, precision: str = "f32") -> Runner:
         ) from None
     names = [port.get_any_name() for port in compiled.outputs]
 
-    def run(feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(request: Any, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         rows = []
         for row in range(len(next(iter(feeds.values())))):
             request.infer({name: values[row : row + 1] for name, values in feeds.items()}, share_inputs=True)
             rows.append([request.get_output_tensor(place).data.copy() for place in range(len(names))])
         return {name: np.concatenate(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
 
-    return run
+    return [functools.partial(run, request) for request in requests]

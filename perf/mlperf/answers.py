@@ -11,7 +11,7 @@ from build.contract import Target
 from build.errors import DataError
 from build.gate.scoring import Detected, coco_results
 from build.gate.verify import Tolerance, tolerance
-from perf.direct import feeds, session, thresholds
+from perf.direct import feeds, sessions, thresholds
 from perf.mlperf.child import OUTCOME, payload
 from perf.mlperf.runs import ACCURACY
 
@@ -86,7 +86,7 @@ class Reference:
 
     def _run(self, requests: Sequence[dict[str, Any]]) -> Iterable[Arrays]:
         if self._path.suffix == ".onnx":
-            return map(session(self._path), requests)
+            return map(sessions(self._path, 1)[0], requests)
         from build.tensorrt.plan import Plan
         from build.tensorrt.plugins import PLUGIN
 

@@ -101,6 +101,8 @@ def test_split_of_the_servers_threads() -> None:
     groups = [{"count": 2, "kind": "KIND_CPU"}, {"count": 1}]
     assert direct.split({"instance_group": groups, "parameters": {"threads": {"string_value": "3"}}}) == (3, 3)
     assert direct.split({"instance_group": [{}], "parameters": {}}) == (1, 1)
+    runners = {"runners": {"string_value": "2"}}  # another instance only has the next request ready
+    assert direct.split({"instance_group": [{"count": 3}], "parameters": runners}) == (2, 1)
 
 
 @pytest.fixture
@@ -191,17 +193,16 @@ def test_a_server_without_its_files(tmp_path: Path) -> None:
 
 
 def test_the_engine_in_process_is_the_one_that_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Path, int]] = []
+    asked: list[tuple[Path, int, int, str]] = []
 
-    def fake_openvino(path: Path, threads: int) -> Runner:
-        asked.append((path, threads))
-        return lambda feed: None
+    def fake_openvino(path: Path, count: int, threads: int, precision: str) -> list[Runner]:
+        asked.append((path, count, threads, precision))
+        return [lambda feed: None] * count
 
-    monkeypatch.setattr(direct.openvino, "runner", fake_openvino)
+    monkeypatch.setattr(direct.openvino, "runners", fake_openvino)
     path = tmp_path / "model.onnx"
-    serving = {"backend": "python", "engine": "openvino"}
-    path.with_name("manifest.json").write_text(json.dumps({"serving": serving}))
+    serving = {"backend": "ssd_onnxruntime", "engine": "openvino"}
+    path.with_name("manifest.json").write_text(json.dumps({"serving": serving, "precision": "fp32"}))
     baseline = direct.fastest(path, FEEDS, 2, 1)
-    # Each of its sessions answers one request at a time: none is shared.
-    assert sorted(asked) == [(path, 1), (path, 1), (path, 2)]
+    assert sorted(asked) == [(path, 1, 2, "f32"), (path, 2, 1, "f32")]
     assert str(baseline) in ("1 x 2", "2 x 1")

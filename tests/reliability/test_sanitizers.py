@@ -1,4 +1,4 @@
-"""backend.cpp under AddressSanitizer and UndefinedBehaviorSanitizer in a real server, with a planted overflow."""
+"""The C++ backend under AddressSanitizer and UndefinedBehaviorSanitizer in a real server, with a planted overflow."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tests.reliability.fuzz import fuzz
 
 FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-omit-frame-pointer")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr")
+WHERE = "engine.h"
 # A buffer of half its size: the first image that is copied to it runs over.
 PLANTED = ("mMemory.resize(bytes + kAlignment);", "mMemory.resize(bytes / 2 + kAlignment);")
 
@@ -53,11 +54,11 @@ def sanitized(compiler: str, folder: Path, planted: bool) -> Path:
     shutil.copytree(backend.BACKENDS / backend.NATIVE, target)
     sources = folder / "sources"
     shutil.copytree(Path(backend.__file__).parent / "backends" / backend.NATIVE, sources)
-    code = (sources / "backend.cpp").read_text()
+    code = (sources / WHERE).read_text()
     if planted:
-        (sources / "backend.cpp").write_text(code.replace(*PLANTED))
+        (sources / WHERE).write_text(code.replace(*PLANTED))
     library = target / backend.LIBRARY
-    command = [compiler, *FLAGS, *SANITIZE, "-o", str(library), str(sources / "backend.cpp"), "-ldl"]
+    command = [compiler, *FLAGS, *SANITIZE, "-o", str(library), *map(str, sources.glob("*.cpp")), "-ldl"]
     subprocess.run(command, check=True, env={"PATH": "/usr/bin:/bin"})
     shutil.rmtree(sources)
     facts = json.loads((target / backend.INSTALLED).read_bytes())
@@ -67,7 +68,7 @@ def sanitized(compiler: str, folder: Path, planted: bool) -> Path:
 
 
 def test_the_planted_overflow_is_still_there_to_plant() -> None:
-    code = (Path(backend.__file__).parent / "backends" / backend.NATIVE / "backend.cpp").read_text()
+    code = (Path(backend.__file__).parent / "backends" / backend.NATIVE / WHERE).read_text()
     assert code.count(PLANTED[0]) == 1
 
 

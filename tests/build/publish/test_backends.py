@@ -1,4 +1,4 @@
-"""Both backends of the CPU on a real server: what they refuse to load, and errors that stay with their request."""
+"""The CPU's backends and engines on a real server: what they refuse to load, and errors that stay with a request."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -21,11 +22,12 @@ from tritonclient.utils import InferenceServerException
 from tritonclient.utils import shared_memory as shm
 
 from build.errors import ServeError
-from build.publish import backend
+from build.publish import backend, openvino
 from build.serve import TritonServer
-from tests.conftest import unregister
+from tests.conftest import NO_OPENVINO, unregister
 
-BACKENDS = (backend.NATIVE, backend.PYTHON)
+OPENVINO = "openvino"  # our backend with that engine
+KINDS = (backend.NATIVE, OPENVINO, backend.PYTHON)
 SIDE, MOST = 4, 2
 CONFIG = f"""
 max_batch_size: 8
@@ -40,7 +42,7 @@ instance_group {{ count: 1 kind: KIND_CPU }}
 parameters {{ key: "contract" value {{ string_value: "1" }} }}
 parameters {{ key: "threads" value {{ string_value: "1" }} }}
 """
-BRIGHT = 200  # an image whose first byte is more makes ONNX Runtime fail
+BRIGHT = 200  # an image whose first byte is more makes either engine fail
 
 
 def small_model() -> onnx.ModelProto:
@@ -51,6 +53,8 @@ def small_model() -> onnx.ModelProto:
         "axes": np.array([1, 2, 3], np.int64),
         "flat": np.array([-1, 1], np.int64),
         "table": np.arange(BRIGHT + 1, dtype=np.int32),
+        "most": np.array(BRIGHT, np.int32),
+        "one": np.array([1], np.int64),
         "to_boxes": np.array([1, MOST, 4], np.int64),
         "to_scores": np.array([1, MOST], np.int64),
         "column": np.array([-1, 1, 1], np.int64),
@@ -58,8 +62,15 @@ def small_model() -> onnx.ModelProto:
     nodes = [
         helper.make_node("Slice", ["images", "first", "end", "axes"], ["corner"]),
         helper.make_node("Reshape", ["corner", "flat"], ["byte"]),
+        helper.make_node("Cast", ["byte"], ["number"], to=TensorProto.INT32),
         helper.make_node("Cast", ["byte"], ["index"], to=TensorProto.INT64),
-        helper.make_node("Gather", ["table", "index"], ["num_detections"]),
+        helper.make_node("Gather", ["table", "index"], ["known"]),  # ONNX Runtime checks the index
+        helper.make_node("Greater", ["number", "most"], ["brighter"]),
+        helper.make_node("Cast", ["brighter"], ["more"], to=TensorProto.INT64),
+        helper.make_node("ReduceMax", ["more"], ["any"], keepdims=0),
+        helper.make_node("Add", ["any", "one"], ["times"]),
+        helper.make_node("Concat", ["times", "one"], ["repeats"], axis=0),
+        helper.make_node("Tile", ["known", "repeats"], ["num_detections"]),  # OpenVINO answers twice the rows
         helper.make_node("Tile", ["num_detections", "to_scores"], ["detection_classes"]),
         helper.make_node("Tile", ["iou_threshold", "to_scores"], ["detection_scores"]),
         helper.make_node("Reshape", ["score_threshold", "column"], ["score_column"]),
@@ -86,23 +97,40 @@ def small_model() -> onnx.ModelProto:
     return model
 
 
-def publish(repository: Path, name: str, kind: str, config: str = CONFIG) -> Path:
+@dataclass(frozen=True)
+class Kind:
+    """What runs a model: the backend by Triton's name for it, with an engine."""
+
+    backend: str
+    engine: str = "onnxruntime"
+
+    @property
+    def name(self) -> str:
+        """The engine's, as its errors have it."""
+        return "OpenVINO" if self.engine == OPENVINO else "ONNX Runtime"
+
+
+def publish(repository: Path, name: str, kind: Kind, config: str = CONFIG) -> Path:
     """A model folder with the small model; returns its version folder."""
     version = repository / name / "1"
     version.mkdir(parents=True)
     onnx.save(small_model(), version / "model.onnx")
-    for file, source in backend.prepare(kind).files.items():
+    for file, source in backend.prepare(kind.backend, engine=kind.engine or "onnxruntime").files.items():
         shutil.copy(source, version / file)
-    (repository / name / "config.pbtxt").write_text(f'name: "{name}" backend: "{kind}" {config}')
+    engine = f'parameters {{ key: "engine" value {{ string_value: "{kind.engine}" }} }}' if kind.engine else ""
+    (repository / name / "config.pbtxt").write_text(f'name: "{name}" backend: "{kind.backend}" {config} {engine}')
     return version
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    """Each backend in turn; ours only where it can be compiled."""
-    if request.param == backend.NATIVE:
-        request.getfixturevalue("native")
-    return str(request.param)
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Each in turn; ours only where it can be compiled, OpenVINO only where it is installed."""
+    if request.param == backend.PYTHON:
+        return Kind(backend.PYTHON)
+    request.getfixturevalue("native")
+    if request.param == OPENVINO and not openvino.installed():
+        pytest.skip(NO_OPENVINO)
+    return Kind(backend.NATIVE, OPENVINO if request.param == OPENVINO else "onnxruntime")
 
 
 REFUSED = {
@@ -143,9 +171,14 @@ REFUSED = {
     ),
 }
 
+OF_OURS = {
+    "engine": ("engine", "other", "expected onnxruntime or openvino"),
+    "runners": ("runners", "0", "whole number"),
+}
+
 
 @pytest.mark.triton
-def test_what_does_not_fit_is_refused_with_its_reason(kind: str, tmp_path: Path, traces: Any) -> None:
+def test_what_does_not_fit_is_refused_with_its_reason(kind: Kind, tmp_path: Path, traces: Any) -> None:
     """All broken models on one server: each is named with what is wrong with it."""
     for name, (old, new, _) in REFUSED.items():
         assert old in CONFIG
@@ -158,21 +191,25 @@ def test_what_does_not_fit_is_refused_with_its_reason(kind: str, tmp_path: Path,
         digest = hashlib.sha256(content).hexdigest()
         parameter = f'parameters {{ key: "model_sha256" value {{ string_value: "{digest}" }} }}'
         publish(tmp_path, name, kind, f"{CONFIG} {parameter}")
+    ours = OF_OURS if kind.backend == backend.NATIVE else {}
+    for name, (key, value, _) in ours.items():
+        parameter = f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+        publish(tmp_path, name, replace(kind, engine="") if key == "engine" else kind, f"{CONFIG} {parameter}")
     with pytest.raises(ServeError) as caught:
         TritonServer(tmp_path).start()
     reasons = dict(re.findall(r"^model (\w+) did not load: (.*)$", caught.value.what, re.MULTILINE))
-    assert set(reasons) == {*REFUSED, "missing", "corrupt", "more", "changed"}
-    for name, (_, _, reason) in REFUSED.items():
+    assert set(reasons) == {*REFUSED, *ours, "missing", "corrupt", "more", "changed"}
+    for name, (_, _, reason) in {**REFUSED, **ours}.items():
         assert re.search(reason, reasons[name]), (name, reasons[name])
     assert "model.onnx is missing: publish the model again" in reasons["missing"]
-    assert "protobuf parsing failed" in reasons["corrupt"]
+    assert re.search("protobuf parsing failed|OpenVINO failed: .*model format", reasons["corrupt"])
     assert "is not the file that was published (SHA-256 differs)" in reasons["changed"]
     assert re.search("has the outputs .*'more'|has 8 inputs and outputs, model.onnx has 7", reasons["more"])
 
 
 @pytest.fixture(scope="module")
-def server(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """The small model thrice: alone, as instances side by side, and behind a batcher that hands over several requests.
+def server(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """The small model alone, as instances side by side, and behind a batcher that hands over several requests.
 
     After the last test all of them must still be whole.
     """
@@ -183,6 +220,8 @@ def server(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trit
     for threads in (1, 2):
         config = CONFIG.replace("count: 1", "count: 3").replace(given.format(1), given.format(threads))
         publish(repository, f"three_of_{threads}", kind, config)
+    one = 'parameters { key: "runners" value { string_value: "1" } }'
+    publish(repository, "three_for_one", kind, CONFIG.replace("count: 1", "count: 3") + one)
     with TritonServer(repository) as server:
         yield server
         server.check()
@@ -203,7 +242,7 @@ def request(byte: int, score: float = 0.25, iou: float = 0.5, batch: int = 1) ->
 
 
 @pytest.mark.triton
-def test_a_failing_request_leaves_the_others_of_its_call_alone(server: TritonServer, kind: str) -> None:
+def test_a_failing_request_leaves_the_others_of_its_call_alone(server: TritonServer, kind: Kind) -> None:
     sent = {
         "a": request(1),
         "bright": request(BRIGHT + 1),
@@ -224,7 +263,7 @@ def test_a_failing_request_leaves_the_others_of_its_call_alone(server: TritonSer
         return int(statistics["model_stats"][0].get("execution_count", 0))
 
     done = executions(after) - executions(before)
-    if kind == backend.PYTHON:
+    if kind.backend == backend.PYTHON:
         assert done < 3, "the requests were not handed over together"
     else:
         assert done == 3  # each request runs alone, and is counted so
@@ -237,7 +276,7 @@ def test_a_failing_request_leaves_the_others_of_its_call_alone(server: TritonSer
         np.testing.assert_array_equal(result.as_numpy("detection_scores"), np.full((batch, MOST), iou, np.float32))
     assert "score_threshold must lie in 0..1, got [nan]" in str(received["nan"][1])
     assert "iou_threshold must lie in 0..1, got [1.25]" in str(received["above"][1])
-    assert re.search("ONNX Runtime failed.*: .*indices element out of data bounds", str(received["bright"][1]))
+    assert re.search(f"{kind.name} failed.*: .*(data bounds|has 16 bytes, expected 8)", str(received["bright"][1]))
 
 
 @pytest.mark.triton
@@ -308,14 +347,14 @@ def test_tensors_lie_anywhere_in_shared_memory(server: TritonServer, offset: int
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("threads", [1, 2])
-def test_instances_answer_side_by_side(server: TritonServer, threads: int) -> None:
-    """Three of them, which share what they can; every answer is its own request's."""
+@pytest.mark.parametrize("model", ["three_of_1", "three_of_2", "three_for_one"])
+def test_instances_answer_side_by_side(server: TritonServer, model: str) -> None:
+    """Three of them, which share what they can, or wait for one runner; every answer is its own request's."""
     answers: SimpleQueue[tuple[int, Any, Any]] = SimpleQueue()
     with closing(triton_grpc.InferenceServerClient(server.grpc_url)) as client:
         for number in range(BRIGHT):
             client.async_infer(
-                f"three_of_{threads}",
+                model,
                 request(number, batch=1 + number % 8),
                 lambda result, error, number=number: answers.put((number, result, error)),
             )

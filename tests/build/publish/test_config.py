@@ -39,8 +39,11 @@ def test_config_says_all_that_a_client_needs(spec: Spec, stand_in: Backend) -> N
     (group,) = result.instance_group
     threads = int(result.parameters["threads"].string_value)
     assert group.kind == ModelInstanceGroup.KIND_CPU
-    assert 1 <= group.count * threads <= config.cores()
-    assert {name: value.string_value for name, value in result.parameters.items() if name != "threads"} == {
+    runners = int(result.parameters["runners"].string_value)
+    assert 1 <= runners * threads <= config.cores()
+    assert group.count == runners + 1
+    own = {name: value.string_value for name, value in result.parameters.items() if name not in ("threads", "runners")}
+    assert own == {
         "contract": "1",
         "input_width": "8",
         "input_height": "8",
@@ -111,6 +114,13 @@ def test_a_plans_config_with_the_defaults(spec: Spec) -> None:
     policy = result.dynamic_batching.default_queue_policy
     assert (policy.max_queue_size, policy.default_timeout_microseconds) == (256, 30_000_000)
     assert policy.allow_timeout_override
+
+
+def test_only_what_gains_by_it_gets_requests_together(spec: Spec, stand_in: Backend) -> None:
+    """Our backend runs every request by itself: two that one instance gets together would wait for each other."""
+    assert not config.batches(config.config(spec, 1, ONNX, "", stand_in))
+    assert config.batches(config.config(spec, 1, ONNX, "", Backend("python", "", {}, ())))
+    assert config.batches(config.config(spec, 1, PLAN, ""))
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])

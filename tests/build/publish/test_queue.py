@@ -12,6 +12,7 @@ import tritonclient.grpc as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from build.serve import TritonServer
+from perf.direct import split
 from tests.reliability.overload import abandoned, crowd, feeds
 
 GIVEN_UP, IMAGES = 12, 16
@@ -26,8 +27,8 @@ def test_requests_that_were_given_up_are_not_computed(server: TritonServer, how:
     assert computed < GIVEN_UP * IMAGES, "every one of them ran"
     if how == "cancel":
         # Those that ran already, and what the healthy requests had.
-        instances = server.model_config("shapes")["instance_group"][0]["count"]
-        assert computed <= (3 * instances + 2) * IMAGES
+        runners, _ = split(server.model_config("shapes"))
+        assert computed <= (3 * runners + 2) * IMAGES
 
 
 @pytest.mark.triton

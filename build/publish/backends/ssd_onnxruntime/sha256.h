@@ -71,8 +71,8 @@ inline void take(std::array<uint32_t, 8>& state, unsigned char const* block) noe
 //! The digest of `data` in hexadecimal digits.
 inline std::string digest(std::string const& data)
 {
-    std::array<uint32_t, 8> state{
-        0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    std::array<uint32_t, 8> state{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab,
+        0x5be0cd19};
     auto const* bytes = reinterpret_cast<unsigned char const*>(data.data());
     size_t const whole = data.size() / kBlock * kBlock;
     for (size_t at = 0; at < whole; at += kBlock)
