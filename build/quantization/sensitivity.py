@@ -65,6 +65,7 @@ def search(
     precision: str = "int8",
     judgement: Judgement | None = None,
     start: Judged | None = None,
+    quantiser: Quantiser | None = None,
     budget: float = 0.0,
     write: bool = True,
     console: Console | None = None,
@@ -82,6 +83,7 @@ def search(
         precision: int8 or fp8.
         judgement: FP32's, where it is there already.
         start: the best of step 1, likewise.
+        quantiser: what made it, likewise.
         budget: seconds after which to stop; 0 = none.
         write: whether a set that passes is written to the spec.
         console: for progress, table and verdict.
@@ -94,7 +96,7 @@ def search(
     show = console or Console(highlight=False)
     until = time.monotonic() + budget if budget else float("inf")
     judgement = judgement or Judgement(spec, artifacts, show)
-    quantiser = Quantiser(spec, precision, artifacts, show)
+    quantiser = quantiser or Quantiser(spec, precision, artifacts, show)
     if start is None:
         every = [judgement.of(quantiser.candidate(calibrator)) for calibrator in quantiser.calibrators]
         start = max(every, key=lambda result: result.share)

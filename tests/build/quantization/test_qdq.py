@@ -423,9 +423,9 @@ def test_residuals_and_concatenations() -> None:
 def test_sums_run_in_integers_in_onnxruntime_s_form(tmp_path: Path) -> None:
     model = residual()
     clips = clips_of(model, noise(rows=1))
-    with_sums = qdq.quantize(model, clips, sums=True).model
-    assert pairs(with_sums) - pairs(qdq.quantize(model, clips).model) == {"b"}
-    kinds, found = optimised(qdq.for_onnxruntime(with_sums), {"x": noise(rows=1)}, tmp_path)
+    with_kernels = qdq.quantize(model, clips, kernels=True).model
+    assert pairs(with_kernels) - pairs(qdq.quantize(model, clips).model) == {"b"}
+    kinds, found = optimised(qdq.for_onnxruntime(with_kernels), {"x": noise(rows=1)}, tmp_path)
     assert kinds.count("QLinearConv") == 4  # all but conv_c, whose Relu runs into the concatenation
     assert "QLinearAdd" in kinds
     exact = run(model, {"x": noise(rows=1)})[0]
