@@ -75,7 +75,7 @@ def groups(model: onnx.ModelProto) -> list[Group]:
             continue
         from_zero = node.op_type == "Clip" and qdq.starts_at_zero(node, constants)
         joined = node.op_type == "Add" and len(data) == 2
-        if joined or (data == [node.input[0]] and (from_zero or node.op_type in _HOMOGENEOUS)):
+        if joined or (len(data) == 1 and data == node.input[:1] and (from_zero or node.op_type in _HOMOGENEOUS)):
             for name in data:
                 parent[root(name)] = root(node.output[0])
         else:

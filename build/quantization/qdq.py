@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 # The largest value of each quantised type; its INT8 uses -127..127, so that a value and its negative are alike.
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
-# After one of these, TensorRT fuses the Conv with it and quantises behind both.
-_EPILOGUES = ("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Mul", "Add")
+# What has weights: a Conv that none of these reads, not even by way of others, is a head.
+_WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+# Channels of a 1x1 head in floating point that cost less time than its rounding to 8 bits costs accuracy.
+_FEW = 64
 
 
 def scale_of(clip: float, kind: str) -> float:
@@ -132,7 +134,6 @@ def quantize(
 
     - Before every quantised Conv: one pair on its input, from which all readers of that tensor read, and one on its
       weights, per output channel.
-    - Behind a Conv that no activation, product or sum follows (a head): a pair on its output.
     - Where an Add joins a Conv's result with a shortcut: a pair on the shortcut, so that the sum fuses with the Conv.
     - A concatenation gets its pair behind it, so that all its parts have one scale. The bias stays in floating point.
 
@@ -142,7 +143,8 @@ def quantize(
         kind: int8 or fp8 (E4M3).
         exclude: names of Convs that stay as they are.
         kernels: for ONNX Runtime: a pair also behind every Conv, or behind its Relu or ReLU6, whatever follows. Without
-            it the Conv has no integer kernel there; with it TensorRT could not fuse the Conv with what follows.
+            it the Conv has no integer kernel there; with it TensorRT could not fuse the Conv with what follows. Only
+            small heads go without: their answers are better left unrounded.
         errors: what to take off the biases, by Conv (`correction.mean_errors`).
         weights: weights that lie on the steps already, by initializer (`rounding.rounded`); any other is rounded to
             the nearest step.
@@ -207,15 +209,12 @@ def quantize(
                 model.graph.initializer.append(numpy_helper.from_array(weights[name], f"{name}/rounded"))
                 pairs[name][0].input[0] = f"{name}/rounded"
         activation(conv.input[0])
-        following = readers.get(conv.output[0], [])
-        if not any(node.op_type in _EPILOGUES for node in following):
-            activation(conv.output[0])
-        for node in following:
+        for node in readers.get(conv.output[0], []):
             shortcut = [name for name in node.input if name != conv.output[0] and name not in constants]
             known = len(shortcut) == 1 and (shortcut[0] in clips or shortcut[0] in own)
             if node.op_type == "Add" and known and conv.output[0] not in pairs:  # else this Conv is the shortcut itself
                 activation(shortcut[0])
-        if kernels:
+        if kernels and not _is_small_head(conv, readers, constants[conv.input[1]]):
             activation(behind(conv, readers, every))
         if errors is not None and conv.name in errors:
             _correct(model, conv, constants, errors[conv.name])
@@ -230,6 +229,23 @@ def behind(
     following = readers.get(conv.output[0], [])
     fused = len(following) == 1 and starts_at_zero(following[0], constants)
     return following[0].output[0] if fused else conv.output[0]
+
+
+def _is_small_head(
+    conv: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]], weights: onnx.TensorProto
+) -> bool:
+    """Whether a Conv is 1x1 with few channels, and nothing with weights comes after it."""
+    if weights.dims[0] > _FEW or any(size != 1 for size in weights.dims[2:]):
+        return False
+    waiting, seen = [conv.output[0]], set[str]()
+    while waiting:
+        for node in readers.get(waiting.pop(), []):
+            if node.op_type in _WEIGHTED:
+                return False
+            new = set(node.output) - seen if node.op_type != "Shape" else set()
+            seen |= new
+            waiting += new
+    return True
 
 
 def _correct(

@@ -141,7 +141,7 @@ def network(*bodies: str, channels: int = 8, size: int = 8) -> onnx.ModelProto:
     for body in bodies:
         x = BODIES[body](g, x)
     for head, last in (("box_deltas", 4), ("class_logits", 3)):
-        y = g.add("Transpose", g.conv(x, into=2 * last, kernel=1), perm=[0, 2, 3, 1])
+        y = g.add("Transpose", g.conv(x, into=2 * last), perm=[0, 2, 3, 1])
         shape = g.constant(np.array([0, -1, last], np.int64))
         g.nodes.append(helper.make_node("Reshape", [y, shape], [head], name=head))
     tensor = helper.make_tensor_value_info
