@@ -168,6 +168,8 @@ def verify(c: Context, model: str = "", count: int = 0) -> None:
         "speed": "time FP32 and INT8 side by side instead: one thread, in turn, medians",
         "served": "judge what model_repository serves, through a real server, instead of graphs in process",
         "labels_from": "files, or fp32: what FP32 itself detects in the held-out pictures (default: the spec's)",
+        "table": "models, with commas: one table of what each loses and gains by precision (minutes for each)",
+        "publish_figures": "with --table: write it into docs/precision.md, too",
     }
 )
 @explained
@@ -180,6 +182,8 @@ def audit(
     speed: bool = False,
     served: bool = False,
     labels_from: str = "",
+    table: str = "",
+    publish_figures: bool = False,
 ) -> None:
     """What every precision and calibrator costs in mAP on held-out pictures; writes artifacts/audit/."""
     from build.quantization import audit as judged
@@ -187,6 +191,15 @@ def audit(
     from build.reports import speed as timed
     from build.spec import load, with_labels_from
 
+    if table:
+        from build.reports import precisions
+
+        chosen = [load(ROOT / "models" / name) for name in table.split(",")]
+        if labels_from:
+            chosen = [with_labels_from(each, labels_from) for each in chosen]
+        rows = precisions.measure(chosen, ARTIFACTS, document=precisions.DOCUMENT if publish_figures else None)
+        print(precisions.markdown(rows))
+        return
     spec = load(ROOT / "models" / model)
     if labels_from:
         spec = with_labels_from(spec, labels_from)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BATCH = "batch"
+FRONT_CONSTANTS = ("ssd/front/mean", "ssd/front/std")  # FP32 [1,3,1,1]
 PLANES = "ssd/front/div"  # what the source's input is called once the front is attached
 OLDEST_OPSET = 13
 
@@ -160,14 +161,15 @@ def _front(spec: Spec) -> tuple[list[onnx.NodeProto], dict[str, NDArray[np.gener
 
     per_channel = (1, 3, 1, 1)
     constants: dict[str, NDArray[np.generic]] = {
-        "ssd/front/mean": np.reshape(np.array(spec.input.mean, np.float32), per_channel),
-        "ssd/front/std": np.reshape(np.array(spec.input.std, np.float32), per_channel),
+        name: np.reshape(np.array(values, np.float32), per_channel)
+        for name, values in zip(FRONT_CONSTANTS, (spec.input.mean, spec.input.std), strict=True)
     }
+    mean, deviation = FRONT_CONSTANTS
     steps: list[tuple[str, list[str], dict[str, Any]]] = [
         ("Cast", [], {"to": TensorProto.FLOAT}),
         ("Transpose", [], {"perm": [0, 3, 1, 2]}),
-        ("Sub", ["ssd/front/mean"], {}),
-        ("Div", ["ssd/front/std"], {}),
+        ("Sub", [mean], {}),
+        ("Div", [deviation], {}),
     ]
     if spec.input.color_order == "BGR":
         constants["ssd/front/bgr"] = np.array([2, 1, 0], np.int64)

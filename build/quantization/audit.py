@@ -15,7 +15,7 @@ from build.gate import datasets
 from build.gate.scoring import SHOWN_THRESHOLD, Detected, Detector, Score, differences, score
 from build.graph.attach import load_source
 from build.quantization import calibration, qdq, sensitivity
-from build.quantization.candidates import Candidate, all_calibrators, candidates
+from build.quantization.candidates import Candidate, Quantiser, all_calibrators, candidates
 from build.quantization.judgement import Judgement
 from build.spec import Spec
 
@@ -42,7 +42,8 @@ def approved(spec: Spec, precision: str, artifacts: Path, console: Console) -> C
         SSDError: no graph can be made, or nothing to judge it on.
     """
     kind = contract.PRECISIONS[precision]
-    graphs = candidates(spec, precision, artifacts, console=console)
+    quantiser = Quantiser(spec, precision, artifacts, console) if kind.quantised else None
+    graphs = quantiser.candidates() if quantiser else candidates(spec, precision, artifacts, console=console)
     if not kind.typed:
         return graphs[0]
     if not kind.quantised and not spec.data.held_out:
@@ -55,13 +56,15 @@ def approved(spec: Spec, precision: str, artifacts: Path, console: Console) -> C
     if best.passes:
         console.print(judgement.sentence(best), markup=False)
         return best.candidate
-    if not kind.quantised:
+    if quantiser is None:
         raise VerifyError(
             f"{judgement.sentence(best)}; it is not published",
             why="some layer does not bear the precision",
             fix="build a precision with more range or more digits",
         )
-    found = sensitivity.search(spec, artifacts, precision=precision, judgement=judgement, start=best, console=console)
+    found = sensitivity.search(
+        spec, artifacts, precision=precision, judgement=judgement, start=best, quantiser=quantiser, console=console
+    )
     if found.best is None or not found.passes:
         raise VerifyError(
             f"{found.verdict}; it is not published",

@@ -18,7 +18,7 @@ from build.contract import CALIBRATORS
 from build.errors import QuantizeError, RuntimeUnavailableError
 from build.gate import datasets
 from build.graph.attach import attach, before_nms
-from build.quantization.qdq import convs, scale_of, served_name
+from build.quantization import qdq
 from build.session import session
 from build.spec import Spec
 
@@ -180,7 +180,7 @@ def calibrate(spec: Spec, source: onnx.ModelProto, cache: Path, console: Console
             "a guess, 500 are usual",
             markup=False,
         )
-    names = sorted({name for conv in convs(source) for name in (served_name(source, conv.input[0]), conv.output[0])})
+    names = _measured(source)
     if not names:
         raise QuantizeError(f"{spec.onnx_path}: has no Conv, so there is nothing to quantise")
     whole = before_nms(attach(spec, source))
@@ -206,6 +206,22 @@ def calibrate(spec: Spec, source: onnx.ModelProto, cache: Path, console: Console
     measured = Calibration(key, histograms, read)
     _write_calibration(file, measured)
     return measured
+
+
+def _measured(source: onnx.ModelProto) -> list[str]:
+    """What a pair can be put on: what a Conv reads, its output, and that of a Relu or ReLU6 behind it."""
+    readers, constants = qdq.readers_of(source), qdq.constants_of(source)
+    return sorted(
+        {
+            name
+            for conv in qdq.convs(source)
+            for name in (
+                qdq.served_name(source, conv.input[0]),
+                conv.output[0],
+                qdq.behind(conv, readers, constants),
+            )
+        }
+    )
 
 
 def read_calibration(path: Path, key: Mapping[str, str]) -> Calibration:
@@ -278,7 +294,7 @@ def write_scales(path: Path, calibration: Calibration, percentile: float) -> Non
         table.writerow(["activation", "largest", "negative", *columns])
         for name, histogram in calibration.histograms.items():
             clips = [histogram.clip(calibrator, percentile) for calibrator in CALIBRATORS]
-            values = [value for clip in clips for value in (clip, scale_of(clip, "int8"))]
+            values = [value for clip in clips for value in (clip, qdq.scale_of(clip, "int8"))]
             table.writerow([name, histogram.largest, histogram.negative, *values])
 
 

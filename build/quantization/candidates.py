@@ -12,7 +12,7 @@ from build.gate import datasets
 from build.graph import precision
 from build.graph.attach import attach, load_source
 from build.graph.precision import runnable
-from build.quantization import correction, qdq
+from build.quantization import correction, equalisation, qdq, rounding
 from build.quantization.calibration import calibrate
 from build.spec import Spec
 
@@ -87,7 +87,7 @@ def candidates(
         graph = attach(spec, typed)
         return [Candidate(name, "", typed, graph, runnable(graph, name))]
     quantiser = Quantiser(spec, name, artifacts, console)
-    return [quantiser.candidate(calibrator, exclude) for calibrator in calibrators or quantiser.calibrators]
+    return quantiser.candidates(calibrators, exclude)
 
 
 class Quantiser:
@@ -101,7 +101,7 @@ class Quantiser:
 
     Attributes:
         calibrators: those that the spec asks for.
-        folded: the folded FP32 source.
+        folded: the folded FP32 source; for INT8 with equalised channels.
         convs: the names of the Convs that can be quantised, in the order of the graph.
 
     Raises:
@@ -116,9 +116,17 @@ class Quantiser:
         held = {constant.name for constant in self.folded.graph.initializer}
         self.convs = tuple(conv.name for conv in qdq.convs(self.folded) if conv.input[1] in held)
         self._pictures = datasets.calibration(spec, artifacts / "datasets")
+        self._weights: Mapping[str, NDArray[np.float32]] | None = None
+        if name == "int8":
+            self.folded = equalisation.equalised(spec, self.folded, self._pictures)
+            self._weights = rounding.rounded(spec, self.folded, self._pictures)
         self._calibration = calibrate(spec, self.folded, artifacts, console)
         self._clips: dict[str, Mapping[str, float]] = {}
         self._errors: dict[str, Mapping[str, NDArray[np.float32]]] = {}
+
+    def candidates(self, calibrators: Sequence[str] = (), exclude: Collection[str] | None = None) -> list[Candidate]:
+        """One graph for each calibrator; arguments as for the function `candidates`."""
+        return [self.candidate(calibrator, exclude) for calibrator in calibrators or self.calibrators]
 
     def candidate(self, calibrator: str, exclude: Collection[str] | None = None) -> Candidate:
         """One graph.
@@ -135,21 +143,23 @@ class Quantiser:
         graph = attach(spec, placed.model)
         runs = runnable(graph, self._name)
         if self._name == "int8":
-            runs = qdq.for_onnxruntime(attach(spec, self.placed(calibrator, exclude, sums=True).model))
+            runs = qdq.for_onnxruntime(attach(spec, self.placed(calibrator, exclude, kernels=True).model))
         return Candidate(self._name, calibrator, placed.model, graph, runs, placed.nodes)
 
-    def placed(self, calibrator: str, exclude: Collection[str] | None = None, *, sums: bool = False) -> qdq.Placed:
+    def placed(self, calibrator: str, exclude: Collection[str] | None = None, *, kernels: bool = False) -> qdq.Placed:
         """The quantised source alone; arguments as for `candidate` and `qdq.quantize`."""
         settings = self._spec.quantization
         if calibrator not in self._clips:
             self._clips[calibrator] = self._calibration.clips(calibrator, settings.percentile)
         clips = self._clips[calibrator]
         if self._name == "int8" and calibrator not in self._errors:
-            everything = qdq.quantize(self.folded, clips, kind=self._name)
+            everything = qdq.quantize(self.folded, clips, kind=self._name, weights=self._weights)
             self._errors[calibrator] = correction.mean_errors(self._spec, self.folded, everything, self._pictures)
         errors = self._errors.get(calibrator)
         left = settings.exclude_nodes if exclude is None else exclude
-        placed = qdq.quantize(self.folded, clips, kind=self._name, exclude=left, sums=sums, errors=errors)
+        placed = qdq.quantize(
+            self.folded, clips, kind=self._name, exclude=left, kernels=kernels, errors=errors, weights=self._weights
+        )
         return placed if settings.rest == "fp32" else replace(placed, model=precision.half(placed.model, "fp16"))
 
 

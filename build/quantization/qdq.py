@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from build.contract import PRECISIONS
 from build.errors import QuantizeError
 from build.graph import precision
-from build.graph.attach import PLANES
+from build.graph.attach import FRONT_CONSTANTS, PLANES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,13 +21,24 @@ if TYPE_CHECKING:
 
 # The largest value of each quantised type; its INT8 uses -127..127, so that a value and its negative are alike.
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
-# After one of these, TensorRT fuses the Conv with it and quantises behind both.
-_EPILOGUES = ("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Mul", "Add")
+# What has weights: a Conv that none of these reads, not even by way of others, is a head.
+_WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+# Channels of a 1x1 head in floating point that cost less time than its rounding to 8 bits costs accuracy.
+_FEW = 64
 
 
 def scale_of(clip: float, kind: str) -> float:
     """The scale of a quantised type that represents values up to `clip`; 1 / largest where nothing was ever above 0."""
     return (clip or 1.0) / _LARGEST[kind]
+
+
+def weight_scales(weights: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
+    """The scale of each output channel of a Conv's weights [M, C/G, *kernel]: FP32 [M]."""
+    import numpy as np
+
+    largest = np.abs(weights).max(axis=tuple(range(1, weights.ndim)), initial=0.0).astype(np.float32)
+    scales: NDArray[np.float32] = np.where(largest > 0, largest, np.float32(1)) / np.float32(_LARGEST[kind])
+    return scales
 
 
 def fold(source: onnx.ModelProto) -> onnx.ModelProto:
@@ -53,7 +64,7 @@ def fold(source: onnx.ModelProto) -> onnx.ModelProto:
     model.CopyFrom(source)
     nodes = model.graph.node
     constants = {constant.name: constant for constant in model.graph.initializer}
-    readers = _readers(model)
+    readers = readers_of(model)
     outputs = {output.name for output in model.graph.output}
     for conv in convs(model):
         conv.name = conv.name or f"Conv/{conv.output[0]}"
@@ -115,14 +126,14 @@ def quantize(
     *,
     kind: str = "int8",
     exclude: Collection[str] = (),
-    sums: bool = False,
+    kernels: bool = False,
     errors: Mapping[str, NDArray[np.float32]] | None = None,
+    weights: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Placed:
     """Puts Q/DQ pairs where TensorRT fuses them; integer kernels of ONNX Runtime take the same places and one more.
 
     - Before every quantised Conv: one pair on its input, from which all readers of that tensor read, and one on its
       weights, per output channel.
-    - Behind a Conv that no activation, product or sum follows (a head): a pair on its output.
     - Where an Add joins a Conv's result with a shortcut: a pair on the shortcut, so that the sum fuses with the Conv.
     - A concatenation gets its pair behind it, so that all its parts have one scale. The bias stays in floating point.
 
@@ -131,8 +142,12 @@ def quantize(
         clips: the largest absolute value to represent, per activation.
         kind: int8 or fp8 (E4M3).
         exclude: names of Convs that stay as they are.
-        sums: for ONNX Runtime: a pair also between a Conv and the Add behind it. Without it that Conv has no integer
-            kernel there; with it TensorRT could not fuse the two.
+        kernels: for ONNX Runtime: a pair also behind every Conv, or behind its Relu or ReLU6, whatever follows. Without
+            it the Conv has no integer kernel there; with it TensorRT could not fuse the Conv with what follows. Only
+            small heads go without: their answers are better left unrounded.
+        errors: what to take off the biases, by Conv (`correction.mean_errors`).
+        weights: weights that lie on the steps already, by initializer (`rounding.rounded`); any other is rounded to
+            the nearest step.
 
     Raises:
         QuantizeError: an excluded name is no Conv, or an activation has no clipping point.
@@ -176,7 +191,7 @@ def quantize(
             pair(name, np.array(scales[measured], np.float32))
 
     chosen, left = [], {}
-    readers = _readers(model)
+    readers = readers_of(model)
     for conv in convs(model):
         if conv.name in exclude:
             left[conv.name] = "excluded"
@@ -185,26 +200,52 @@ def quantize(
         else:
             chosen.append(conv)
     own = {conv.output[0] for conv in chosen}
+    every = constants_of(model)
     for conv in chosen:
-        weights = np.abs(numpy_helper.to_array(constants[conv.input[1]]))
-        largest = weights.max(axis=tuple(range(1, weights.ndim)), initial=0.0).astype(np.float32)
         if conv.input[1] not in pairs:
-            pair(conv.input[1], np.where(largest > 0, largest, 1.0).astype(np.float32) / np.float32(_LARGEST[kind]), 0)
+            name = conv.input[1]
+            pair(name, weight_scales(numpy_helper.to_array(constants[name]), kind), 0)
+            if weights is not None and name in weights:
+                model.graph.initializer.append(numpy_helper.from_array(weights[name], f"{name}/rounded"))
+                pairs[name][0].input[0] = f"{name}/rounded"
         activation(conv.input[0])
-        following = readers.get(conv.output[0], [])
-        if not any(node.op_type in _EPILOGUES for node in following):
-            activation(conv.output[0])
-        for node in following:
+        for node in readers.get(conv.output[0], []):
             shortcut = [name for name in node.input if name != conv.output[0] and name not in constants]
             known = len(shortcut) == 1 and (shortcut[0] in clips or shortcut[0] in own)
             if node.op_type == "Add" and known and conv.output[0] not in pairs:  # else this Conv is the shortcut itself
                 activation(shortcut[0])
-            if node.op_type == "Add" and shortcut and sums:
-                activation(conv.output[0])
+        if kernels and not _is_small_head(conv, readers, constants[conv.input[1]]):
+            activation(behind(conv, readers, every))
         if errors is not None and conv.name in errors:
             _correct(model, conv, constants, errors[conv.name])
     _insert(model, pairs)
     return Placed(model, tuple(conv.name for conv in chosen), scales, left)
+
+
+def behind(
+    conv: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]], constants: Mapping[str, onnx.TensorProto]
+) -> str:
+    """The output of a Conv together with the Relu or ReLU6 that alone reads it."""
+    following = readers.get(conv.output[0], [])
+    fused = len(following) == 1 and starts_at_zero(following[0], constants)
+    return following[0].output[0] if fused else conv.output[0]
+
+
+def _is_small_head(
+    conv: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]], weights: onnx.TensorProto
+) -> bool:
+    """Whether a Conv is 1x1 with few channels, and nothing with weights comes after it."""
+    if weights.dims[0] > _FEW or any(size != 1 for size in weights.dims[2:]):
+        return False
+    waiting, seen = [conv.output[0]], set[str]()
+    while waiting:
+        for node in readers.get(waiting.pop(), []):
+            if node.op_type in _WEIGHTED:
+                return False
+            new = set(node.output) - seen if node.op_type != "Shape" else set()
+            seen |= new
+            waiting += new
+    return True
 
 
 def _correct(
@@ -226,7 +267,7 @@ def _correct(
 
 
 def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy, of what `quantize` made with `sums`, whose activations are UINT8: what ONNX Runtime runs in integers.
+    """A copy, of what `quantize` made with `kernels`, whose activations are UINT8: what ONNX Runtime runs in integers.
 
     TensorRT demands INT8 with zero point 0. ONNX Runtime has an integer kernel for a Conv only if its input and
     output are of one type, and drops a Relu only if the quantisation cuts off the same values, which takes UINT8.
@@ -235,6 +276,10 @@ def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
     - Relu: zero point 0 and the same scale. The codes 0..127 are as they were, and what is larger is no longer clipped.
     - Clip from 0 to a constant (ReLU6): zero point 0. ONNX Runtime drops it only if 255 steps are not more than that
       constant. So its 255 steps reach as far as INT8's 127: the largest value stays, the steps are half as long.
+
+    Between integer Convs ONNX Runtime puts channels last, up to the input if the first Conv is one of them. The front's
+    mean and deviation by channel would then be read over rows of three values, which took longer than all of a small
+    detector. So they are repeated along the width.
     """
     import numpy as np
     import onnx
@@ -243,7 +288,7 @@ def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
     makers = {name: node for node in copied.graph.node for name in node.output}
-    constants = _constants(copied)
+    constants = constants_of(copied)
     for node in copied.graph.node:
         if node.op_type != "QuantizeLinear" or node.input[0] in constants:
             continue
@@ -251,16 +296,22 @@ def for_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
         if zero.data_type != TensorProto.INT8 or any(zero.raw_data):
             continue
         maker = makers.get(node.input[0])
-        from_zero = maker is not None and _starts_at_zero(maker, constants)
+        from_zero = maker is not None and starts_at_zero(maker, constants)
         zero.CopyFrom(numpy_helper.from_array(np.array(0 if from_zero else 128, np.uint8), zero.name))
         if from_zero and maker is not None and maker.op_type == "Clip":
             largest = numpy_helper.to_array(scale) * np.float32(_LARGEST["int8"])
             steps = np.nextafter(largest, np.float32(0)) / np.float32(255)  # never a rounding above the Clip's end
             scale.CopyFrom(numpy_helper.from_array(steps.astype(np.float32), scale.name))
+    for name in FRONT_CONSTANTS:
+        if name in constants:
+            value = numpy_helper.to_array(constants[name])
+            width = copied.graph.input[0].type.tensor_type.shape.dim[2].dim_value
+            wide = np.broadcast_to(value, (*value.shape[:-1], width))
+            constants[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(wide), name))
     return copied
 
 
-def _starts_at_zero(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+def starts_at_zero(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
     """Whether an activation's values begin at 0, where UINT8 with zero point 0 cuts them off as well."""
     from onnx import numpy_helper
 
@@ -269,7 +320,7 @@ def _starts_at_zero(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorPro
     return node.op_type == "Relu"
 
 
-def _constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+def constants_of(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """Initializers and the values of Constant nodes, by name."""
     nodes = [node for node in model.graph.node if node.op_type == "Constant"]
     values = {
@@ -295,6 +346,10 @@ def _insert(model: onnx.ModelProto, pairs: Mapping[str, list[onnx.NodeProto]]) -
         quantise.input[0], dequantise.output[0] = f"{name}/raw", name
     for pair in pairs.values():
         nodes.extend(pair)
+    read = {name for node in nodes for name in node.input}
+    kept = [constant for constant in model.graph.initializer if constant.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
     precision.sort(model)
 
 
@@ -303,7 +358,7 @@ def served_name(model: onnx.ModelProto, name: str) -> str:
     return PLANES if name == model.graph.input[0].name else name
 
 
-def _readers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+def readers_of(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:

@@ -15,15 +15,13 @@ from build import contract, files
 from build import spec as specs
 from build.gate import datasets
 from build.graph.attach import attach, before_nms
+from build.quantization import noise
 from build.quantization.candidates import Quantiser
 from build.quantization.judgement import Judged, Judgement
 from build.session import runner
 from build.spec import Spec
 
 if TYPE_CHECKING:
-    import numpy as np
-    import onnx
-    from numpy.typing import NDArray
     from rich.console import Console
     from rich.table import Table
 
@@ -65,6 +63,7 @@ def search(
     precision: str = "int8",
     judgement: Judgement | None = None,
     start: Judged | None = None,
+    quantiser: Quantiser | None = None,
     budget: float = 0.0,
     write: bool = True,
     console: Console | None = None,
@@ -82,6 +81,7 @@ def search(
         precision: int8 or fp8.
         judgement: FP32's, where it is there already.
         start: the best of step 1, likewise.
+        quantiser: what made it, likewise.
         budget: seconds after which to stop; 0 = none.
         write: whether a set that passes is written to the spec.
         console: for progress, table and verdict.
@@ -94,7 +94,7 @@ def search(
     show = console or Console(highlight=False)
     until = time.monotonic() + budget if budget else float("inf")
     judgement = judgement or Judgement(spec, artifacts, show)
-    quantiser = Quantiser(spec, precision, artifacts, show)
+    quantiser = quantiser or Quantiser(spec, precision, artifacts, show)
     if start is None:
         every = [judgement.of(quantiser.candidate(calibrator)) for calibrator in quantiser.calibrators]
         start = max(every, key=lambda result: result.share)
@@ -197,9 +197,9 @@ def _ranked(
     from rich.progress import Progress
 
     few = datasets.calibration(spec, artifacts / "datasets").spread(PICTURES)
-    feeds = [{contract.IMAGES: batch} for batch in datasets.arrays(few, spec.input, 1)]
-    exact = _heads(spec, quantiser.folded, feeds)
-    weights = _confidence(spec, exact[contract.HEADS[1]])
+    pixels = list(datasets.arrays(few, spec.input, 1))
+    exact = noise.heads(runner(before_nms(attach(spec, quantiser.folded))), pixels)
+    weights = noise.confidence(spec, exact[contract.HEADS[1]])
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("quantising each convolution alone", total=len(quantiser.convs))
         for name in quantiser.convs:
@@ -207,51 +207,11 @@ def _ranked(
                 if time.monotonic() > until:
                     raise TimeoutError
                 alone = quantiser.placed(calibrator, [other for other in quantiser.convs if other != name])
-                heads = _heads(spec, alone.model, feeds)
-                measured.values[name] = _sqnr(exact, heads, weights)
+                heads = noise.heads(runner(before_nms(attach(spec, alone.model))), pixels)
+                measured.values[name] = noise.sqnr(exact, heads, weights)
                 measured.write()
             progress.advance(task)
     return dict(sorted(measured.values.items(), key=lambda item: item[1]))
-
-
-def _heads(
-    spec: Spec, source: onnx.ModelProto, feeds: Sequence[Mapping[str, NDArray[np.uint8]]]
-) -> dict[str, NDArray[np.float32]]:
-    """The raw heads on all pictures: [pictures,N,4] and [pictures,N,C]."""
-    import numpy as np
-
-    run = runner(before_nms(attach(spec, source)))
-    answers = [run(feed) for feed in feeds]
-    return {name: np.concatenate([answer[name] for answer in answers]).astype(np.float32) for name in contract.HEADS}
-
-
-def _confidence(spec: Spec, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The best foreground score of each anchor: [pictures,N,1]. Noise matters where something is detected."""
-    import numpy as np
-
-    scores: NDArray[np.floating] = logits
-    if spec.nms.score_activation == "softmax":
-        exponents = np.exp(logits - logits.max(-1, keepdims=True))
-        scores = exponents / exponents.sum(-1, keepdims=True)
-    elif spec.nms.score_activation == "sigmoid":
-        scores = 1 / (1 + np.exp(-logits))
-    if spec.nms.background_class >= 0:
-        scores = np.delete(scores, spec.nms.background_class, axis=-1)
-    return np.asarray(scores.max(-1, keepdims=True), np.float32)
-
-
-def _sqnr(
-    exact: Mapping[str, NDArray[np.float32]], heads: Mapping[str, NDArray[np.float32]], weights: NDArray[np.float32]
-) -> float:
-    """10·log10 of signal over quantisation noise, weighted by anchor; both heads' shares of noise are added."""
-    import numpy as np
-
-    share = 0.0
-    for name, right in exact.items():
-        signal = float((weights * np.square(right, dtype=np.float64)).sum())
-        noise = float((weights * np.square(heads[name].astype(np.float64) - right)).sum())
-        share += noise / max(signal, 1e-30)
-    return -10 * float(np.log10(max(share, 1e-12)))
 
 
 def _table(spec: Spec, layers: Mapping[str, float], left: Sequence[str]) -> Table:

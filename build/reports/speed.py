@@ -215,7 +215,8 @@ def _compared(candidate: Candidate, before: Mapping[str, float], after: Mapping[
     constants = {constant.name: constant for constant in candidate.source.graph.initializer}
     shapes = {}
     for conv in qdq.convs(candidate.source):
-        weights = constants.get(conv.input[1].removesuffix("/dq"))
+        name = conv.input[1].removesuffix("/dq")
+        weights = constants.get(name) or constants.get(f"{name}/rounded")
         shapes[conv.name] = np.shape(numpy_helper.to_array(weights)) if weights is not None else ()
     rows = []
     for name in sorted({*before, *after}, key=lambda name: -before.get(name, 0.0)):

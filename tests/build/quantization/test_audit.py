@@ -20,7 +20,7 @@ from build.errors import DataError, VerifyError
 from build.files import ROOT
 from build.gate import accuracy, datasets, scoring
 from build.graph.attach import attach, load_source
-from build.quantization import audit, qdq, sensitivity
+from build.quantization import audit, noise, qdq, sensitivity
 from build.reports import speed
 from build.session import runner
 from build.spec import Spec, load
@@ -297,7 +297,7 @@ def test_an_interrupted_search_goes_on(
     assert not early.done
     assert "run it again to go on" in early.verdict
     assert sensitivity.search(spec, tmp_path, write=False, console=silent()).passes
-    monkeypatch.setattr(sensitivity, "_sqnr", lambda *a, **k: pytest.fail("it was measured again"))
+    monkeypatch.setattr(noise, "sqnr", lambda *a, **k: pytest.fail("it was measured again"))
     assert sensitivity.search(spec, tmp_path, write=False, console=silent()).exclude_nodes == (fragile,)
     assert not load(spec.path).quantization.exclude_nodes
 

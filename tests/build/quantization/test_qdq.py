@@ -22,6 +22,7 @@ from build.graph.attach import attach, before_nms, load_source
 from build.quantization import calibration, qdq
 from build.spec import Spec, load
 from tests.build import pictures, tiny_model
+from tests.build.quantization.operators import network
 
 
 def tiny(folder: Path, data: str = 'calibration = "pictures"', count: int = 120) -> Spec:
@@ -312,8 +313,8 @@ def test_pairs_lie_where_they_are_fused(spec: Spec) -> None:
     placed = qdq.quantize(folded, clips_of(folded, noise()))
     onnx.checker.check_model(placed.model, full_check=True)
     weights = {conv.input[1] for conv in qdq.convs(folded)}
-    # The input, what follows the Relu (not the Conv before it), both heads' answers, every weight.
-    assert pairs(placed.model) == {"images", "relu", "box_deltas_map", "class_logits_map", *weights}
+    # The input, what follows the Relu (not the Conv before it), every weight; not the heads' answers.
+    assert pairs(placed.model) == {"images", "relu", *weights}
     assert len(placed.nodes) == 3
     assert not placed.left
     constants = {one.name: one for one in placed.model.graph.initializer}
@@ -365,11 +366,7 @@ def test_the_same_arithmetic_as_onnxruntime_s_own_quantiser(spec: Spec) -> None:
             "DedicatedQDQPair": False,
         },
     ).quantize_model()
-    # Without the pairs on the heads' answers, which its settings cannot ask for.
     ours = qdq.quantize(folded, clips).model
-    for node in list(ours.graph.node):
-        if node.op_type == "Transpose":
-            node.input[0] = node.input[0].removesuffix("/dq")
     images = noise(6)
     for expected, found in zip(run(theirs, {"images": images}), run(ours, {"images": images}), strict=True):
         step = np.abs(expected).max() * 2e-2  # a value on the border of two codes may fall to either side
@@ -381,7 +378,7 @@ def residual() -> onnx.ModelProto:
     """conv_a → Relu → conv_b + conv_e (the shortcut) → Relu → Concat with conv_c of it → conv_d."""
     rng = np.random.default_rng(0)
     make = helper.make_node
-    shapes = {"wa": (4, 3, 3, 3), "wb": (4, 4, 3, 3), "wc": (4, 4, 1, 1), "wd": (2, 8, 1, 1), "we": (4, 4, 1, 1)}
+    shapes = {"wa": (4, 3, 3, 3), "wb": (4, 4, 3, 3), "wc": (4, 4, 1, 1), "wd": (2, 8, 3, 3), "we": (4, 4, 1, 1)}
     constants = [numpy_helper.from_array(rng.normal(0, 0.3, s).astype(np.float32), n) for n, s in shapes.items()]
     same: dict[str, Any] = {"pads": [1, 1, 1, 1]}
     nodes = [
@@ -394,7 +391,7 @@ def residual() -> onnx.ModelProto:
         make("Conv", ["sr", "wc"], ["c"], name="conv_c"),
         make("Relu", ["c"], ["cr"]),
         make("Concat", ["sr", "cr"], ["both"], axis=1),
-        make("Conv", ["both", "wd"], ["y"], name="conv_d"),
+        make("Conv", ["both", "wd"], ["y"], name="conv_d", **same),
     ]
     tensor = helper.make_tensor_value_info
     graph_of = helper.make_graph(
@@ -413,21 +410,22 @@ def test_residuals_and_concatenations() -> None:
     onnx.checker.check_model(placed.model, full_check=True)
     activations = pairs(placed.model) - {one.name for one in model.graph.initializer}
     # conv_b runs into the Add unquantised, the other side of the Add is the shortcut; the concatenation has one pair
-    # behind it; the graph's own output keeps its name behind its pair.
-    assert activations == {"x", "ar", "e", "sr", "both", "y/raw"}
+    # behind it.
+    assert activations == {"x", "ar", "e", "sr", "both"}
     assert [output.name for output in placed.model.graph.output] == ["y"]
     exact, found = run(model, {"x": noise(rows=1)})[0], run(placed.model, {"x": noise(rows=1)})[0]
     assert 0 < np.abs(exact - found).max() < 0.1 * np.abs(exact).max()
 
 
-def test_sums_run_in_integers_in_onnxruntime_s_form(tmp_path: Path) -> None:
+def test_sums_and_concatenations_run_in_integers_in_onnxruntime_s_form(tmp_path: Path) -> None:
     model = residual()
     clips = clips_of(model, noise(rows=1))
-    with_sums = qdq.quantize(model, clips, sums=True).model
-    assert pairs(with_sums) - pairs(qdq.quantize(model, clips).model) == {"b"}
-    kinds, found = optimised(qdq.for_onnxruntime(with_sums), {"x": noise(rows=1)}, tmp_path)
-    assert kinds.count("QLinearConv") == 4  # all but conv_c, whose Relu runs into the concatenation
-    assert "QLinearAdd" in kinds
+    with_kernels = qdq.quantize(model, clips, kernels=True).model
+    # The graph's own output keeps its name behind its pair.
+    assert pairs(with_kernels) - pairs(qdq.quantize(model, clips).model) == {"b", "cr", "y/raw"}
+    kinds, found = optimised(qdq.for_onnxruntime(with_kernels), {"x": noise(rows=1)}, tmp_path)
+    assert kinds.count("QLinearConv") == 5
+    assert {"QLinearAdd", "QLinearConcat"} <= set(kinds)
     exact = run(model, {"x": noise(rows=1)})[0]
     assert 0 < np.abs(exact - found).max() < 0.1 * np.abs(exact).max()
 
@@ -466,11 +464,11 @@ def test_fp8(spec: Spec) -> None:
 # -- ONNX Runtime's form -----------------------------------------------------------------------------------------------
 
 
-def test_onnxruntime_runs_its_form_in_integers_with_the_same_answers(spec: Spec, tmp_path: Path) -> None:
-    folded = source_of(spec)
-    names = [conv.name for conv in qdq.convs(folded)]
-    clips = clips_of(folded, noise())
-    written = qdq.quantize(folded, clips, exclude=names[:1]).model
+def test_onnxruntime_runs_its_form_in_integers_with_the_same_answers(tmp_path: Path) -> None:
+    source = qdq.fold(network("relu"))
+    images = noise()
+    clips = clips_of(source, images)
+    written = qdq.quantize(source, clips, exclude=[qdq.convs(source)[0].name], kernels=True).model
     form = qdq.for_onnxruntime(written)
     # Only the zero points of activations differ.
     differ = {
@@ -478,21 +476,30 @@ def test_onnxruntime_runs_its_form_in_integers_with_the_same_answers(spec: Spec,
         for one, other in zip(written.graph.initializer, form.graph.initializer, strict=True)
         if one != other
     }
-    assert differ == {"relu/zero": 0, **dict.fromkeys(differ.keys() - {"relu/zero"}, 128)}
+    assert differ == {name: 0 if name.startswith("relu") else 128 for name in differ}
     assert all(zero.dtype == np.uint8 and name.endswith("/zero") for name, zero in differ.items())
     assert list(written.graph.node) == list(form.graph.node)
-
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
-    session = onnxruntime.InferenceSession(form.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
-    assert kinds.count("QLinearConv") == len(names) - 1
+    kinds, _ = optimised(form, {"images": images}, tmp_path)
+    assert kinds.count("QLinearConv") == len(qdq.convs(source)) - 1
     # Nothing here is clipped, so that the codes 0..127 are all there is: the same numbers, integer or not.
-    images = noise()
-    for expected, found in zip(run(written, {"images": images}), session.run(None, {"images": images}), strict=True):
+    for expected, found in zip(
+        run(written, {"images": images}), run(form, {"images": images}, literal=False), strict=True
+    ):
         step = np.abs(expected).max() / 127
-        assert np.abs(expected - found).max() <= 1.01 * step
-        assert np.mean(np.abs(expected - found) > 1e-5) < 0.01
+        assert np.abs(expected - found).max() <= 2.02 * step
+        assert np.mean(np.abs(expected - found) > 1e-5) < 0.02
+
+
+def test_a_small_head_is_not_rounded(spec: Spec, tmp_path: Path) -> None:
+    """Its Conv costs little in floating point; 1x1 Convs inside the network, or with many channels, keep their pair."""
+    folded = source_of(spec)
+    assert pairs(qdq.quantize(folded, clips_of(folded, noise()), kernels=True).model) == {
+        "images",
+        "relu",
+        *(conv.input[1] for conv in qdq.convs(folded)),
+    }
+    wide = source_of(load(tiny_model.write(tmp_path / "wide", tiny_model.source(classes=40))))
+    assert "class_logits_map" in pairs(qdq.quantize(wide, clips_of(wide, noise()), kernels=True).model)
 
 
 def bottleneck(minimum: str) -> onnx.ModelProto:
@@ -527,14 +534,15 @@ def bottleneck(minimum: str) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-@pytest.mark.parametrize(("minimum", "in_integers"), [("initializer", 5), ("constant node", 5), ("below zero", 3)])
+# All but the head.
+@pytest.mark.parametrize(("minimum", "in_integers"), [("initializer", 4), ("constant node", 4), ("below zero", 4)])
 def test_onnxruntime_s_form_of_relu6_runs_in_integers(minimum: str, in_integers: int, tmp_path: Path) -> None:
     model = bottleneck(minimum)
     images = 4 * noise(rows=1)
-    form = qdq.for_onnxruntime(qdq.quantize(model, clips_of(model, images)).model)
+    form = qdq.for_onnxruntime(qdq.quantize(model, clips_of(model, images), kernels=True).model)
     kinds, found = optimised(form, {"x": images}, tmp_path)
     assert kinds.count("QLinearConv") == in_integers
-    assert "Clip" not in kinds
+    assert ("Clip" in kinds) is (minimum == "below zero")
     exact = run(model, {"x": images})[0]
     assert 0 < np.abs(exact - found).max() < 0.05 * np.abs(exact).max()
 
