@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 BOXES_ARE = ("deltas", "decoded")
 SCORES_ARE = ("logits", "probabilities")
+_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,10 @@ def load(path: Path) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError
 
     try:
-        return onnx.load(path)
+        model = onnx.load(path)
+        if not model.HasField("graph"):  # also an empty file is a message of protobuf
+            raise ValueError("it has no graph")
+        return model
     except OSError as error:
         raise ImportModelError(f"{path}: cannot be read: {error.strerror or error}", fix="correct the path") from None
     except onnx.checker.ValidationError as error:  # external data
@@ -171,9 +175,14 @@ def load(path: Path) -> onnx.ModelProto:
             fix="keep the files of the export together",
         ) from None
     except (DecodeError, ValueError) as error:
-        raise ImportModelError(
-            f"{path}: no ONNX model: {error}", why="the file is truncated or of another kind", fix="export it again"
-        ) from None
+        with path.open("rb") as file:
+            begin = file.read(len(_LFS_POINTER))
+        why, fix = "the file is truncated or of another kind", "export it again"
+        if begin == _LFS_POINTER:
+            why, fix = "it is a pointer of Git LFS, and the model itself was not downloaded", "run: git lfs pull"
+        elif not begin:
+            why = "the file is empty"
+        raise ImportModelError(f"{path}: no ONNX model: {error}", why=why, fix=fix) from None
 
 
 def _anchors(text: str, front: Front, order: str, count: int) -> NDArray[np.float32]:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _MOST_PICTURES = 64
+# How label files call the background, case and underscores aside; "???" is TensorFlow's.
+_BACKGROUND = ("background", "???")
 
 
 def import_model(
@@ -114,7 +116,13 @@ def import_model(
     size = tables.get("input", {})
     wishes = dataclasses.replace(wishes, width=int(size.get("width", 0)), height=int(size.get("height", 0)))
     names = _lines(labels)
+    # Files of pytorch-ssd, torchvision and TensorFlow begin with the background, which is not a label here.
+    background = names[0] if names and names[0].strip(" _").lower() in _BACKGROUND else ""
+    if background and "background_class" not in tables.get("nms", {}):
+        names = names[1:]
     foreign = understand(path, names, wishes)
+    if background:
+        foreign.reading.fact("labels", f"{len(names)}, without {background!r}", f"line 1 of {labels} is the background")
     for table, values in tables.items():
         for key, value in values.items():
             foreign.reading.override(f"{table}.{key}", value, "--set" if spec_file is None else f"--set or {spec_file}")

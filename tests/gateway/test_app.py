@@ -85,13 +85,20 @@ def test_draws(running: Running, fake_server: TritonServer) -> None:
 JPEG = encoded(np.random.default_rng(1).integers(0, 256, (200, 200, 3), np.uint8), "JPEG")
 BOMB = encoded(np.zeros((1100, 1000), np.uint8))  # 1.1 megapixels in under two kilobytes
 BAD_FORM = b'--limit\r\nContent-Disposition: form-data; name="x"; filename="x"\r\n\r\nnever ends'
+_FORM = "multipart/form-data; boundary=b"
 HOSTILE: list[tuple[str, dict[str, Any], int, str]] = [
     ("threshold above 1", {"path": "/detect?score_threshold=2"}, 400, "score_threshold is '2'"),
     ("threshold NaN", {"path": "/detect?iou_threshold=nan"}, 400, "iou_threshold is 'nan'"),
     ("threshold no number", {"path": "/detect?score_threshold=x"}, 400, "score_threshold is 'x'"),
     ("misspelt option", {"path": "/detect?threshold=0.5"}, 400, "does not know threshold"),
     ("empty body", {"body": b""}, 400, "the body is empty"),
-    ("form without a file", {"form": ('name="x"', b"y")}, 400, "the form has no file"),
+    ("form without a file", {"form": [('name="x"', b"y")]}, 400, "the form has no file"),
+    ("form of very many fields", {"form": [('name="x"', b"y")] * 5000}, 400, "its first 100 parts are no files"),
+    ("form with a long header", {"form": [('name="x"' + "x" * 20_000, b"y")]}, 400, "a header that is too long"),
+    ("form with many headers", {"body": b"--b\r\n" + b"X: y\r\n" * 9000, "kind": _FORM}, 400, "form cannot be read"),
+    ("form that is all preamble", {"body": b"x\r\n" * 90_000, "kind": _FORM}, 400, "the form has no file"),
+    ("form of another alphabet", {"kind": "multipart/form-data; boundary=\xff"}, 400, "form cannot be read"),
+    ("option given twice", {"path": "/detect?model=fake&model=letterbox"}, 400, "model is given more than once"),
     ("form that ends early", {"body": BAD_FORM, "kind": "multipart/form-data; boundary=limit"}, 400, ""),
     ("form without boundary", {"kind": "multipart/form-data"}, 400, "form cannot be read"),
     ("no such path", {"path": "/nothing"}, 404, "see /openapi.json"),
@@ -110,6 +117,7 @@ HOSTILE: list[tuple[str, dict[str, Any], int, str]] = [
     ("cut off", {"body": JPEG[: len(JPEG) // 2]}, 422, "damaged or was cut off"),
     ("threshold of a fixed model", {"path": "/detect?model=letterbox&score_threshold=0.1"}, 422, "built in"),
     ("page of another origin", {"headers": {"Origin": "http://example.com"}}, 403, "may not use this gateway"),
+    ("embedded by another page", {"headers": {"Sec_Fetch_Site": "cross-site"}}, 403, "pages of others"),
     ("sandboxed page", {"headers": {"Origin": "null"}}, 403, "may not use this gateway"),
     ("another name", {"headers": {"Host": "example.com"}}, 403, "not called 'example.com'"),
     ("a name that is none", {"headers": {"Host": "["}}, 403, "not called ''"),
@@ -123,7 +131,7 @@ HOSTILE: list[tuple[str, dict[str, Any], int, str]] = [
 def test_says_what_is_wrong(running: Running, request_: dict[str, Any], status: int, words: str) -> None:
     body, kind = request_.get("body", PICTURE), request_.get("kind", "image/png")
     if "form" in request_:
-        body, kind = form(request_["form"])
+        body, kind = form(*request_["form"])
     method = request_.get("method", "POST")
     headers = {"Content_Type": kind, **request_.get("headers", {})}
     answer = running.ask(request_.get("path", "/detect"), body, method, **headers)

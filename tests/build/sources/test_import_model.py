@@ -315,11 +315,33 @@ def test_wrong_options_are_named(change: dict[str, Any], message: str, tmp_path:
     assert not list((tmp_path / "models").glob("*")) if (tmp_path / "models").exists() else True
 
 
-def test_a_truncated_file_is_no_stack_trace(tmp_path: Path, files: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "truncated or of another kind"),
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n", "git lfs pull"),
+        (b"<html>404</html>", "of another kind"),
+    ],
+    ids=["truncated", "empty", "a pointer of Git LFS", "a web page"],
+)
+def test_a_file_that_is_no_model(content: bytes | None, why: str, tmp_path: Path, files: dict[str, Any]) -> None:
     source = Path(saved(heads_model([], ["boxes_raw", "scores_raw"]), tmp_path))
-    source.write_bytes(source.read_bytes()[:500])
-    with pytest.raises(ImportModelError, match="no ONNX model"):
+    source.write_bytes(source.read_bytes()[:500] if content is None else content)
+    with pytest.raises(ImportModelError, match=f"(?s)no ONNX model.*{why}"):
         import_model(str(source), models=tmp_path / "models", **files)
+
+
+@pytest.mark.parametrize("first", ["BACKGROUND", "__background__", "???"])
+def test_background_in_the_labels_is_no_label(first: str, tmp_path: Path, files: dict[str, Any]) -> None:
+    """pytorch-ssd's own label files begin with it: each picture then had 99 detections BACKGROUND near 0.99."""
+    files["labels"].write_text("\n".join([first, *LABELS]) + "\n")
+    source = saved(heads_model([], ["boxes_raw", "scores_raw"]), tmp_path)
+    checked = spec.load(import_model(source, "tiny", models=tmp_path / "models", **files))
+    assert list(checked.labels) == LABELS
+    assert checked.nms.background_class == 0
+    kept = import_model(source, "own", models=tmp_path / "models", settings=["nms.background_class=-1"], **files)
+    assert list(spec.load(kept).labels) == [first, *LABELS]
 
 
 # -- published detectors -----------------------------------------------------------------------------------------------
