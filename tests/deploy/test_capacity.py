@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import queue
 import random
+import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from build.publish import repository as store
 from deploy.capacity import Fleet, arrivals, on_paper, servers_for, simulate
 from models.shapes.scenes import scene
 from tests.deploy.conftest import ROOT, Server, two_servers
+
+ROUNDS, SECONDS = 3, 20  # of load
 
 
 def exponential(mean_ms: float, count: int = 20_000) -> list[float]:
@@ -80,24 +84,21 @@ def test_an_autoscaler_is_late_and_ends_overload() -> None:
 # -- two real servers --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pair(repository: Path, backend_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
-    """Two servers with one instance of one thread each: a core for each."""
-    folder = tmp_path_factory.mktemp("single")
-    model = folder / "models" / "shapes"
-    model.parent.mkdir()
+@pytest.fixture
+def single(repository: Path, tmp_path: Path) -> Path:
+    """A repository with one instance of one thread: with two servers a core for each."""
+    model = tmp_path / "models" / "shapes"
+    model.mkdir(parents=True)
     for path in (ROOT / "models" / "shapes").iterdir():
         if path.is_file():
-            model.mkdir(exist_ok=True)
             (model / path.name).write_bytes(path.read_bytes())
     specs.edit(model / "spec.toml", {"serving.instances": 1, "serving.threads": 1})
     source, manifest = store.served(repository, "shapes")
-    target = folder / "model_repository"
+    target = tmp_path / "model_repository"
     facts = {"verified": manifest["verified"]}
     served_by = backend.prepare(backend.NATIVE)
     store.publish(specs.load(model), source / "model.onnx", target, Target("onnxruntime"), facts, served_by)
-    with two_servers(target, backend_folder, folder) as servers:
-        yield servers
+    return target
 
 
 def inputs() -> list[triton.InferInput]:
@@ -113,65 +114,122 @@ def inputs() -> list[triton.InferInput]:
     return made
 
 
-def measured(servers: list[Server], rate: float, seconds: float, seed: int) -> list[float]:
-    """Latencies in ms, from the planned time of arrival, of Poisson arrivals given to the servers in turn."""
+@dataclass
+class Round:
+    """One run of load: its bounds in ns of the monotonic clock, and what its requests took in ms."""
+
+    share: float
+    rate: float
+    began: int
+    ended: int
+    latencies_ms: list[float]
+
+
+def load(servers: list[Server], share: float, rate: float, seconds: float, seed: int) -> Round:
+    """Poisson arrivals given to the servers in turn; latencies from the planned time of arrival."""
     clients = [triton.InferenceServerClient(server.grpc) for server in servers]
     request, done = inputs(), queue.Queue[float]()
     planned = list(arrivals(Fleet(rate, [1.0], 1, seconds=seconds), random.Random(seed)))
-    begin = time.perf_counter() + 0.2
+    begin = time.monotonic() + 0.2
     for number, moment in enumerate(planned):
-        time.sleep(max(0.0, begin + moment - time.perf_counter()))
+        time.sleep(max(0.0, begin + moment - time.monotonic()))
 
         def answered(result: object, error: object, moment: float = moment) -> None:
             assert error is None
-            done.put((time.perf_counter() - begin - moment) * 1000)
+            done.put((time.monotonic() - begin - moment) * 1000)
 
         clients[number % 2].async_infer("shapes", request, answered)
     latencies = [done.get(timeout=60) for _ in planned]
     for client in clients:
         client.close()
-    return latencies
+    return Round(share, rate, int(begin * 1e9), time.monotonic_ns(), latencies)
 
 
-def service_times(servers: list[Server], count: int) -> list[float]:
-    """Times in ms of requests on a server that has no other, while its neighbour works as hard: it takes CPU, too."""
-    times: list[float] = []
+def both_busy_ms(servers: list[Server], count: int) -> float:
+    """What a request takes, on average, while both servers always have one."""
 
     def ask(server: Server) -> None:
         with triton.InferenceServerClient(server.grpc) as client:
             request = inputs()
-            for number in range(count + 10):
-                started = time.perf_counter()
+            for _ in range(count):
                 client.infer("shapes", request)
-                if number >= 10:
-                    times.append((time.perf_counter() - started) * 1000)
 
     threads = [threading.Thread(target=ask, args=(server,)) for server in servers]
+    started = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return times
+    return (time.monotonic() - started) * 1000 / count
+
+
+@dataclass
+class Traced:
+    """What a server's own trace says of one request, in ms; `began` in ns of the monotonic clock."""
+
+    began: int
+    service: float
+    whole: float
+
+
+def traces(files: Iterable[Path]) -> list[Traced]:
+    """Every request that Triton's trace files have."""
+    found = []
+    for path in files:
+        times: dict[int, dict[str, int]] = {}
+        for entry in json.loads(path.read_text()):
+            for stamp in entry.get("timestamps", ()):
+                times.setdefault(entry["id"], {})[stamp["name"]] = stamp["ns"]
+        for at in times.values():
+            if "COMPUTE_END" in at:
+                service, whole = at["COMPUTE_END"] - at["COMPUTE_START"], at["REQUEST_END"] - at["REQUEST_START"]
+                found.append(Traced(at["REQUEST_START"], service / 1e6, whole / 1e6))
+    return found
 
 
 @pytest.mark.triton
 @pytest.mark.long
-def test_the_simulation_agrees_with_two_real_servers(pair: list[Server]) -> None:
-    """Needs a quiet machine: the service times must not change between measuring them and using them."""
-    differences, swings = {}, []
-    for share in (0.4, 0.6):
-        before = service_times(pair, 150)
-        rate = share * 2 * 1000 / float(np.mean(before))
-        real = Fleet(rate, before, 2, balancer="roundrobin", seconds=25)
-        latencies = np.asarray(measured(pair, rate, 25, seed=real.seed))
-        after = service_times(pair, 150)
-        swings.append(float(np.median(after) / np.median(before)))
-        services = before + after
-        simulated = simulate(replace(real, service_ms=services, seconds=250))
-        for name, quantile in (("p50", 0.5), ("p99", 0.99)):
-            seen = float(np.quantile(latencies, quantile))
-            differences[f"{share:.0%} {name}"] = (seen, simulated.percentile(quantile))
-    print({name: f"{seen:.1f} ms seen, {told:.1f} simulated" for name, (seen, told) in differences.items()})
-    if any(abs(swing - 1) > 0.1 for swing in swings):
-        pytest.skip(f"needs a quiet machine: the servers' own times changed by the factors {swings} meanwhile")
-    assert all(abs(told / seen - 1) <= 0.2 for seen, told in differences.values()), differences
+def test_the_simulation_agrees_with_two_real_servers(single: Path, backend_folder: Path, tmp_path: Path) -> None:
+    """The service times are what the servers' own traces have of the very requests whose latencies are compared.
+
+    What is tested is thus the rest: arrivals, balancing, queues, and that service times may be drawn at random. That
+    last one is wrong on a machine with other work, which slows many requests in a row: then the test skips.
+    """
+    rounds: list[Round] = []
+    trace = [f"--trace-config={name}" for name in ("level=TIMESTAMPS", "rate=1", "count=-1")]
+    with two_servers(single, backend_folder, tmp_path) as servers:
+        for number, server in enumerate(servers):
+            server.stop()
+            server.extra = (*trace, f"--trace-config=triton,file={tmp_path / f'trace{number}'}")
+            server.start()
+        both_busy_ms(servers, 50)
+        mean = both_busy_ms(servers, 200)
+        for seed in range(ROUNDS):
+            rounds += [load(servers, share, share * 2 * 1000 / mean, SECONDS, seed) for share in (0.4, 0.6)]
+        for server in servers:  # the traces are written at the end
+            server.send(signal.SIGTERM)
+            assert server.process is not None
+            server.process.wait(20)
+    seen = traces(tmp_path.glob("trace?"))
+    ratios: dict[str, list[float]] = {}
+    swings = []
+    for each in rounds:
+        own = sorted((one for one in seen if each.began <= one.began <= each.ended), key=lambda one: one.began)
+        assert len(own) == len(each.latencies_ms)
+        service = [one.service for one in own]
+        fifths = [float(np.mean(part)) for part in np.array_split(np.asarray(service), 5)]
+        swings.append(max(fifths) / min(fifths))
+        real = Fleet(each.rate, service, 2, balancer="roundrobin", seconds=300)
+        # What is around the server's own time: the client, gRPC.
+        around = float(np.median(each.latencies_ms)) - float(np.median([one.whole for one in own]))
+        simulated = simulate(real)
+        for name, share in (("p50", 0.5), ("p99", 0.99)):
+            measured, told = float(np.quantile(each.latencies_ms, share)), simulated.percentile(share) + around
+            ratios.setdefault(f"{each.share:.0%} {name}", []).append(told / measured)
+            print(f"{each.share:.0%} busy, {name}: {measured:.1f} ms measured, {told:.1f} simulated")
+    medians = {name: float(np.median(values)) for name, values in ratios.items()}
+    print("simulated / measured, medians:", {name: f"{value:.2f}" for name, value in medians.items()})
+    print(f"service times within a round: the slowest fifth takes {np.median(swings):.2f} times the fastest (median)")
+    if np.median(swings) > 1.15:
+        pytest.skip("needs a quiet machine: the servers' own times changed too much")
+    assert all(abs(ratio - 1) <= 0.2 for ratio in medians.values()), medians
