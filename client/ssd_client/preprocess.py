@@ -325,7 +325,7 @@ def _name(source: object) -> str:
         return os.fspath(source)
     if isinstance(source, Image.Image):
         return f"Pillow image (mode {source.mode}, {source.width} x {source.height})"
-    return f"{type(source).__name__} of {len(source)} bytes" if isinstance(source, (bytes, bytearray)) else "picture"
+    return f"picture of {len(source)} bytes" if isinstance(source, (bytes, bytearray)) else "picture"
 
 
 def _is_empty(source: object) -> bool:

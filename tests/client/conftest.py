@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ssd_client import AsyncSSDClient, SSDClient
 from tritonclient.grpc import model_config_pb2
 
+from build.pipeline import build_engines
 from build.serve import TritonServer
 from tests.optional import optional
 
@@ -200,3 +201,13 @@ def pyav() -> Iterator[Path]:
     importlib.invalidate_caches()  # the folder may have been looked for before it was there
     yield folder
     sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A server with the real `shapes`."""
+    folder = tmp_path_factory.mktemp("shapes")
+    repository = folder / "model_repository"
+    build_engines(["shapes"], "onnxruntime", repository=repository, artifacts=folder / "artifacts", rehearse=False)
+    with TritonServer(repository) as running:
+        yield running

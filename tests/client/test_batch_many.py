@@ -11,12 +11,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from build.pipeline import build_engines
 from build.serve import TritonServer
 from models.shapes.scenes import scene
 from tests.optional import optional
@@ -41,14 +39,6 @@ import daft, json, sys
 columns = ("path", "width", "height", "boxes", "scores", "labels", "error", "model", "manifest_sha256")
 print(json.dumps(daft.read_parquet(sys.argv[1] + "/*.parquet").sort("path").select(*columns).to_pydict()))
 """
-
-
-@pytest.fixture
-def shapes(tmp_path: Path) -> Iterator[TritonServer]:
-    repository = tmp_path / "model_repository"
-    build_engines(["shapes"], "onnxruntime", repository=repository, artifacts=tmp_path / "artifacts", rehearse=False)
-    with TritonServer(repository) as server:
-        yield server
 
 
 def test_equal_rows_and_how_fast(shapes: TritonServer, tmp_path: Path) -> None:
