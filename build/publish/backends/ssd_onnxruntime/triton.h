@@ -1,5 +1,5 @@
 //! \file triton.h
-//! The part of Triton's backend C interface that backend.cpp uses, declared here so that a compiler alone builds it.
+//! The part of Triton's backend C interface that this backend uses, declared here so that a compiler alone builds it.
 //!
 //! Names, order of enumerators and signatures are those of triton/core/tritonbackend.h and tritonserver.h
 //! (github.com/triton-inference-server/core), which promise to keep them within one major version of the interface.
