@@ -94,7 +94,7 @@ def train(c: Context) -> None:
     help={
         "model": "one model of models/ (default: all of them)",
         "runtime": "auto, onnxruntime or tensorrt",
-        "precision": "fp32, fp16 or int8; for tensorrt also tf32, bf16 and fp8",
+        "precision": "fp32, fp16, bf16 or int8; for tensorrt also tf32 and fp8",
         "calibration": "explicit, or for int8 with TensorRT up to 10 implicit: TensorRT's own calibrator",
         "force": "rebuild even where nothing changed",
         "rollback": "serve the version before the current one again (needs --model)",

@@ -53,10 +53,10 @@ def test_the_client_knows_the_same_contract() -> None:
     assert client_config.CONTRACT == contract.VERSION
     stated = {name.strip(" `") for cells in table(DESIGN, "`config.pbtxt` carries") for name in cells[0].split(",")}
     read = set(re.findall(r'read\("(\w+)"', Path(client_config.__file__).read_text()))
-    assert read == stated - {"threads", "engine", "engine_packages", "model_sha256"}  # for the backend, not for clients
+    assert read == stated - {"threads", "runners", "engine", "engine_precision", "model_sha256"}  # for the backend, not for clients
 
 
-@pytest.mark.parametrize("file", ["python/model.py", "ssd_onnxruntime/backend.cpp"])
+@pytest.mark.parametrize("file", ["python/model.py", "ssd_onnxruntime/instance.cpp"])
 def test_the_backends_name_only_these_tensors(file: str) -> None:
     source = (ROOT / "build" / "publish" / "backends" / file).read_text()
     known = {*contract.THRESHOLDS, *contract.OUTPUTS, contract.IMAGES}
@@ -131,7 +131,7 @@ def test_targets() -> None:
     ("target", "complaint"),
     [
         (("cuda",), "runtime is 'cuda', but must be one of onnxruntime, tensorrt"),
-        (("onnxruntime", "bf16"), r"the runtime onnxruntime has fp32, fp16, int8 only\n.*add --runtime tensorrt"),
+        (("onnxruntime", "fp8"), r"the runtime onnxruntime has fp32, fp16, bf16, int8 only\n.*add --runtime tensorrt"),
         (("tensorrt", "int4"), "the runtime tensorrt has fp32, tf32, fp16, bf16, int8, fp8 only"),
         (("tensorrt", "int8", "both"), "calibration is 'both', but must be one of explicit, implicit"),
         (("onnxruntime", "int8", "implicit"), r"this would build int8 for onnxruntime\n[\s\S]*--runtime tensorrt"),

@@ -1,5 +1,5 @@
 //! \file onnxruntime.h
-//! The part of ONNX Runtime's C interface that backend.cpp uses, declared here so that a compiler alone builds it.
+//! The part of ONNX Runtime's C interface that engine_onnxruntime.cpp uses, declared here so that a compiler alone builds it.
 //!
 //! The interface is a table of functions to which new versions only append (onnxruntime_c_api.h, "OrtApi"): a function
 //! keeps its place, and the places are all that this file needs to know.
