@@ -209,19 +209,10 @@ def calibrate(spec: Spec, source: onnx.ModelProto, cache: Path, console: Console
 
 
 def _measured(source: onnx.ModelProto) -> list[str]:
-    """What a pair can be put on: what a Conv reads, its output, and that of a Relu or ReLU6 behind it."""
+    """What a pair can be put on: what a Conv reads, and its output or that of the Relu or ReLU6 behind it."""
     readers, constants = qdq.readers_of(source), qdq.constants_of(source)
-    return sorted(
-        {
-            name
-            for conv in qdq.convs(source)
-            for name in (
-                qdq.served_name(source, conv.input[0]),
-                conv.output[0],
-                qdq.behind(conv, readers, constants),
-            )
-        }
-    )
+    read = {qdq.served_name(source, conv.input[0]) for conv in qdq.convs(source)}
+    return sorted(read | {qdq.behind(conv, readers, constants) for conv in qdq.convs(source)})
 
 
 def read_calibration(path: Path, key: Mapping[str, str]) -> Calibration:
