@@ -120,7 +120,7 @@ def test_the_cache_is_used_and_refused_when_stale(
         again = calibration.calibrate(spec, folded, cache, silent())
     assert again.clips("entropy", 99.0) == first.clips("entropy", 99.0)
 
-    for changed in ("pictures", "model", "method", "onnxruntime"):
+    for changed in ("pictures", "model", "activations", "method", "onnxruntime"):
         with pytest.raises(QuantizeError, match=f"stale: other {changed}"):
             calibration.read_calibration(file, {**first.key, changed: "something else"})
     picture = spec.path.parent / "pictures" / "0000.png"
