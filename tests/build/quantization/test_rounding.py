@@ -125,3 +125,21 @@ def _weights_alone(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type != "DequantizeLinear":
             node.input[:] = [pairs.get(name, name) for name in node.input]
     return model
+
+
+def test_a_version_is_stale_when_any_file_that_makes_a_quantised_graph_changes() -> None:
+    """What candidates.py brings together, and what those bring, is what a published version depends on."""
+    import ast
+
+    from build.files import ROOT
+    from build.publish import repository
+
+    waiting, needed = ["candidates"], set[str]()
+    while waiting:
+        name = waiting.pop()
+        needed.add(f"build/quantization/{name}.py")
+        for node in ast.walk(ast.parse((ROOT / "build" / "quantization" / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("build.quantization"):
+                parts = (node.module or "").split(".")[2:] or [alias.name for alias in node.names]
+                waiting += [part for part in parts if f"build/quantization/{part}.py" not in needed]
+    assert needed <= set(repository._OF_TYPED)
