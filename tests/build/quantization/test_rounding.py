@@ -51,6 +51,15 @@ def test_close_to_the_best_of_all_roundings() -> None:
     assert loss(found).sum() < 0.4 * nearest.sum()
 
 
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    weights = rng.normal(0, 1, (6, 5, 3, 3)).astype(np.float32)
+    moments = moments_of(np.maximum(rng.normal(1, 1, (1, 300, 45)), 0))
+    whole = rounding.round_by(weights, moments)
+    monkeypatch.setattr(rounding, "_BLOCK", 7)
+    np.testing.assert_allclose(rounding.round_by(weights, 3 * moments), whole, rtol=1e-6)
+
+
 CONVS: dict[str, dict[str, Any]] = {
     "plain": {"pads": [1, 1, 1, 1]},
     "strided": {"strides": [2, 2], "pads": [1, 0, 1, 2]},
