@@ -100,7 +100,7 @@ def lock(c: Context) -> None:
     if shutil.which("uv") is None:
         raise Exit("error: uv is not on PATH\nwhat to do: pipx install uv", code=1)
     beside_runtime = ("video", "batch", "openvino")  # they run with what .venv holds, NumPy first of all
-    programs = ("deploy_tools", "s3")  # of these packages only a program, or a few files, is used
+    programs = ("deploy_tools", "s3", "modelopt")  # of these packages only a program, or a few files, is used
     apart = ("runtime", "dev", "train", "convert_tensorflow", "plugin_tools", "clients", "deploy")
     for group in (*apart, *beside_runtime, "gateway", *programs):
         how = "--constraints requirements/runtime.lock --no-emit-package numpy" if group in beside_runtime else ""

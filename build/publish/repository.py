@@ -37,7 +37,8 @@ _BUILDERS = ("build/contract.py", "build/graph/attach.py", "build/graph/ssd_nms.
 _OF_PLANS = ("build/tensorrt/engine.py", "build/tensorrt/compat.py")
 _OF_TYPED = (
     "build/graph/precision.py",
-    *(f"build/quantization/{name}.py" for name in ("calibration", "candidates", "correction", "qdq")),
+    *(f"build/quantization/{name}.py" for name in ("calibration", "candidates", "correction", "equalisation")),
+    *(f"build/quantization/{name}.py" for name in ("qdq", "rounding")),
 )
 _OF_IMPLICIT = ("build/quantization/implicit.py",)
 _OF_PICTURES = ("build/gate/datasets.py", "client/ssd_client/preprocess.py")

@@ -185,7 +185,7 @@ def calibrate(spec: Spec, source: onnx.ModelProto, cache: Path, console: Console
         raise QuantizeError(f"{spec.onnx_path}: has no Conv, so there is nothing to quantise")
     whole = before_nms(attach(spec, source))
     file = cache / spec.model.name / "calibration.npz"
-    key = _key(pictures, whole)
+    key = _key(pictures, whole, names)
     try:
         return read_calibration(file, key)
     except QuantizeError as stale:
@@ -209,19 +209,10 @@ def calibrate(spec: Spec, source: onnx.ModelProto, cache: Path, console: Console
 
 
 def _measured(source: onnx.ModelProto) -> list[str]:
-    """What a pair can be put on: what a Conv reads, its output, and that of a Relu or ReLU6 behind it."""
+    """What a pair can be put on: what a Conv reads, and its output or that of the Relu or ReLU6 behind it."""
     readers, constants = qdq.readers_of(source), qdq.constants_of(source)
-    return sorted(
-        {
-            name
-            for conv in qdq.convs(source)
-            for name in (
-                qdq.served_name(source, conv.input[0]),
-                conv.output[0],
-                qdq.behind(conv, readers, constants),
-            )
-        }
-    )
+    read = {qdq.served_name(source, conv.input[0]) for conv in qdq.convs(source)}
+    return sorted(read | {qdq.behind(conv, readers, constants) for conv in qdq.convs(source)})
 
 
 def read_calibration(path: Path, key: Mapping[str, str]) -> Calibration:
@@ -274,11 +265,12 @@ def _write_calibration(path: Path, calibration: Calibration) -> None:
         )
 
 
-def _key(pictures: datasets.Pictures, whole: onnx.ModelProto) -> dict[str, str]:
+def _key(pictures: datasets.Pictures, whole: onnx.ModelProto, names: list[str]) -> dict[str, str]:
     """What a calibration depends on, by the names that a message about a stale one uses."""
     return {
         "pictures": pictures.digest(),
         "model": hashlib.sha256(whole.SerializeToString(deterministic=True)).hexdigest(),
+        "activations": hashlib.sha256("\n".join(names).encode()).hexdigest(),
         "method": f"absolute values in {BINS} bins",
         "onnxruntime": importlib.metadata.version("onnxruntime"),
     }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PICTURES = 32
 POSITIONS = 256  # of a Conv's output, in each picture
+_BLOCK = 64  # columns
 _DAMPING = 0.01  # of the mean of H's diagonal, as in GPTQ
 
 
@@ -48,36 +49,40 @@ def rounded(spec: Spec, source: onnx.ModelProto, pictures: datasets.Pictures) ->
     return found
 
 
-def round_by(weights: NDArray[np.float32], moments: NDArray[np.float64]) -> NDArray[np.float32]:
+def round_by(weights: NDArray[np.float32], moments: NDArray[np.floating]) -> NDArray[np.float32]:
     """Weights on the steps of INT8 so that the outputs change least for inputs of these moments.
 
     Args:
         weights: [M, C/G, *kernel]; a step is a channel's largest absolute value / 127.
-        moments: [G, K, K] with K = C/G times the kernel's size.
+        moments: [G, K, K] with K = C/G times the kernel's size; times any constant.
     """
     import numpy as np
 
     groups, size, _ = moments.shape
     rows = weights.reshape(groups, -1, size).astype(np.float64)
     steps = qdq.weight_scales(weights, "int8").reshape(groups, -1).astype(np.float64)
-    diagonal = np.einsum("gkk->gk", moments)
+    diagonal = np.einsum("gkk->gk", moments).astype(np.float64)
     damped = moments + np.eye(size) * (_DAMPING * diagonal.mean(1)[:, None, None] + 1e-12)
     order = np.argsort(-np.einsum("gkk->gk", damped), axis=1, kind="stable")
     damped = np.take_along_axis(np.take_along_axis(damped, order[:, :, None], 1), order[:, None, :], 2)
     rows = np.take_along_axis(rows, order[:, None, :], 2)
     # The upper Cholesky factor of the inverse: row k holds how an error in column k is best made up by those behind.
     upper = np.swapaxes(np.linalg.cholesky(np.linalg.inv(damped)), 1, 2)
-    for k in range(size):
-        exact = rows[:, :, k].copy()
-        rows[:, :, k] = np.clip(np.round(exact / steps), -127, 127) * steps
-        error = (exact - rows[:, :, k]) / upper[:, None, k, k]
-        rows[:, :, k + 1 :] -= error[:, :, None] * upper[:, None, k, k + 1 :]
+    for start in range(0, size, _BLOCK):
+        end = min(start + _BLOCK, size)
+        errors = np.empty((*rows.shape[:2], end - start))
+        for k in range(start, end):
+            exact = rows[:, :, k].copy()
+            rows[:, :, k] = np.clip(np.round(exact / steps), -127, 127) * steps
+            errors[:, :, k - start] = (exact - rows[:, :, k]) / upper[:, None, k, k]
+            rows[:, :, k + 1 : end] -= errors[:, :, k - start, None] * upper[:, None, k, k + 1 : end]
+        rows[:, :, end:] -= errors @ upper[:, start:end, end:]  # the same for what is behind the block, all at once
     back = np.argsort(order, axis=1)
     return np.take_along_axis(rows, back[:, None, :], 2).reshape(weights.shape).astype(np.float32)
 
 
-def _moments(spec: Spec, source: onnx.ModelProto, pictures: datasets.Pictures) -> dict[str, NDArray[np.float64]]:
-    """E[x·xᵀ] of the patches that meet each initializer of weights: [G, K, K], by its name."""
+def _moments(spec: Spec, source: onnx.ModelProto, pictures: datasets.Pictures) -> dict[str, NDArray[np.float32]]:
+    """The sum of x·xᵀ over the patches that meet each initializer of weights: FP32 [G, K, K], by its name."""
     import numpy as np
     import onnx
 
@@ -89,7 +94,7 @@ def _moments(spec: Spec, source: onnx.ModelProto, pictures: datasets.Pictures) -
     whole.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     runs = session(whole)
     rng = np.random.default_rng(0)
-    sums: dict[str, NDArray[np.float64]] = {}
+    sums: dict[str, NDArray[np.float32]] = {}
     few = pictures.spread(PICTURES)
     for batch in datasets.arrays(few, spec.input, 1):
         values = dict(zip(names, runs.run(names, {contract.IMAGES: batch}), strict=True))
@@ -97,7 +102,7 @@ def _moments(spec: Spec, source: onnx.ModelProto, pictures: datasets.Pictures) -
             shape = tuple(held[conv.input[1]].dims)
             x = values[qdq.served_name(source, conv.input[0])][0]
             patches = _patches(conv, x, shape, rng)
-            product = (patches.transpose(0, 2, 1) @ patches).astype(np.float64)
+            product = patches.transpose(0, 2, 1) @ patches
             sums[conv.input[1]] = sums[conv.input[1]] + product if conv.input[1] in sums else product
     return sums
 

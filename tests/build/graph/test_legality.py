@@ -28,6 +28,7 @@ from build.quantization import qdq
 from build.quantization.candidates import candidates
 from build.spec import load
 from tests.build import tiny_model
+from tests.build.quantization.operators import BODIES, network
 from tests.optional import optional
 
 pytestmark = pytest.mark.tensorrt
@@ -60,11 +61,11 @@ def typed(kind: str) -> Callable[[Path], onnx.ModelProto]:
     return make
 
 
-def operators(kind: str) -> Callable[[Path], onnx.ModelProto]:
-    """Makes a graph with operators that not every precision takes."""
+def of_precision(network: onnx.ModelProto, kind: str) -> Callable[[Path], onnx.ModelProto]:
+    """Makes a network's graph in a precision, clipped anywhere: no type depends on where."""
 
     def make(path: Path) -> onnx.ModelProto:
-        source = qdq.fold(tiny_model.with_operators())
+        source = qdq.fold(network)
         if kind in ("fp16", "bf16"):
             source = precision.half(source, kind)
         elif PRECISIONS[kind].quantised:
@@ -109,7 +110,8 @@ def fixed_batch(path: Path) -> onnx.ModelProto:
 
 CASES: dict[str, Callable[[Path], onnx.ModelProto]] = {
     **{kind: typed(kind) for kind in PRECISIONS},
-    **{f"operators, {kind}": operators(kind) for kind in PRECISIONS},
+    **{f"operators, {kind}": of_precision(tiny_model.with_operators(), kind) for kind in PRECISIONS},
+    **{f"patterns, {kind}": of_precision(network(*BODIES), kind) for kind in PRECISIONS},
     "mixed types": mixed_types,
     "integer bias": integer_bias,
     "unknown operator": unknown_operator,
@@ -145,7 +147,7 @@ def results(rtx: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
     return dict(zip(CASES, compiled(rtx, spec, paths), strict=True))
 
 
-@pytest.mark.parametrize("case", [*PRECISIONS, *(f"operators, {kind}" for kind in PRECISIONS)])
+@pytest.mark.parametrize("case", [kind for kind in CASES if kind.split(", ")[-1] in PRECISIONS])
 def test_every_precision_is_legal_and_typed_as_the_contract_says(case: str, results: dict[str, dict[str, Any]]) -> None:
     assert "error" not in results[case], results[case]["error"]
     assert results[case]["types"] == {"images": "UINT8", "box_deltas": "FLOAT", "class_logits": "FLOAT"}
@@ -199,3 +201,42 @@ def test_every_precision_of_shapes_is_legal(kind: str, rtx: Path, tmp_path: Path
     (result,) = compiled(rtx, spec.path, [tmp_path / "model.onnx"])
     assert "error" not in result, result["error"]
     assert result["types"] == {"images": "UINT8", "box_deltas": "FLOAT", "class_logits": "FLOAT"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("body", BODIES)
+def test_every_pattern_of_real_detectors_is_legal(body: str, rtx: Path, tmp_path: Path) -> None:
+    """Each alone, in every precision: names the one that a builder refuses in the chain of all."""
+    spec = tiny_model.write(tmp_path / "tiny")
+    paths = []
+    for kind in PRECISIONS:
+        paths.append(tmp_path / f"{kind}.onnx")
+        onnx.save(of_precision(network(body), kind)(spec), paths[-1])
+    for kind, result in zip(PRECISIONS, compiled(rtx, spec, paths), strict=True):
+        assert "error" not in result, (kind, result["error"])
+
+
+def folders_of_real_networks() -> list[Path]:
+    """Imported models: those of models/, and of the folder that SSD_REAL_MODELS names (folders with a spec.toml)."""
+    more = os.environ.get("SSD_REAL_MODELS")
+    places = [ROOT / "models", *([Path(more)] if more else [])]
+    found = [path.parent for place in places for path in sorted(place.glob("*/spec.toml"))]
+    return [folder for folder in found if folder.name != "shapes"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", PRECISIONS)
+def test_real_networks_are_legal(kind: str, rtx: Path, tmp_path: Path) -> None:
+    """Detectors that people have are not in the repository: `./invoke import-model --from faces` brings one."""
+    folders = folders_of_real_networks()
+    if not folders:
+        pytest.skip("needs imported models in models/ or in the folder that SSD_REAL_MODELS names")
+    refused = []
+    for folder in folders:
+        graph = of_precision(load_source(load(folder)), kind)(folder / "spec.toml")
+        onnx.save(graph, tmp_path / "model.onnx")
+        (result,) = compiled(rtx, folder / "spec.toml", [tmp_path / "model.onnx"])
+        if "error" in result:
+            refused.append(f"{folder.name}: {result['error']}")
+    print(f"{kind}: {len(folders) - len(refused)} of {len(folders)} built")
+    assert not refused, "\n".join(refused)

@@ -51,6 +51,15 @@ def test_close_to_the_best_of_all_roundings() -> None:
     assert loss(found).sum() < 0.4 * nearest.sum()
 
 
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    weights = rng.normal(0, 1, (6, 5, 3, 3)).astype(np.float32)
+    moments = moments_of(np.maximum(rng.normal(1, 1, (1, 300, 45)), 0))
+    whole = rounding.round_by(weights, moments)
+    monkeypatch.setattr(rounding, "_BLOCK", 7)
+    np.testing.assert_allclose(rounding.round_by(weights, 3 * moments), whole, rtol=1e-6)
+
+
 CONVS: dict[str, dict[str, Any]] = {
     "plain": {"pads": [1, 1, 1, 1]},
     "strided": {"strides": [2, 2], "pads": [1, 0, 1, 2]},
@@ -125,3 +134,21 @@ def _weights_alone(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type != "DequantizeLinear":
             node.input[:] = [pairs.get(name, name) for name in node.input]
     return model
+
+
+def test_a_version_is_stale_when_any_file_that_makes_a_quantised_graph_changes() -> None:
+    """What candidates.py brings together, and what those bring, is what a published version depends on."""
+    import ast
+
+    from build.files import ROOT
+    from build.publish import repository
+
+    waiting, needed = ["candidates"], set[str]()
+    while waiting:
+        name = waiting.pop()
+        needed.add(f"build/quantization/{name}.py")
+        for node in ast.walk(ast.parse((ROOT / "build" / "quantization" / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("build.quantization"):
+                parts = (node.module or "").split(".")[2:] or [alias.name for alias in node.names]
+                waiting += [part for part in parts if f"build/quantization/{part}.py" not in needed]
+    assert needed <= set(repository._OF_TYPED)
