@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +33,27 @@ def explained(function: Function) -> Function:
     def run(*args: Any, **kwargs: Any) -> Any:
         from build.errors import SSDError
 
+        interrupts: list[int] = []
+
+        def interrupt(number: int, frame: object) -> None:
+            interrupts.append(number)
+            raise KeyboardInterrupt
+
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupt)
         try:
             return function(*args, **kwargs)
         except SSDError as error:
             raise Exit(f"error: {error}", code=1) from None
         except KeyboardInterrupt:
             raise Exit("interrupted", code=130) from None
+        except Exception:
+            if interrupts:  # NumPy makes an ImportError of a KeyboardInterrupt while it is imported
+                raise Exit("interrupted", code=130) from None
+            raise
+        finally:
+            if signal.getsignal(signal.SIGINT) is interrupt:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
     return run  # type: ignore[return-value]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import shutil
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,6 @@ def _pyav() -> Any:
             continue
     raise RuntimeUnavailableError(
         "reading video needs PyAV, which is not installed",
-        fix=f"{sys.executable} -m pip install --no-deps --require-hashes --target {sys.prefix}/video -r "
-        "requirements/video.lock; or give a folder of pictures",
+        fix=f"{shlex.quote(sys.executable)} -m pip install --no-deps --require-hashes --target "
+        f"{shlex.quote(f'{sys.prefix}/video')} -r requirements/video.lock; or give a folder of pictures",
     )

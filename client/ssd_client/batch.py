@@ -1,6 +1,6 @@
 """Detections of a great many pictures as Parquet, with Daft: on this machine, or on a Ray cluster by the same lines.
 
-It needs Daft, and Ray for a cluster (`pip install 'ssd-client[batch]'`). Pictures are worked on in chunks. The rows of
+It needs Daft, and Ray for a cluster (`pip install './client[batch]'`). Pictures are worked on in chunks. The rows of
 a chunk appear whole or not at all, and a run that is started again leaves out every picture that has a row.
 """
 
@@ -160,7 +160,7 @@ def require(ray: str | None = None) -> Any:
             import ray as cluster
     except ImportError as error:
         raise BatchError(
-            f"this needs {error.name}, which is not installed", fix="pip install 'ssd-client[batch]'"
+            f"this needs {error.name}, which is not installed", fix="pip install './client[batch]'"
         ) from None
     daft.set_planning_config(default_io_config=daft.io.IOConfig(s3=daft.io.S3Config(**_store())))
     if ray is None:

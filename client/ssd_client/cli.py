@@ -12,7 +12,6 @@ import json
 import os
 import re
 import sys
-import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from PIL import Image
 
@@ -30,6 +29,7 @@ from .config import ModelConfig
 from .detections import Detections
 from .exceptions import ImageError, InferenceError, InvalidInputError, SSDClientError
 from .options import add_server_options, client_options
+from .output import replacing
 from .preprocess import MAX_PIXELS, SUFFIXES, out_of_memory
 from .text import escaped
 
@@ -109,6 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except OSError as error:  # standard output is a file on a full disk
+        print(f"error: the output cannot be written: {error.strerror or error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
 
@@ -270,7 +274,7 @@ def _drawn(picture: _Picture, detections: Detections, pixels: PixelBudget) -> st
         return ""
     try:
         picture.target.parent.mkdir(parents=True, exist_ok=True)
-        with pixels.share() as take, _replacing(picture.target) as stream:
+        with pixels.share() as take, replacing(picture.target) as stream:
             take(detections.image_size[0] * detections.image_size[1])
             detections.draw().save(stream, "PNG")
     except ImageError as error:  # it changed since
@@ -316,24 +320,10 @@ def _write_json(target: str, document: dict[str, Any]) -> None:
             sys.stdout.write(data.decode())
         return
     try:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(Path(target)) as stream:
+        with replacing(Path(target)) as stream:
             stream.write(data)
     except OSError as error:
         raise InvalidInputError(f"--json {target} cannot be written: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears at `path` whole or not at all."""
-    part = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex[:8]}")
-    try:
-        with part.open("xb") as stream:
-            yield stream
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 class _Progress:

@@ -1,6 +1,6 @@
 """Detections in the frames of a film, a camera or a stream, in order, with a bounded number of frames in memory.
 
-It needs PyAV (`pip install 'ssd-client[video]'`).
+It needs PyAV (`pip install './client[video]'`).
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def require() -> Any:
     try:
         import av
     except ImportError:
-        raise VideoError("films need PyAV, which is not installed", fix="pip install 'ssd-client[video]'") from None
+        raise VideoError("films need PyAV, which is not installed", fix="pip install './client[video]'") from None
     av.logging.set_level(av.logging.FATAL)  # damage is told once, by Film
     return av
 

@@ -12,14 +12,14 @@ import json
 import signal
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .client import SSDClient
 from .exceptions import InvalidInputError, SSDClientError
 from .options import add_server_options, client_options
+from .output import replacing
 from .text import escaped
 from .video import READ_TIMEOUT, Film, Frame, detect, opened, without_password
 from .video_writer import Writer
@@ -213,6 +213,8 @@ def _check(options: argparse.Namespace, out: Path | None) -> None:
         raise InvalidInputError("there is nothing to write", fix="give --out FILE, --json FILE or both")
     if out is not None and options.json not in (None, "-") and out.resolve() == Path(options.json).resolve():
         raise InvalidInputError(f"--out and --json are both {out}", fix="give two files")
+    if out is not None and out.exists() and not out.is_file():
+        raise InvalidInputError(f"--out {out} is no file", fix="give another path; --no-video writes no film")
     source = Path(options.input).resolve()
     for name, path in (("--out", out), ("--json", options.json)):
         if path not in (None, "-") and Path(path).resolve() == source:
@@ -228,7 +230,7 @@ def _line(frame: Frame) -> str:
 
 
 @contextlib.contextmanager
-def _lines(target: str | None) -> Iterator[Callable[[str], None]]:
+def _lines(target: str | None) -> Iterator[Callable[[str], object]]:
     """Takes lines for standard output, or for a file that appears at the end."""
     if target is None:
         yield lambda line: None
@@ -236,20 +238,13 @@ def _lines(target: str | None) -> Iterator[Callable[[str], None]]:
     if target == "-":
         yield lambda line: print(line, flush=True)
         return
-    path = Path(target)
-    part = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex[:8]}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream: IO[str] = part.open("x", encoding="utf-8", errors="surrogateescape")
+        with replacing(Path(target)) as stream:
+            yield lambda line: stream.write(f"{line}\n".encode("utf-8", "surrogateescape"))
+    except SSDClientError:  # one of them is an OSError, too
+        raise
     except OSError as error:
         raise InvalidInputError(f"--json {target} cannot be written: {error.strerror or error}") from None
-    try:
-        with stream:
-            yield lambda line: print(line, file=stream)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

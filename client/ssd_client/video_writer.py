@@ -34,8 +34,8 @@ class Writer:
 
     def __init__(self, path: Path, film: Film, codec: str | None = None) -> None:
         self._av = require()
-        self._path, self._film = path, film
-        self._part = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name[-50:]}")
+        self._path, self._film = path.resolve(), film
+        self._part = self._path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name[-50:]}")
         self._codec = codec or _ENCODER
         self._lock = threading.Lock()  # pictures and audio may come from two threads
         self._stream: Any = None

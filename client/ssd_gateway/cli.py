@@ -79,7 +79,7 @@ def run(settings: Settings, host: str = "127.0.0.1", port: int | str = 8080, wor
         from . import server
     except ImportError as error:
         raise SSDClientError(
-            f"the gateway needs a package that is not installed: {error.name}", fix="pip install 'ssd-client[gateway]'"
+            f"the gateway needs a package that is not installed: {error.name}", fix="pip install './client[gateway]'"
         ) from None
     if workers < 1:
         raise InvalidInputError(f"workers is {workers}", fix="give at least 1")

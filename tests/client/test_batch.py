@@ -160,7 +160,7 @@ def test_errors(batch: Batch, tmp_path: Path, arguments: list[str], words: str) 
 def test_without_daft(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "daft", None)
     assert main(["batch", "in", "--out", "out", "--model", "fake"]) == 2
-    assert "pip install 'ssd-client[batch]'" in capsys.readouterr().err
+    assert "pip install './client[batch]'" in capsys.readouterr().err
 
 
 @pytest.mark.long

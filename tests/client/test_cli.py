@@ -18,7 +18,9 @@ import ssd_client
 from PIL import Image
 from ssd_client import TLS, batch_cli, cli, detections, preprocess, session, video_cli
 from ssd_client.endpoint import Endpoint
+from ssd_client.exceptions import InvalidInputError
 from ssd_client.options import client_options
+from ssd_client.output import replacing
 
 from build.serve import TritonServer
 from tests.client.conftest import order, scene, server_regions, url_of
@@ -43,6 +45,35 @@ def pictures(tmp_path: Path) -> Path:
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("write", [cli._write_json, None], ids=["pictures", "video"])
+def test_json_into_what_is_no_plain_file(write: Any, tmp_path: Path) -> None:
+    """A rename destroyed /dev/null where root ran the command, and made a file of a link."""
+
+    def written(target: Path) -> None:
+        if write is not None:
+            write(str(target), {"a": "b"})
+            return
+        with video_cli._lines(str(target)) as line:
+            line('{"a": "b"}')
+
+    pipe, link, real = tmp_path / "pipe", tmp_path / "link", tmp_path / "real"
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDWR)  # a writer does not wait then
+    try:
+        written(pipe)
+        assert json.loads(os.read(end, 1000)) == {"a": "b"}
+    finally:
+        os.close(end)
+    assert pipe.is_fifo()
+    link.symlink_to(real)
+    written(link)
+    assert link.is_symlink()
+    assert json.loads(real.read_text()) == {"a": "b"}
+    with pytest.raises(InvalidInputError, match="Is a directory"):
+        written(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "real"]
 
 
 @pytest.mark.triton
@@ -162,7 +193,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
     target.write_bytes(b"old")
 
     def write() -> None:
-        with cli._replacing(target) as stream:
+        with replacing(target) as stream:
             stream.write(b"half")
             raise OSError(28, "No space left on device")
 
@@ -170,6 +201,14 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
         write()
     assert list(tmp_path.iterdir()) == [target]
     assert target.read_bytes() == b"old"
+
+
+def test_output_to_a_full_disk_is_no_traceback() -> None:
+    code = "import sys; from ssd_client import cli; cli._run = lambda _: print('x', flush=True)\n"
+    code += "sys.exit(cli.main(['x', '--model', 'm']))"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: the output cannot be written: No space left on device\n")
 
 
 def test_as_a_module() -> None:

@@ -228,7 +228,7 @@ def test_errors(
 def test_without_pyav(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     assert main(["video", "in.mp4", "--json", "-", "--model", "fake"]) == 2
-    assert "pip install 'ssd-client[video]'" in capsys.readouterr().err
+    assert "pip install './client[video]'" in capsys.readouterr().err
 
 
 @pytest.mark.long

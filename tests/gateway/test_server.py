@@ -204,4 +204,4 @@ def test_says_which_package_is_missing(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "client", capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "ssd-client[gateway]" in done.stderr
+    assert "./client[gateway]" in done.stderr
