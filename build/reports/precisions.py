@@ -64,7 +64,7 @@ def measure(
     from rich.console import Console
 
     show = console or Console(stderr=True, highlight=False)
-    if document is not None and not _BLOCK.search(document.read_text(encoding="utf-8")):
+    if document is not None and not _BLOCK.search(document.read_text(encoding="utf-8-sig")):
         raise DataError(
             f"{document}: has no place for the table", fix="<!-- table: ./invoke audit --table --> marks it"
         )
@@ -75,7 +75,7 @@ def measure(
     text = markdown(rows)
     files.write(artifacts / "audit" / "table.md", text)
     if document is not None:
-        before = document.read_text(encoding="utf-8")
+        before = document.read_text(encoding="utf-8-sig")
         files.write(document, _BLOCK.sub(lambda block: f"{block[1]}{text}{block[2]}", before))
     return rows
 
