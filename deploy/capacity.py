@@ -35,6 +35,7 @@ class Fleet:
         start_seconds: until a new server takes requests.
         most: servers at most.
         seconds: of the simulation.
+        times: of arrival, in seconds, that were recorded; they replace those that `rate` and `burst` make.
         seed: of everything random.
     """
 
@@ -51,6 +52,7 @@ class Fleet:
     start_seconds: float = 30.0
     most: int = 1000
     seconds: float = 120.0
+    times: Sequence[float] = ()
     seed: int = 1
 
 
@@ -102,7 +104,7 @@ def simulate(fleet: Fleet) -> Result:
     taken: list[list[float]] = [[] for _ in free]
     ready = [0.0] * fleet.servers
     look, since = fleet.look_seconds, 0
-    for number, now in enumerate(arrivals(fleet, chance)):
+    for number, now in enumerate(fleet.times or arrivals(fleet, chance)):
         while fleet.autoscale and now >= look:
             seen = result.queue_ms[since:]
             mean = sum(seen) / len(seen) if seen else 0.0
