@@ -138,6 +138,7 @@ def _supervise(settings: Settings, listener: socket.socket, workers: int, folder
                     time.sleep(0.5)
                     running[place] = start()
     finally:
+        listener.close()  # or callers would go on to connect to it while nobody answers there any more
         for process in running:
             process.terminate()
         deadline = time.monotonic() + _GRACE + 5

@@ -72,6 +72,7 @@ def test_workers_share_one_address_and_are_replaced(fake_server: TritonServer, t
         assert asked() == 18
         children = workers()
         assert second in children
+        assert f"worker {first.pid} ended with -9; starting another" in started.log.read_text()
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
 
