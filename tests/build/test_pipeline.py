@@ -183,7 +183,7 @@ def test_tensorrt_says_all_that_is_missing(place: Place, monkeypatch: pytest.Mon
         (
             {"precision": "bf16"},
             OptionError,
-            "precision is 'bf16', but the runtime onnxruntime has fp32, fp16, int8 only",
+            "precision is 'fp8', but the runtime onnxruntime has fp32, fp16, bf16, int8 only",
         ),
         ({"calibration": "implict"}, OptionError, "calibration is 'implict', but must be one of explicit, implicit"),
         (
