@@ -53,8 +53,13 @@ def test_the_client_knows_the_same_contract() -> None:
     assert client_config.CONTRACT == contract.VERSION
     stated = {name.strip(" `") for cells in table(DESIGN, "`config.pbtxt` carries") for name in cells[0].split(",")}
     read = set(re.findall(r'read\("(\w+)"', Path(client_config.__file__).read_text()))
-    of_the_backend = {"threads", "runners", "engine", "engine_precision", "model_sha256"}
-    assert read == stated - of_the_backend
+    assert read == stated - {
+        "threads",
+        "runners",
+        "engine",
+        "engine_precision",
+        "model_sha256",
+    }  # for the backend, not for clients
 
 
 @pytest.mark.parametrize("file", ["python/model.py", "ssd_onnxruntime/instance.cpp"])
