@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build.errors import OptionError, RuntimeUnavailableError
+from build.errors import OptionError, RuntimeUnavailableError, VerifyError
 from build.files import ARTIFACTS, MODELS, relative, write_json
 from build.reports import cpu
 from perf.bench import Bench, load_pictures, start_bench
@@ -60,7 +60,7 @@ def side_by_side(
 
     Args:
         models: folders of `sources`.
-        precisions: of contract.PRECISIONS; what an engine does not have here is said and left out.
+        precisions: of contract.PRECISIONS; what an engine does not have here, or fails its gate, is said and left out.
         engines: onnxruntime, openvino.
         clients: that send requests at once, with shared memory.
         rounds: how often each is measured; medians count.
@@ -90,7 +90,7 @@ def side_by_side(
             show.print(f"{variant}: published, served and run in this process", markup=False)
             try:
                 running[variant] = _start(variant, stack, Journal(folder / f"{variant}.jsonl"), artifacts, sources)
-            except (OptionError, RuntimeUnavailableError) as error:
+            except (OptionError, RuntimeUnavailableError, VerifyError) as error:
                 show.print(f"{variant}: left out: {error.what}", markup=False)
         if not running:
             raise OptionError("no engine here has any of these precisions", fix="name others: --precision fp32,int8")

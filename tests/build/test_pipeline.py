@@ -181,9 +181,9 @@ def test_tensorrt_says_all_that_is_missing(place: Place, monkeypatch: pytest.Mon
     [
         ({"runtime": "tensort"}, OptionError, "runtime is 'tensort', but must be one of auto, onnxruntime, tensorrt"),
         (
-            {"precision": "bf16"},
+            {"precision": "fp8"},
             OptionError,
-            "precision is 'bf16', but the runtime onnxruntime has fp32, fp16, int8 only",
+            "precision is 'fp8', but the runtime onnxruntime has fp32, fp16, bf16, int8 only",
         ),
         ({"calibration": "implict"}, OptionError, "calibration is 'implict', but must be one of explicit, implicit"),
         (
@@ -257,7 +257,7 @@ def test_the_gate_is_in_the_manifest(place: Place) -> None:
 def test_what_fails_its_gate_is_not_published(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.build()
     monkeypatch.setattr(
-        pipeline,
+        pipeline.checks,
         "runner",
         lambda model, optimised=True: swapped(runner(model)) if optimised else runner(model, optimised=False),
     )
