@@ -154,6 +154,13 @@ def kernels(candidate: Candidate, pixels: NDArray[np.uint8], runs: int = 20) -> 
     times: dict[tuple[str, str], list[float]] = {}
     model = before_nms(candidate.runs)
     owners = _owners(model)
+    readers, constants = qdq.readers_of(model), qdq.constants_of(model)
+    rounded = {node.input[0].removesuffix("/raw") for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    unrounded = {
+        conv.name
+        for conv in qdq.convs(model)
+        if conv.name in quantised and qdq.behind(conv, readers, constants).removesuffix("/raw") not in rounded
+    }
     for event in profile(model, {contract.IMAGES: pixels}, runs, threads=1):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             key = (event["name"].removesuffix("_kernel_time"), event["args"]["op_name"])
@@ -169,6 +176,8 @@ def kernels(candidate: Candidate, pixels: NDArray[np.uint8], runs: int = 20) -> 
             advice = _CONVERSIONS[kernel]
         elif owner in left:
             advice = "left unquantised: exclude_nodes of spec.toml names it"
+        elif owner in unrounded:
+            advice = "a small head: rounding its answer would cost more accuracy than time"
         elif owner in quantised:
             advice = 'ONNX Runtime has no integer kernel here: try [serving] engine = "auto"'
         else:

@@ -47,7 +47,6 @@ def test_close_to_the_best_of_all_roundings() -> None:
     ]
     best, nearest = np.min(every, axis=0), loss(np.clip(np.round(weights / steps), -127, 127) * steps)
     assert best.sum() < 0.2 * nearest.sum()
-    print(best.sum(), nearest.sum(), loss(found).sum())
     assert loss(found).sum() < 0.4 * nearest.sum()
 
 

@@ -48,8 +48,9 @@ def test_kernels_that_stay_float_are_named_with_what_to_do(tiny: spec.Spec, tmp_
         tiny, "int8", tmp_path, calibrators=("minmax",), exclude=["conv"], console=Console(quiet=True)
     )
     rows = speed.kernels(candidate, np.zeros((1, 8, 8, 3), np.uint8), runs=2)
-    (conv,) = (row for row in rows if row["what"] == "float" and "Conv" in row["kernel"])
-    assert conv["advice"] == "left unquantised: exclude_nodes of spec.toml names it"
+    advices = sorted(row["advice"] for row in rows if row["what"] == "float" and "Conv" in row["kernel"])
+    head = "a small head: rounding its answer would cost more accuracy than time"
+    assert advices == [head, head, "left unquantised: exclude_nodes of spec.toml names it"]
 
 
 def test_a_conv_that_is_not_faster_has_a_reason(tiny: spec.Spec, tmp_path: Path) -> None:
