@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import shutil
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
