@@ -400,7 +400,7 @@ def _labels(spec: Spec) -> tuple[str, ...]:
         if has_hidden(label):
             raise SpecError(
                 f"{spec.labels_path}: line {number} is {label!r}",
-                why="it has control characters or marks of writing direction, which nobody sees",
+                why="it has control characters, marks of writing direction or ones without width, which nobody sees",
                 fix="write the label without them",
             )
         if label in labels[: number - 1]:
