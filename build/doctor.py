@@ -274,7 +274,7 @@ def _models(machine: Machine) -> Iterator[Finding]:
                 yield Finding(
                     "Models", path.parent.name, "info", f"{text}NOT PROVEN against its original: {proof['how']}", fix
                 )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             fix = "import it again: ./invoke import-model"
             yield Finding("Models", path.parent.name, "warning", f"{path.name} cannot be read: {error!r}", fix)
 

@@ -31,7 +31,10 @@ _CAUSES = {
     errno.EROFS: ("it is mounted read-only", "write on the machine that owns it, or mount it for writing"),
     errno.EACCES: ("it belongs to another user", "change its owner, or work as that user"),
     errno.EPERM: ("it belongs to another user", "change its owner, or work as that user"),
-    errno.EXDEV: ("it is a mount point of its own", "make the folder first, or choose one inside it"),
+    errno.EXDEV: (
+        "it is to lie in a file system of its own, which is mounted there",
+        "make that very folder first (mkdir), and try again",
+    ),
 }
 
 

@@ -231,7 +231,7 @@ class Spec:
             raise SpecError(f'{self.path}: there are no anchors, as [nms] box_coding = "{contract.DECODED}" says')
         try:
             anchors = np.load(self.anchors_path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # of a damaged file: tokenize.TokenError, MemoryError and others
             raise SpecError(
                 f"{self.anchors_path}: no readable .npy array: {error}",
                 why="the file is truncated, of another kind, or holds pickled objects",
@@ -400,7 +400,7 @@ def _labels(spec: Spec) -> tuple[str, ...]:
         if has_hidden(label):
             raise SpecError(
                 f"{spec.labels_path}: line {number} is {label!r}",
-                why="it has control characters or marks of writing direction, which nobody sees",
+                why="it has control characters, marks of writing direction or ones without width, which nobody sees",
                 fix="write the label without them",
             )
         if label in labels[: number - 1]:

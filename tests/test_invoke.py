@@ -393,3 +393,10 @@ def test_a_folder_of_another_python_is_named(container: Path) -> None:
 
 def test_other_tasks_do_not_take_site(container: Path) -> None:
     assert start(container, "test", "--path", "--site").stdout == "ran\n"
+
+
+def test_a_terminal_without_a_character_does_not_end_a_task() -> None:
+    code = "import tasks; print('\\u2713')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\\u2713\n"), done.stderr

@@ -151,7 +151,7 @@ def installed(backends: Path = BACKENDS) -> dict[str, Any]:
     try:
         facts = json.loads((backends / NATIVE / INSTALLED).read_bytes())
         return facts if {LIBRARY, RUNTIME} <= facts["files"].keys() and "built_from" in facts else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

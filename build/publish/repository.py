@@ -315,9 +315,9 @@ def damage(folder: Path) -> str:
     """What is wrong with a version folder, in words; empty if it is as it was published."""
     try:
         data = (folder / MANIFEST).read_bytes()
-        digests: Mapping[str, str] = json.loads(data)["files"]
         if hashlib.sha256(data).hexdigest() not in (folder / CONFIG).read_text():
             return f"{MANIFEST} is not the one that {CONFIG} names"
+        digests: Mapping[str, str] = json.loads(data)["files"]
         different = [name for name, digest in digests.items() if files.sha256(folder / name) != digest]
     except (OSError, ValueError, KeyError) as error:
         return str(error)

@@ -226,6 +226,9 @@ def read_calibration(path: Path, key: Mapping[str, str]) -> Calibration:
     import numpy as np
 
     try:
+        with zipfile.ZipFile(path) as parts:
+            if damaged := parts.testzip():
+                raise ValueError(f"{damaged} has changed since")
         with np.load(path, allow_pickle=False) as held:
             stored = json.loads(str(held["key"]))
             histograms = {
@@ -235,7 +238,7 @@ def read_calibration(path: Path, key: Mapping[str, str]) -> Calibration:
                 )
             }
             pictures = int(held["pictures"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of a damaged file: zlib.error, NotImplementedError, tokenize.TokenError and others
         raise QuantizeError(f"{path}: no readable calibration: {error}") from None
     differs = sorted(name for name in {*stored, *key} if stored.get(name) != key.get(name))
     if differs:

@@ -76,7 +76,9 @@ def adapt(editor: Editor, front: Front, reading: Reading, labels: int, anchors: 
         given: NDArray[np.float32] | None = own
     else:
         given = anchors if anchors is not None else reading.anchors
-        reading.boxes_are = reading.boxes_are or _deltas_or_decoded(editor, reading, boxes, count, anchors is not None)
+        reading.boxes_are = reading.boxes_are or _deltas_or_decoded(
+            editor, front, reading, boxes, count, anchors is not None
+        )
         if reading.boxes_are != "decoded":
             given = _anchors(editor, front, reading, given, count)
     if reading.boxes_are == "deltas":
@@ -224,7 +226,9 @@ def _encodings(
     return editor.pick(read[0], order), np.ascontiguousarray(own, np.float32)
 
 
-def _deltas_or_decoded(editor: Editor, reading: Reading, boxes: ir.Value, count: int, anchors_given: bool) -> str:
+def _deltas_or_decoded(
+    editor: Editor, front: Front, reading: Reading, boxes: ir.Value, count: int, anchors_given: bool
+) -> str:
     """What boxes are that no SSD decoding stands behind.
 
     Raises:
@@ -240,10 +244,13 @@ def _deltas_or_decoded(editor: Editor, reading: Reading, boxes: ir.Value, count:
             )
         return "decoded"
     if reading.family == "pytorch-ssd":
+        corners = _share_of_corners(editor.measure(front.example(), [boxes])[0])
         raise OptionError(
             f"{editor.path}: nothing in the graph says whether its boxes {reading.boxes.name!r} are decoded",
-            why="such exports usually decode them, but no arithmetic stands between the network and the output",
-            fix="say it: --boxes-are decoded, or --boxes-are deltas with --anchors FILE",
+            why="no arithmetic stands between the network and the output, "
+            f"and on noise {100 * corners:.0f} % of them have x1 < x2 and y1 < y2 (of decoded boxes, nearly all do)",
+            fix="say it: --boxes-are deltas, with --anchors FILE if their number is not a known one; or "
+            "--boxes-are decoded",
         )
     return "deltas"
 
@@ -311,6 +318,12 @@ def _decoded(
     return corners
 
 
+def _share_of_corners(values: NDArray[np.float32]) -> float:
+    """How many of the boxes have their second corner to the right of and below the first, in 0..1."""
+    rows = values.reshape(-1, 4)
+    return float(((rows[:, 2] > rows[:, 0]) & (rows[:, 3] > rows[:, 1])).mean())
+
+
 def _told(editor: Editor, reading: Reading, values: NDArray[np.float32]) -> str:
     """The order of decoded boxes, where their values tell that they are corners: xyxy, unless said otherwise.
 
@@ -318,7 +331,7 @@ def _told(editor: Editor, reading: Reading, values: NDArray[np.float32]) -> str:
         OptionError: they do not.
     """
     rows = values.reshape(-1, 4)
-    if ((rows[:, 2] > rows[:, 0]) & (rows[:, 3] > rows[:, 1])).mean() > 0.99:
+    if _share_of_corners(values) > 0.99:
         reading.fact("box_order", "corners", "measured; that x comes first is usual (--box-order yxyx otherwise)")
         return "xyxy"
     raise OptionError(

@@ -14,7 +14,6 @@ import difflib
 import itertools
 import math
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +106,9 @@ def _read(path: Path) -> ArrayLike:
                     raise OptionError(f"{path}: has the arrays {', '.join(loaded.files)}", fix="save the anchors alone")
                 return np.asarray(loaded[loaded.files[0]])
         lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except OptionError:
+        raise
+    except Exception as error:  # of a damaged file: zlib.error, NotImplementedError, MemoryError and others
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise OptionError(f"{path}: cannot be read as anchors: {reason}", fix="correct the path") from None
     rows = []

@@ -215,5 +215,6 @@ def _labels(text: str) -> tuple[str, ...]:
         raise ValueError("expected a JSON list of strings")
     for label in value:
         if has_hidden(label):
-            raise ValueError(f"label {label[:100]!r} has control characters or marks of writing direction")
+            hidden = "control characters, marks of writing direction or ones without width"
+            raise ValueError(f"label {label[:100]!r} has {hidden}")
     return tuple(value)

@@ -8,12 +8,16 @@ from __future__ import annotations
 import re
 
 # Control characters, the marks and overrides of writing direction, line and paragraph separators, the byte order mark,
-# and what Python makes of bytes that are no UTF-8.
-_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+# what Python makes of bytes that are no UTF-8, and characters without width. Joiners (U+200C, U+200D) are not among
+# them: Persian and emoji need them.
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
 
 
 def has_hidden(text: str) -> bool:
-    """Whether the text holds a control character, a mark of writing direction, or half a character."""
+    """Whether the text holds a character that nobody sees, or half a character."""
     return _HIDDEN.search(text) is not None
 
 
@@ -30,4 +34,4 @@ def escaped(text: str, keep: str = "") -> str:
 def _escape(code: int) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # os.fsdecode's stand-in for a byte that is no UTF-8
         code -= 0xDC00
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

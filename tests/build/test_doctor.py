@@ -160,10 +160,11 @@ def test_a_whole_model_and_one_that_was_touched(machine: Machine) -> None:
     assert "--force" in finding.fix
 
 
-def test_a_damaged_older_version_only_spoils_the_rollback(machine: Machine) -> None:
+@pytest.mark.parametrize("content", ["{}", "[1, NaN]", "null", "[" * 100_000], ids=["empty", "list", "null", "deep"])
+def test_a_damaged_older_version_only_spoils_the_rollback(machine: Machine, content: str) -> None:
     old = published(machine, version=1, runtime="onnxruntime")
     published(machine, version=2, runtime="onnxruntime")
-    (old / "manifest.json").write_text("{}")
+    (old / "manifest.json").write_text(content)
     findings = examine(machine)
     assert only(findings, "Published", "shapes version 1").state == "warning"
     assert only(findings, "Published", "shapes version 2, served").state == "ok"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -24,6 +25,10 @@ HIDDEN = [
     "\ufeff",
     "\udcff",
     "\x85",
+    "\u00ad",
+    "\u200b",
+    "\u2060",
+    "\U000e0041",
 ]
 
 
@@ -34,7 +39,7 @@ def test_hidden_characters(character: str) -> None:
     assert shown.isascii()
     assert shown.isprintable()
     with pytest.raises(ModelConfigError, match=r"parameter 'labels' .* marks of writing direction"):
-        ModelConfig.from_triton("m", 8, {**PARAMETERS, "labels": f'["a\\u{ord(character):04x}"]'})
+        ModelConfig.from_triton("m", 8, {**PARAMETERS, "labels": json.dumps([f"a{character}"])})
     with pytest.raises(ModelConfigError, match="parameter 'precision'"):
         ModelConfig.from_triton("m", 8, {**PARAMETERS, "precision": f"fp{character}32"})
 
