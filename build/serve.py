@@ -36,6 +36,7 @@ from build.tritonserver import SHM_PREFIX, Installation
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+NOT_LOADED = "not loaded"  # the state of a model of which the server says nothing
 CANARY_TIMEOUT = 30  # seconds for the answer to a blank image
 
 # The child asks the kernel to end it when its parent goes, then becomes tritonserver. A tiny program between the two
@@ -94,7 +95,7 @@ class TritonServer:
         self.version = ""
         self.models: dict[str, str] = {}
         self._ports = ports_of({"http": http_port, "grpc": grpc_port, "metrics": metrics_port})
-        self._poll_seconds = poll_seconds
+        self.poll_seconds = poll_seconds
         self._extra_args = list(extra_args)
         self._log = log
         self._log_begin = 0  # where in the log this start begins
@@ -324,8 +325,8 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
         ]
         command += self.exposure.arguments(self._ports)
-        if self._poll_seconds:
-            command += ["--model-control-mode=poll", f"--repository-poll-secs={self._poll_seconds}"]
+        if self.poll_seconds:
+            command += ["--model-control-mode=poll", f"--repository-poll-secs={self.poll_seconds}"]
         if "--allow-client-shm" in options:  # from 2.68 on off by default; older servers refuse the flag
             command.append("--allow-client-shm=true")
         if installation.from_wheel or uses_ours:
@@ -353,7 +354,7 @@ class TritonServer:
                 )
             time.sleep(0.02)
         states = self.served()
-        missing = {name: states.get(name, ("not loaded", ""))[0] for name in names if not _ready(states, name)}
+        missing = {name: states.get(name, (NOT_LOADED, ""))[0] for name in names if not _ready(states, name)}
         if missing:
             raise self._failure("\n".join(f"model {name} did not load: {reason}" for name, reason in missing.items()))
         self.models = {name: states[name][1] for name in names}
@@ -370,7 +371,7 @@ class TritonServer:
             if _ready(states, name):
                 continue
             reason = tritonserver.first_part(entry.get("reason", ""))
-            states[name] = (state if state == "READY" else reason or state or "not loaded", entry.get("version", ""))
+            states[name] = (state if state == "READY" else reason or state or NOT_LOADED, entry.get("version", ""))
         return states
 
     def _http(self, path: str, body: bytes | None = None) -> bytes:

@@ -17,7 +17,7 @@ from build import tritonserver
 from build.errors import ServeError
 from build.exposure import TOKEN_FILE, TOKEN_HEADER, Exposure
 from build.files import ARTIFACTS, REPOSITORY, relative
-from build.serve import TritonServer
+from build.serve import NOT_LOADED, TritonServer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +33,7 @@ FAILED_CANARIES = 2  # one after the other; then the server is started again
 _LINES_A_SECOND = 20
 _READ = 1 << 20
 _ON_ITS_WAY = ("LOADING", "UNLOADING")
+_TO_LOAD = 3.0  # seconds after a look at the repository, until a model that is there is LOADING
 _BUSY = ("maximum queue size", "Request timeout expired", "timed out")
 
 
@@ -123,6 +124,7 @@ class Watch:
         self._answered = -1
         self._versions = dict(server.models)
         self._refused: dict[str, str] = {}
+        self._unseen: dict[str, float] = {}  # since when the server has not looked at a new model
 
     def until_it_fails(self) -> None:
         """Looks every second.
@@ -155,6 +157,9 @@ class Watch:
                     _say(self._console, f"{name}: version {version} is served now{was}")
                     self._versions[name] = version
                 self._refused.pop(name, None)
+                self._unseen.pop(name, None)
+            elif state == NOT_LOADED and self._is_new(name):
+                continue
             elif state not in _ON_ITS_WAY and state != self._refused.get(name):
                 self._refused[name] = state
                 _say(self._console, f"{name}: version {version or '?'} is not served: {state}")
@@ -162,6 +167,11 @@ class Watch:
             del self._versions[name]
             _say(self._console, f"{name}: is not served any more")
         self._server.models = dict(self._versions)  # what the next canary asks
+
+    def _is_new(self, name: str) -> bool:
+        """Whether the server may not have looked at a model yet."""
+        now = time.monotonic()
+        return now - self._unseen.setdefault(name, now) < self._server.poll_seconds + _TO_LOAD
 
     def _look_at_canary(self) -> None:
         if self._canary is None:

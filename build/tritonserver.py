@@ -28,6 +28,7 @@ SHM_PREFIX = "ssd-triton"  # of every name that the server and its stubs use in 
 _HARMLESS = re.compile(
     "Unable to allocate pinned system memory|CUDA memory pool disabled|CudaDriverHelper has not been initialized"
     "|Failed to initialize NVML|DCGM unable to start"
+    r"|ignore version directory '\.publishing'"  # build/publish/staging.py: a version that is being written
 )
 _TABLE = re.compile(r"^\+[-+]+\+?$|^\|.*\|$|^[IWE]\d{4} \S+ \d+ \S+\]\s*$|^\s*$")
 

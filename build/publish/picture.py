@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from build import contract, files
 from build.errors import PublishError
+from build.publish import staging
 from build.publish.config import instances_and_threads, text
 from build.spec import Spec
 
@@ -42,7 +43,7 @@ def _modules(name: str = "preprocess.py") -> frozenset[str]:
 _MODULES = sorted(_modules())
 # What decides how a picture becomes an input, beside the spec.
 SOURCES = tuple(str(files.relative(path)) for path in (_STEP, *(_CLIENT / name for name in _MODULES)))
-_CONFIG, _STAGING = "config.pbtxt", ".publishing"
+_CONFIG = "config.pbtxt"
 
 
 def parts(name: str) -> tuple[str, str, str]:
@@ -145,10 +146,7 @@ def remove(repository: Path, name: str) -> bool:
     """Removes the parts, the ensemble first; whether there were any."""
     folders = [repository / part for part in reversed(parts(name)) if owner(repository / part) == name]
     for folder in folders:
-        away = _outside(folder)
-        away.parent.mkdir(exist_ok=True)
-        folder.rename(away)
-        shutil.rmtree(away.parent)
+        staging.remove(folder)
     return bool(folders)
 
 
@@ -159,35 +157,28 @@ def _publish(folder: Path, version: int, contents: dict[str, bytes]) -> bool:
     if all(path.is_file() and path.read_bytes() == data for path, data in wanted):
         return False
     served = {path.name for path in folder.glob("[0-9]*")}
-    first = not folder.exists()
-    staging = _outside(folder)
-    shutil.rmtree(staging.parent, ignore_errors=True)
+    staging.clear(folder)
+    place = staging.place(folder)
     for name, data in contents.items():
-        path = staging / str(version) / name
+        path = place / str(version) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    if first:
-        files.write(staging / _CONFIG, contents[_CONFIG])
-        staging.rename(folder)
+    if place.parent != folder:
+        files.write(place / _CONFIG, contents[_CONFIG])
+        place.rename(folder)
     else:
         if at.exists():  # damaged
-            at.rename(staging / "damaged")
-        (staging / str(version)).rename(at)
+            at.rename(place / "damaged")
+        (place / str(version)).rename(at)
         files.write(folder / _CONFIG, contents[_CONFIG])
-    shutil.rmtree(staging.parent, ignore_errors=True)
+    staging.clear(folder)
     newest = sorted(served - {str(version)}, key=int)[-1:]  # stays for rollback
     for old in served - {str(version), *newest}:
         shutil.rmtree(folder / old, ignore_errors=True)
     return True
-
-
-def _outside(folder: Path) -> Path:
-    """A place on the same file system that no server looks at."""
-    repository = folder.parent.resolve()
-    return repository.parent / f".{repository.name}{_STAGING}-{folder.name}" / folder.name
 
 
 def _step(spec: Spec, version: int, name: str, step: str, count: int) -> ModelConfig:

@@ -27,6 +27,7 @@ from build.gate import datasets
 from build.publish import openvino, picture
 from build.publish.backend import Backend
 from build.publish.config import check_engine, config, cpu_name, instances_and_threads, text
+from build.publish.staging import clear, place
 from build.spec import Spec
 
 CONFIG, MANIFEST, LABELS = "config.pbtxt", "manifest.json", "labels.txt"
@@ -43,7 +44,7 @@ _OF_TYPED = (
 _OF_IMPLICIT = ("build/quantization/implicit.py",)
 _OF_PICTURES = ("build/gate/datasets.py", "client/ssd_client/preprocess.py")
 _TOOLS = ("onnx", "onnxscript", "onnxruntime")
-_STAGING = ".publishing"
+_LAST = 2**63 - 1  # version, for Triton
 _UNTOUCHED = "not published, what was served before is untouched"
 
 
@@ -173,7 +174,12 @@ def publishing(
     served = served_version(folder.parent, folder.name)
     # Never a number that a server may have seen with other content, even if somebody deleted its folder.
     version = max([*_versions(folder), *_taken(folder), served or 0], default=0) + 1
-    staging = folder / _STAGING if folder.exists() else _first_staging(folder)
+    if version > _LAST:
+        raise PublishError(
+            f"{folder} has had version {version - 1}, and Triton counts no further",
+            fix=f"remove that folder, and the number from {_lock_file(folder)}",
+        )
+    staging = place(folder)
     try:
         content = staging / str(version)
         content.mkdir(parents=True)
@@ -412,20 +418,10 @@ def _take(folder: Path, version: int) -> None:
         file.write(f"{version}\n")
 
 
-def _first_staging(folder: Path) -> Path:
-    """Where a model's first publish is prepared: outside of the repository, on the same file system."""
-    repository = folder.parent.resolve()
-    return repository.parent / f".{repository.name}{_STAGING}" / folder.name
-
-
 def _clear(folder: Path) -> None:
     """Removes what an interrupted publish left; the caller holds the lock."""
-    first = _first_staging(folder)
-    for left in (folder / _STAGING, first):
-        shutil.rmtree(left, ignore_errors=True)
     (folder / f".{CONFIG}").unlink(missing_ok=True)
-    with suppress(OSError):  # another model's first publish may be there
-        first.parent.rmdir()
+    clear(folder)
 
 
 def _versions(folder: Path) -> list[int]:

@@ -21,6 +21,7 @@ from rich.console import Console
 from build import supervise
 from build.errors import ServeError
 from build.publish import repository as store
+from build.serve import NOT_LOADED
 from tests.conftest import TOKEN, Traces, new_traces
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +172,8 @@ def test_it_says_how_to_publish_and_when_a_version_is_taken_up(ended: dict[str, 
 class FakeServer:
     """What `Watch` and `_start_again` ask of a TritonServer."""
 
+    poll_seconds = 2
+
     def __init__(self, *failures: str) -> None:
         self.models = {"shapes": "1"}
         self.failures = list(failures)
@@ -277,6 +280,23 @@ def test_what_comes_changes_fails_and_goes_is_said_once(tmp_path: Path) -> None:
         "shapes: is not served any more",
     ]
     assert server.models == {"faces": "2"}  # nobody asks for what was removed
+
+
+def test_a_new_model_is_given_time_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console, text = shown()
+    server: Any = FakeServer()
+    (tmp_path / "log").touch()
+    watch = supervise.Watch(server, console, tmp_path / "log", 1 << 20, 1e9)
+    clock = 100.0
+    monkeypatch.setattr(supervise.time, "monotonic", lambda: clock)
+    server.served = lambda: {"shapes": ("READY", "1"), "faces": (NOT_LOADED, "")}
+    for clock in (100.0, 101.0, 104.0):
+        watch._look_at_versions()
+    assert text.getvalue() == ""
+    clock = 106.0
+    watch._look_at_versions()
+    watch.close()
+    assert text.getvalue() == "faces: version ? is not served: not loaded\n"
 
 
 def test_a_flood_of_log_lines_is_cut_on_the_screen_and_on_disk(tmp_path: Path) -> None:
