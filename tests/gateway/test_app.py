@@ -281,7 +281,7 @@ def test_a_server_with_tls_and_a_token_past_a_proxy(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:9")  # leads nowhere, and is not for this machine
     chain, key = self_signed(tmp_path)
     tls = ("--grpc-use-ssl=true", f"--grpc-server-cert={chain}", f"--grpc-server-key={key}")
-    restricted = "--grpc-restricted-protocol=inference,model-repository:token=sesame"
+    restricted = "--grpc-restricted-protocol=inference,model-repository,statistics:token=sesame"
     with server_on(write_repository(tmp_path / "repository", "fake"), *tls, restricted) as server:
         triton = f"https://localhost:{server.grpc_url.rpartition(':')[2]}"
         token = "--header=triton-grpc-protocol-token: sesame"
