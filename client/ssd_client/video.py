@@ -138,7 +138,7 @@ class Film:
         """The frames of the part that was asked for. What is damaged is left out and noted in `damage`."""
         import av
 
-        broken, last = 0, 0.0
+        broken, last, bare, timed = 0, 0.0, 0, False
         streams = [self.stream, *(self.audio if self.packets is not None else [])]
         origin, clocks = self.origin, {stream.index: Clock() for stream in streams}
         if self.start:
@@ -165,9 +165,14 @@ class Film:
                 broken += 1
                 continue
             for frame in frames:
-                if frame.pts is None:
+                if frame.pts is None and timed:
                     broken += 1
                     continue
+                if frame.pts is None:  # a bare stream of pictures has no times: evenly, then
+                    frame.time_base = 1 / Fraction(self.stream.average_rate or 25)
+                    frame.pts, bare = bare, bare + 1
+                else:
+                    timed = True
                 frame.pts += clocks[self.stream.index].next(frame.pts, frame.time_base)
                 seconds = float(frame.pts * frame.time_base) - origin
                 if seconds < self.start - 1e-6:

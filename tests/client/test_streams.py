@@ -93,6 +93,20 @@ def test_joined_recordings_go_on_where_the_first_ends(
     assert times[-1] == pytest.approx(4.8, abs=0.3)
 
 
+def test_a_bare_stream_of_pictures_has_even_times(
+    server: TritonServer, transport_stream: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.client import films
+
+    monkeypatch.chdir(tmp_path)
+    films.write(tmp_path / "in.h264", PICTURES)
+    arguments = ["in.h264", "--out", "out.mp4", "--json", "found.jsonl", "--url", server.grpc_url, "--model", "fake"]
+    assert main(["video", *arguments]) == 0
+    seconds = [json.loads(line)["seconds"] for line in Path("found.jsonl").read_text().splitlines()]
+    assert seconds == [index / 25 for index in range(20)]
+    assert films.read(tmp_path / "out.mp4")["times"] == seconds
+
+
 def test_times_grow() -> None:
     def moved(*times: int) -> list[int]:
         clock = Clock()
