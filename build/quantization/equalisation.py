@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MOST = 64.0  # times that a channel is enlarged
 _BATCH = 4
+_SHAPES = ("Shape", "Size")  # their answers do not depend on values
 # f(k·x) = k·f(x) for each channel of the first input.
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Identity", "Resize")
 
@@ -69,7 +70,11 @@ def groups(model: onnx.ModelProto) -> list[Group]:
         return name
 
     for node in model.graph.node:
+        if node.op_type in _SHAPES:
+            continue
         data = [name for name in precision.reads(node) if name and name not in constants]
+        if node.op_type == "Resize":  # the others say how far
+            data = data[:1]
         if node.op_type == "Conv" and all(name in constants and readers[name] == 1 for name in node.input[1:] if name):
             scaled.append(node)
             continue

@@ -121,3 +121,16 @@ def test_what_is_not_homogeneous_is_left_alone(
     exact, found = (runner(model)({"images": images}) for model in (source, after))
     for name, right in exact.items():
         np.testing.assert_allclose(found[name], right, rtol=1e-3, atol=1e-4)
+
+
+def test_who_asks_for_a_shape_only_does_not_stand_in_the_way() -> None:
+    source = network("resize")
+    before = len(equalisation.groups(source))
+    (resize,) = (node for node in source.graph.node if node.op_type == "Resize")
+    place = list(source.graph.node).index(resize)
+    two = numpy_helper.from_array(np.array([1, 1, 2, 2], np.int64), "two")
+    source.graph.initializer.append(two)
+    source.graph.node.insert(place, helper.make_node("Shape", [resize.input[0]], ["shape"]))
+    source.graph.node.insert(place + 1, helper.make_node("Mul", ["shape", "two"], ["sizes"]))
+    source.graph.node[place + 2].input[:] = [resize.input[0], "", "", "sizes"]
+    assert len(equalisation.groups(source)) == before
