@@ -174,10 +174,11 @@ def _table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     from rich.table import Table
 
     table = Table(title=title)
-    for column in ("model", "precision", "engine", "served, images/s", "of FP32's best", "in process", "served / that"):
-        table.add_column(column, justify="left" if column in ("model", "precision", "engine") else "right")
+    table.add_column("images/s", overflow="fold")
+    for column in ("served", "of FP32's best", "in process", "served / that"):
+        table.add_column(column, justify="right")
     for row in rows:
         gain = "" if row["gain"] is None else f"{row['gain']:.2f}"
         figures = (f"{row['served_ips']:.0f}", gain, f"{row['direct_ips']:.0f}", f"{row['served_direct']:.3f}")
-        table.add_row(row["model"], row["precision"], row["engine"], *figures)
+        table.add_row(str(Variant(row["model"], row["precision"], row["engine"])), *figures)
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def measure(folder: Path, **options: Any) -> tuple[list[dict[str, Any]], str]:
     with (folder / "said.txt").open("w") as file:
-        show = Console(file=file, width=300)
+        show = Console(file=file, width=80)
         rows = side_by_side(["tiny"], clients=3, artifacts=folder, console=show, **options)
     return rows, (folder / "said.txt").read_text()
 
@@ -53,6 +54,7 @@ def test_every_round_measures_all_and_sets_them_against_fp32s_best(order: list[s
     rows, said = measure(tmp_path, rounds=2, seconds=0.1)
     assert order == [*SERVED] * 2
     assert "tiny bf16 onnxruntime: left out: there is none" in said
+    assert re.search(r"tiny bf16 openvino\W+112\W+1\.50\W+150\W+0\.750", said)  # whole, on a narrow terminal
     assert "tiny int8 onnxruntime: left out: it fails its gate" in said
     assert {f"{row['engine']} {row['precision']}": row["gain"] for row in rows} == pytest.approx(
         {"onnxruntime fp32": 0.9, "openvino fp32": 1.0, "openvino bf16": 1.5, "openvino int8": 2.5}
