@@ -287,13 +287,12 @@ def test_a_new_model_is_given_time_to_load(tmp_path: Path, monkeypatch: pytest.M
     server: Any = FakeServer()
     (tmp_path / "log").touch()
     watch = supervise.Watch(server, console, tmp_path / "log", 1 << 20, 1e9)
-    clock = 100.0
-    monkeypatch.setattr(supervise.time, "monotonic", lambda: clock)
+    clock = iter((100.0, 101.0, 104.0, 106.0))
+    monkeypatch.setattr(supervise.time, "monotonic", lambda: next(clock))
     server.served = lambda: {"shapes": ("READY", "1"), "faces": (NOT_LOADED, "")}
-    for clock in (100.0, 101.0, 104.0):
+    for _ in range(3):
         watch._look_at_versions()
     assert text.getvalue() == ""
-    clock = 106.0
     watch._look_at_versions()
     watch.close()
     assert text.getvalue() == "faces: version ? is not served: not loaded\n"
