@@ -9,6 +9,8 @@ from invoke.tasks import task
 
 from .common import ARTIFACTS, PYTHON, REPOSITORY, ROOT, explained, given, given_or_name, need, path_of
 
+LOW_THRESHOLD = 0.05  # a score below which hardly anything is an object
+
 
 @task(
     positional=[],
@@ -59,6 +61,7 @@ def import_model(
     from build.sources.import_model import import_model as run
     from build.sources.packages import import_package
     from build.sources.recognise import FAMILIES
+    from build.spec import load
 
     if family == "list":
         for entry in FAMILIES:
@@ -79,6 +82,12 @@ def import_model(
             **shared,
         )
     if not dry_run:
+        threshold = load(folder).nms.score_threshold
+        if threshold < LOW_THRESHOLD:
+            print(
+                f"the original's score threshold, {threshold:g}, keeps boxes that are hardly objects: for people, raise "
+                f"[nms] score_threshold in models/{folder.name}/spec.toml, or ask with --score-threshold 0.3"
+            )
         print(f"models/{folder.name}/ is ready; next: ./invoke build-engines --model {folder.name}")
 
 
