@@ -13,8 +13,7 @@ from build import contract, files
 from build.errors import RuntimeUnavailableError, VerifyError
 from build.gate import datasets
 from build.gate.scoring import SHOWN_THRESHOLD, Detected, Detector, Score, differences, score
-from build.graph.attach import load_source
-from build.quantization import calibration, qdq, sensitivity
+from build.quantization import calibration, sensitivity
 from build.quantization.candidates import Candidate, Quantiser, all_calibrators, candidates
 from build.quantization.judgement import Judgement
 from build.spec import Spec
@@ -111,6 +110,7 @@ def audit(
     forms = {"onnxruntime": baseline.accuracy.map}
     rows: list[dict[str, Any]] = [_row(contract.BASELINE, "", baseline, baseline, (0.0, 0.0), forms)]
     worst: tuple[str, Score] | None = None
+    measured: calibration.Calibration | None = None  # of the first quantised precision
     out = artifacts / "audit"
     results: list[tuple[str, str, Score, dict[str, float]]] = []
     if served is not None:
@@ -118,7 +118,13 @@ def audit(
         results.append((f"{served[0]} served", "", result, {"served": result.accuracy.map}))
     else:
         for name in precisions:
-            for graph in candidates(spec, name, artifacts, calibrators=all_calibrators(name), console=show):
+            if contract.PRECISIONS[name].quantised:
+                quantiser = Quantiser(spec, name, artifacts, show)
+                measured = measured or quantiser.calibration
+                graphs = quantiser.candidates(all_calibrators(name))
+            else:
+                graphs = candidates(spec, name, artifacts)
+            for graph in graphs:
                 judged = judgement.of(graph)
                 results.append((name, graph.calibrator, judged.score, judged.forms))
     with show.status("confidence intervals: resampling the pictures"):
@@ -148,8 +154,7 @@ def audit(
     with files.explained(out):
         if worst is not None:
             draw_worst(out / f"{prefix}worst", spec, pictures, baseline, *worst)
-        if served is None and any(contract.PRECISIONS[name].quantised for name in precisions):
-            measured = calibration.calibrate(spec, qdq.fold(load_source(spec)), artifacts, show)
+        if measured is not None:
             calibration.write_scales(out / "scales.csv", measured, spec.quantization.percentile)
             try:
                 calibration.draw_histograms(out / "histograms.png", measured, spec.quantization.percentile)

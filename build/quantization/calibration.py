@@ -153,15 +153,18 @@ class Calibration:
         return {name: histogram.clip(calibrator, percentile) for name, histogram in self.histograms.items()}
 
 
-def calibrate(spec: Spec, source: onnx.ModelProto, cache: Path, console: Console | None = None) -> Calibration:
+def calibrate(
+    spec: Spec, source: onnx.ModelProto, cache: Path, console: Console | None = None, *, name: str = "calibration"
+) -> Calibration:
     """Measures every activation that a quantised Conv can read or answer on the spec's calibration pictures.
 
     Args:
         spec: names the pictures.
         source: the folded source model.
-        cache: a folder; `datasets` in it receives generated pictures, `<name>/calibration.npz` what was measured, which
+        cache: a folder; `datasets` in it receives generated pictures, `<model>/<name>.npz` what was measured, which
             is read again as long as pictures, model and tools are the same.
         console: for the progress bar; None = standard error.
+        name: of the file.
 
     Raises:
         DataError: there are no pictures, or too many of them cannot be read.
@@ -184,7 +187,7 @@ def calibrate(spec: Spec, source: onnx.ModelProto, cache: Path, console: Console
     if not names:
         raise QuantizeError(f"{spec.onnx_path}: has no Conv, so there is nothing to quantise")
     whole = before_nms(attach(spec, source))
-    file = cache / spec.model.name / "calibration.npz"
+    file = cache / spec.model.name / f"{name}.npz"
     key = _key(pictures, whole, names)
     try:
         return read_calibration(file, key)

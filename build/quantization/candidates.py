@@ -102,6 +102,7 @@ class Quantiser:
     Attributes:
         calibrators: those that the spec asks for.
         folded: the folded FP32 source; for INT8 with equalised channels.
+        calibration: what its activations look like.
         convs: the names of the Convs that can be quantised, in the order of the graph.
 
     Raises:
@@ -120,7 +121,8 @@ class Quantiser:
         if name == "int8":
             self.folded = equalisation.equalised(spec, self.folded, self._pictures)
             self._weights = rounding.rounded(spec, self.folded, self._pictures)
-        self._calibration = calibrate(spec, self.folded, artifacts, console)
+        file = "calibration-equalised" if name == "int8" else "calibration"
+        self.calibration = calibrate(spec, self.folded, artifacts, console, name=file)
         self._clips: dict[str, Mapping[str, float]] = {}
         self._errors: dict[str, Mapping[str, NDArray[np.float32]]] = {}
 
@@ -150,7 +152,7 @@ class Quantiser:
         """The quantised source alone; arguments as for `candidate` and `qdq.quantize`."""
         settings = self._spec.quantization
         if calibrator not in self._clips:
-            self._clips[calibrator] = self._calibration.clips(calibrator, settings.percentile)
+            self._clips[calibrator] = self.calibration.clips(calibrator, settings.percentile)
         clips = self._clips[calibrator]
         if self._name == "int8" and calibrator not in self._errors:
             everything = qdq.quantize(self.folded, clips, kind=self._name, weights=self._weights)
