@@ -85,7 +85,7 @@ def import_model(
         threshold = load(folder).nms.score_threshold
         if threshold < LOW_THRESHOLD:
             print(
-                f"the original's score threshold, {threshold:g}, keeps boxes that are hardly objects: for people, raise "
+                f"the original's score threshold, {threshold:g}, keeps what is hardly an object: for people, raise "
                 f"[nms] score_threshold in models/{folder.name}/spec.toml, or ask with --score-threshold 0.3"
             )
         print(f"models/{folder.name}/ is ready; next: ./invoke build-engines --model {folder.name}")
