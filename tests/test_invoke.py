@@ -220,6 +220,13 @@ def test_wrapper_runs_a_task_in_an_odd_folder_for_a_caller_elsewhere(checkout: P
         assert done.stdout.splitlines() == [str(checkout), str(caller / "x.onnx")]
 
 
+def test_a_word_for_a_number_is_an_error_in_words(checkout: Path) -> None:
+    command = [checkout / "invoke", "page", "--workers", "many"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "--workers is 'many'\nwhat to do: give a whole number\n"
+
+
 @pytest.mark.parametrize("package", ["invoke", "interrupted"])
 def test_ctrl_c_is_no_traceback(package: str, tmp_path: Path) -> None:
     """While Invoke is imported, and while NumPy is, which makes an ImportError of it."""
