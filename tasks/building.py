@@ -9,8 +9,6 @@ from invoke.tasks import task
 
 from .common import ARTIFACTS, PYTHON, REPOSITORY, ROOT, explained, given, given_or_name, need, path_of
 
-LOW_THRESHOLD = 0.05  # a score below which hardly anything is an object
-
 
 @task(
     positional=[],
@@ -61,7 +59,6 @@ def import_model(
     from build.sources.import_model import import_model as run
     from build.sources.packages import import_package
     from build.sources.recognise import FAMILIES
-    from build.spec import load
 
     if family == "list":
         for entry in FAMILIES:
@@ -82,12 +79,6 @@ def import_model(
             **shared,
         )
     if not dry_run:
-        threshold = load(folder).nms.score_threshold
-        if threshold < LOW_THRESHOLD:
-            print(
-                f"the original's score threshold, {threshold:g}, keeps what is hardly an object: for people, raise "
-                f"[nms] score_threshold in models/{folder.name}/spec.toml, or ask with --score-threshold 0.3"
-            )
         print(f"models/{folder.name}/ is ready; next: ./invoke build-engines --model {folder.name}")
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _MOST_PICTURES = 64
 # How label files call the background, case and underscores aside; "???" is TensorFlow's.
+_LOW_THRESHOLD = 0.05  # a score below which hardly anything is an object
 _BACKGROUND = ("background", "???")
 
 
@@ -141,7 +142,8 @@ def import_model(
         return written
 
     def proof(folder: Path) -> None:
-        result = prove(foreign, spec.load(folder), looked_at, drawing)
+        imported = spec.load(folder)
+        result = prove(foreign, imported, looked_at, drawing)
         about = {
             "source": path.name,
             "family": foreign.reading.family,
@@ -152,6 +154,12 @@ def import_model(
         show.print(str(result), markup=False)
         if drawing.is_file():
             show.print(f"both sides drawn: {files.relative(drawing)}", markup=False)
+        if imported.nms.score_threshold < _LOW_THRESHOLD:
+            show.print(
+                f"the original's score threshold, {imported.nms.score_threshold:g}, keeps what is hardly an object: "
+                "for people, raise [nms] score_threshold in spec.toml, or ask with --score-threshold 0.3",
+                markup=False,
+            )
 
     sources = {"model.onnx": str(path), "labels.txt": str(labels), "anchors.npy": wishes.anchors or str(path)}
     return _write(models, name or path.stem, (), force, fill, proof, sources)

@@ -17,8 +17,14 @@ struct Runtime
 {
     ~Runtime()
     {
-        api->releaseMemoryInfo(memory);
-        api->releaseEnv(env);
+        if (memory != nullptr)
+        {
+            api->releaseMemoryInfo(memory);
+        }
+        if (env != nullptr) // neither, nor api, where the library could not be loaded
+        {
+            api->releaseEnv(env);
+        }
     }
 
     //! \throw std::runtime_error with what ONNX Runtime says went wrong.
