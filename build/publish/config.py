@@ -80,8 +80,10 @@ def config(
     else:
         assert served_by is not None
         result.backend = served_by.name
-        # One more than may run at once: it has the next request's inputs ready when a runner becomes idle.
-        result.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances + alone)
+        # OpenVINO runs in threads of its own: one instance more has the next request's inputs ready for them. ONNX
+        # Runtime runs in the instances' threads, where one more costs time (docs/perf.md).
+        further = served_by.engine == openvino.NAME
+        result.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances + further)
         parameters["threads"] = str(threads)
         if alone:
             parameters["runners"] = str(instances)
