@@ -19,6 +19,11 @@ from build.spec import Spec
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+# Instances beyond the requests that run at once: they have the next requests' inputs ready. Where a queue has a limit,
+# Triton 2.51 looks at it only when a request comes or after 0.5 s, unless an instance is idle: without these, a request
+# that found all instances busy waited for the request behind it (docs/perf.md).
+AHEAD = 4
+
 
 def config(
     spec: Spec,
@@ -80,10 +85,7 @@ def config(
     else:
         assert served_by is not None
         result.backend = served_by.name
-        # OpenVINO runs in threads of its own: one instance more has the next request's inputs ready for them. ONNX
-        # Runtime runs in the instances' threads, where one more costs time (docs/perf.md).
-        further = served_by.engine == openvino.NAME
-        result.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances + further)
+        result.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=instances + (AHEAD if alone else 0))
         parameters["threads"] = str(threads)
         if alone:
             parameters["runners"] = str(instances)

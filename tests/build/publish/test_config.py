@@ -41,7 +41,7 @@ def test_config_says_all_that_a_client_needs(spec: Spec, stand_in: Backend) -> N
     assert group.kind == ModelInstanceGroup.KIND_CPU
     runners = int(result.parameters["runners"].string_value)
     assert 1 <= runners * threads <= config.cores()
-    assert group.count == runners
+    assert group.count == runners + config.AHEAD
     own = {name: value.string_value for name, value in result.parameters.items() if name not in ("threads", "runners")}
     assert own == {
         "contract": "1",
