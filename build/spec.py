@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ssd_client.rule import COLOR_ORDERS, RESAMPLES, RESIZES, Preprocessing
-from ssd_client.text import has_hidden
+from ssd_client.text import HIDDEN, has_hidden
 
 from build import contract
 from build.contract import SpecNms as Nms
@@ -400,7 +400,7 @@ def _labels(spec: Spec) -> tuple[str, ...]:
         if has_hidden(label):
             raise SpecError(
                 f"{spec.labels_path}: line {number} is {label!r}",
-                why="it has control characters, marks of writing direction or ones without width, which nobody sees",
+                why=f"it has {HIDDEN}, which nobody sees",
                 fix="write the label without them",
             )
         if label in labels[: number - 1]:

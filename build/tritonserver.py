@@ -20,6 +20,7 @@ from pathlib import Path
 
 from build.errors import ServeError
 from build.files import relative
+from build.publish import staging
 from build.tensorrt.plugins import PLUGIN
 
 SHM_PREFIX = "ssd-triton"  # of every name that the server and its stubs use in /dev/shm
@@ -28,7 +29,7 @@ SHM_PREFIX = "ssd-triton"  # of every name that the server and its stubs use in 
 _HARMLESS = re.compile(
     "Unable to allocate pinned system memory|CUDA memory pool disabled|CudaDriverHelper has not been initialized"
     "|Failed to initialize NVML|DCGM unable to start"
-    r"|ignore version directory '\.publishing'"  # build/publish/staging.py: a version that is being written
+    f"|ignore version directory '{re.escape(staging.NAME)}'"  # a version that is being written
 )
 _TABLE = re.compile(r"^\+[-+]+\+?$|^\|.*\|$|^[IWE]\d{4} \S+ \d+ \S+\]\s*$|^\s*$")
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from build.contract import BASELINE
 from build.errors import OptionError, RuntimeUnavailableError, VerifyError
 from build.files import ARTIFACTS, MODELS, relative, write_json
 from build.reports import cpu
@@ -27,9 +28,6 @@ from perf.settings import Settings
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-BASELINE = "fp32"
-ENGINES = ("onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,11 @@ class Variant:
 def side_by_side(
     models: Sequence[str],
     *,
-    precisions: Sequence[str] = ("fp32", "bf16", "int8"),
-    engines: Sequence[str] = ENGINES,
-    clients: int = 4,
-    rounds: int = 5,
-    seconds: float = 1.5,
+    precisions: Sequence[str],
+    engines: Sequence[str],
+    clients: int,
+    rounds: int,
+    seconds: float,
     artifacts: Path = ARTIFACTS,
     sources: Path = MODELS,
     console: Console | None = None,

@@ -24,10 +24,9 @@ from build import contract, files
 from build.contract import Target
 from build.errors import PublishError
 from build.gate import datasets
-from build.publish import openvino, picture
+from build.publish import openvino, picture, staging
 from build.publish.backend import Backend
 from build.publish.config import check_engine, config, cpu_name, instances_and_threads, text
-from build.publish.staging import clear, place
 from build.spec import Spec
 
 CONFIG, MANIFEST, LABELS = "config.pbtxt", "manifest.json", "labels.txt"
@@ -179,9 +178,9 @@ def publishing(
             f"{folder} has had version {version - 1}, and Triton counts no further",
             fix=f"remove that folder, and the number from {_lock_file(folder)}",
         )
-    staging = place(folder)
+    place = staging.place(folder)
     try:
-        content = staging / str(version)
+        content = place / str(version)
         content.mkdir(parents=True)
         yield version
         contents = {MODEL_FILE[target.runtime]: model.read_bytes(), LABELS: spec.labels_path.read_bytes()}
@@ -205,18 +204,18 @@ def publishing(
             yield version
         if rehearse is not None:
             rehearse(content)
-        if staging.parent == folder:
+        if place.parent == folder:
             _sync(content)
             content.rename(folder / str(version))
             _sync(folder)
             yield version
             _serve_config(folder, contents[CONFIG])
         else:
-            _write(staging / CONFIG, contents[CONFIG])
-            for written in (content, staging):
+            _write(place / CONFIG, contents[CONFIG])
+            for written in (content, place):
                 _sync(written)
             yield version
-            staging.rename(folder)
+            place.rename(folder)
             _sync(folder.parent)
         with suppress(OSError):  # it is served: too late to refuse
             _take(folder, version)
@@ -421,7 +420,7 @@ def _take(folder: Path, version: int) -> None:
 def _clear(folder: Path) -> None:
     """Removes what an interrupted publish left; the caller holds the lock."""
     (folder / f".{CONFIG}").unlink(missing_ok=True)
-    clear(folder)
+    staging.clear(folder)
 
 
 def _versions(folder: Path) -> list[int]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 # What has weights: a Conv that none of these reads, not even by way of others, is a head.
 _WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-# Channels of a 1x1 head in floating point that cost less time than its rounding to 8 bits costs accuracy.
+# A 1x1 head of at most so many channels stays unrounded: that costs little time, and rounding it costs accuracy.
 _FEW = 64
 
 

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _MOST_PICTURES = 64
-# How label files call the background, case and underscores aside; "???" is TensorFlow's.
 _LOW_THRESHOLD = 0.05  # a score below which hardly anything is an object
+# How label files call the background, case and underscores aside; "???" is TensorFlow's.
 _BACKGROUND = ("background", "???")
 
 

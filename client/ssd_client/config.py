@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from .exceptions import ModelConfigError
 from .rule import COLOR_ORDERS, RESAMPLES, RESIZES, Preprocessing
-from .text import has_hidden
+from .text import HIDDEN, has_hidden
 
 CONTRACT = "1"
 # Bytes of the largest answer that a transport reads, and what of it may be no tensor.
@@ -215,6 +215,5 @@ def _labels(text: str) -> tuple[str, ...]:
         raise ValueError("expected a JSON list of strings")
     for label in value:
         if has_hidden(label):
-            hidden = "control characters, marks of writing direction or ones without width"
-            raise ValueError(f"label {label[:100]!r} has {hidden}")
+            raise ValueError(f"label {label[:100]!r} has {HIDDEN}")
     return tuple(value)

@@ -16,6 +16,9 @@ _HIDDEN = re.compile(
 )
 
 
+HIDDEN = "control characters, marks of writing direction or characters without width"
+
+
 def has_hidden(text: str) -> bool:
     """Whether the text holds a character that nobody sees, or half a character."""
     return _HIDDEN.search(text) is not None

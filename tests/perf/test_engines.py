@@ -16,6 +16,7 @@ from build.errors import OptionError, VerifyError
 from perf import engines
 from perf.engines import Variant, side_by_side
 
+PRECISIONS, ENGINES = ("fp32", "bf16", "int8"), ("onnxruntime", "openvino")
 SERVED = {"onnxruntime fp32": 90.0, "openvino fp32": 100.0, "openvino bf16": 150.0, "openvino int8": 250.0}
 
 
@@ -46,7 +47,8 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def measure(folder: Path, **options: Any) -> tuple[list[dict[str, Any]], str]:
     with (folder / "said.txt").open("w") as file:
         show = Console(file=file, width=80)
-        rows = side_by_side(["tiny"], clients=3, artifacts=folder, console=show, **options)
+        asked: dict[str, Any] = {"precisions": PRECISIONS, "engines": ENGINES, "rounds": 1, "seconds": 0.1} | options
+        rows = side_by_side(["tiny"], clients=3, artifacts=folder, console=show, **asked)
     return rows, (folder / "said.txt").read_text()
 
 

@@ -134,7 +134,7 @@ def test_canaries_count_no_detections(server: TritonServer) -> None:
 @pytest.mark.triton
 @pytest.mark.long
 def test_a_server_that_knows_no_histograms_has_the_same_series(native: None, repository: Path, tmp_path: Path) -> None:
-    """Compiled to look for a function that no server has, as Triton before 2.50 has not the right one."""
+    """Compiled to look for a function that no server has, as an older Triton has not the right one."""
     target = tmp_path / backend.NATIVE
     shutil.copytree(backend.BACKENDS / backend.NATIVE, target)
     compiler, renamed = shutil.which("c++") or "g++", "-DTRITONSERVER_MetricObserve=TRITONSERVER_NotThere"

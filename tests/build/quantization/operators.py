@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from build.graph.attach import PLANES
+from build.session import runner
 from tests.build import tiny_model
 
 
@@ -158,3 +160,14 @@ def network(*bodies: str, channels: int = 8, size: int = 8) -> onnx.ModelProto:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def clips_of(model: onnx.ModelProto, images: np.ndarray) -> dict[str, float]:
+    """The largest absolute value of everything in a source model, by the calibration's names."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    names = [name for node in model.graph.node for name in node.output]
+    del probe.graph.output[:]
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    values = runner(probe)({model.graph.input[0].name: images}) | {PLANES: images}
+    return {name: float(np.abs(value).max(initial=0)) for name, value in values.items()}

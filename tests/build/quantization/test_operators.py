@@ -16,20 +16,9 @@ from build.quantization import qdq
 from build.session import runner, session
 from build.spec import load
 from tests.build import tiny_model
-from tests.build.quantization.operators import BODIES, network
+from tests.build.quantization.operators import BODIES, clips_of, network
 
 IMAGES = np.random.default_rng(7).normal(0, 1, (8, 3, 8, 8)).astype(np.float32)
-
-
-def clips_of(model: onnx.ModelProto, images: np.ndarray) -> dict[str, float]:
-    """The largest absolute value of everything in a source model, by the calibration's names."""
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    names = [name for node in model.graph.node for name in node.output]
-    del probe.graph.output[:]
-    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    values = runner(probe)({"images": images})
-    return {name: float(np.abs(value).max(initial=0)) for name, value in values.items()} | {"ssd/front/div": 4.0}
 
 
 def forms(body: str, images: np.ndarray = IMAGES, **size: int) -> dict[str, onnx.ModelProto]:

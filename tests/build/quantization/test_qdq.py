@@ -20,7 +20,7 @@ from build.graph.attach import attach, before_nms, load_source
 from build.quantization import calibration, qdq
 from build.spec import Spec, load
 from tests.build import pictures, tiny_model
-from tests.build.quantization.operators import network
+from tests.build.quantization.operators import clips_of, network
 
 
 def tiny(folder: Path, data: str = 'calibration = "pictures"', count: int = 120) -> Spec:
@@ -194,18 +194,6 @@ def test_a_full_disk_leaves_nothing_half_written(spec: Spec, tmp_path: Path, mon
 
 
 # -- placement ---------------------------------------------------------------------------------------------------------
-
-
-def clips_of(model: onnx.ModelProto, images: np.ndarray) -> dict[str, float]:
-    """The largest absolute value of everything in a source model, by the calibration's names."""
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    names = [name for node in model.graph.node for name in node.output]
-    del probe.graph.output[:]
-    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    pixels = model.graph.input[0].name
-    found = dict(zip(names, run(probe, {pixels: images}), strict=True)) | {"ssd/front/div": images}
-    return {name: float(np.abs(value).max()) for name, value in found.items()}
 
 
 def pairs(model: onnx.ModelProto) -> set[str]:

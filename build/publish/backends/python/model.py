@@ -134,7 +134,7 @@ def _given_up():
 class _Metrics:
     """The metrics of this version, as build/publish/backends/ssd_onnxruntime/metrics.h has them.
 
-    Nothing is counted where the server has no metrics; no histogram where its stub knows none (before Triton 2.50).
+    Nothing is counted where the server has no metrics; no histogram where its stub knows none (2.51 does).
     """
 
     def __init__(self, model, version):

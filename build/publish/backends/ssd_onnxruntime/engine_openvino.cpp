@@ -77,7 +77,7 @@ Tensor described(Library const& library, ov::Port const* port)
     return tensor;
 }
 
-//! One after the other may be computed by each of them, and all may run at once.
+//! A stream of the compiled model: it computes one request at a time, and all runners may run at once.
 class VinoRunner final : public Runner
 {
 public:

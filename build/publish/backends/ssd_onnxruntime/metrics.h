@@ -102,7 +102,7 @@ inline void add(Metric const& metric, double value) noexcept
     }
 }
 
-//! The families of a histogram: one of Triton's own, or three of counters in a server that is older than Triton 2.50.
+//! The families of a histogram: one of Triton's own, or three of counters in an older server without histograms.
 //! Prometheus reads the same series from both.
 struct HistogramFamily
 {

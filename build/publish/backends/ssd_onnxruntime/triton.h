@@ -103,7 +103,7 @@ extern "C"
         TRITONSERVER_Parameter const** labels, uint64_t count);
     TRITONSERVER_Error* TRITONSERVER_MetricDelete(TRITONSERVER_Metric* metric);
     TRITONSERVER_Error* TRITONSERVER_MetricIncrement(TRITONSERVER_Metric* metric, double value);
-    //! These five from Triton 2.50 on; weak, so that they are null in an older server.
+    //! These five came later than the rest (2.51 has them); weak, so that they are null in a server without them.
     __attribute__((weak)) TRITONSERVER_Error* TRITONSERVER_MetricArgsNew(TRITONSERVER_MetricArgs** arguments);
     __attribute__((weak)) TRITONSERVER_Error* TRITONSERVER_MetricArgsSetHistogram(
         TRITONSERVER_MetricArgs* arguments, double const* bounds, uint64_t count);
