@@ -67,7 +67,7 @@ def gpu_check(
         site: a folder of packages for this Python, which may be read-only, for machines without a registry.
         force: whether what passed before is run again.
         artifacts: plans and other work go to `gpu/` in it.
-        results: gets <gpu>-<tensorrt>/<step>.json.
+        results: gets <gpu>-<tensorrt>/<step>.json, and <gpu>-<tensorrt>/<model>/<step>.json of the steps with plans.
         steps, here: for tests.
         console: where to print; None = standard output.
 
@@ -124,7 +124,8 @@ def _judge(step: Step, here: Here, model: str, work: Path, folder: Path, force: 
     if missing:
         return Verdict(step.name, MISSING, ", ".join(missing))
     wants = [item.text for item in (look(here, want) for want in step.wants) if not item.there]
-    file, key = folder / f"{step.name}.json", _key(here, model)
+    of_a_model = "tensorrt" in step.needs
+    file, key = (folder / model if of_a_model else folder) / f"{step.name}.json", _key(here, model)
     before = _read(file)
     unchanged = before.get("key") == key and key["commit"] and not key["commit"]["dirty"]
     if unchanged and before.get("verdict") == PASSED and not force:

@@ -5,6 +5,8 @@ Needs numpy and cuda-python; nvcc and a C++ compiler, or built libraries; for it
     python plugins/bench/bench.py --out result.json            builds, checks, sanitizes, measures (a few minutes)
     python plugins/bench/bench.py --only check --core build/libssd_nms_core.so
 
+    python plugins/bench/bench.py --within 60                  each part ends after a minute, the least telling left out
+
 Times are CUDA events around a graph of many calls on different inputs, together larger than the L2 cache; the median of
 the replays. Beside each: the bytes of inputs and outputs, once, over the copy bandwidth that this GPU reached; and
 EfficientNMS_TRT on the same inputs, where TensorRT is there (efficient_nms.py says what that needs).
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from build.tensorrt.cuda import Cuda
 
 FEWEST_SETS, L2_TIMES, REPLAYS = 4, 4, 25
+TARGET = ("SSD300-COCO", np.float16, 0.05)  # what is measured first
 SANITIZER_LIMIT = 240  # seconds for one tool
 
 
@@ -56,11 +60,18 @@ def differences(got: list[Array], want: list[Array]) -> str:
     return ", ".join(name for name, a, b in zip(names, got, want, strict=True) if not same_bits(a, b))
 
 
-def check(reference: Any, core: Any, device: Gpu | Host, count: int) -> dict[str, Any]:
-    """Bits of the core against bits of the reference; repeats, rows and graphs against themselves."""
-    host = Host()
+def check(reference: Any, core: Any, device: Gpu | Host, count: int, within: float = math.inf) -> dict[str, Any]:
+    """Bits of the core against bits of the reference; repeats, rows and graphs against themselves.
+
+    Args:
+        reference, core: the libraries.
+        device: where the core runs.
+        count: of the small cases.
+        within: seconds after which the real sizes that are left, the largest, are left out.
+    """
+    host, end = Host(), time.monotonic() + within
     failures: list[str] = []
-    done: dict[str, int] = {"cases": 0, "real sizes": 0, "repeats": 0, "rows": 0, "graph replays": 0}
+    done: dict[str, int] = {"cases": 0, "repeats": 0, "rows": 0, "graph replays": 0, "real sizes": 0}
 
     def compare(what: str, name: str, got: list[Array], want: list[Array]) -> None:
         done[what] += 1
@@ -76,17 +87,6 @@ def check(reference: Any, core: Any, device: Gpu | Host, count: int) -> dict[str
         compare("cases", name, Call(core, settings, inputs, device).result(), want)
 
     small = count < 100
-    batches = (1, 2) if small else (1, 2, 7, 32, 128)
-    for model, batch, dtype, kind in itertools.product(GRIDS, batches, (np.float16, np.float32), ("scene", "noise")):
-        if small and (kind == "noise" or model == "SSD300-COCO"):
-            continue
-        for threshold in (0.05,) if small or batch > 7 else (0.01, 0.05, 0.5):
-            settings = Settings(score_threshold=threshold, max_detections=200, topk_per_class=400 if batch == 2 else 0)
-            inputs = scene(model, batch, dtype, batch, kind)
-            want = Call(reference, settings, inputs, host).result()
-            name = f"{model} B={batch} {np.dtype(dtype)} {kind} {threshold}"
-            compare("real sizes", name, Call(core, settings, inputs, device).result(), want)
-
     settings = Settings(score_threshold=0.01)
     inputs = scene("SSD-MobileNet", 2 if small else 16, np.float16, 5)
     first = Call(core, settings, inputs, device).result()
@@ -107,7 +107,29 @@ def check(reference: Any, core: Any, device: Gpu | Host, count: int) -> dict[str
                 static.given[1].write(fresh.logits)
                 device.replay(graph)
                 compare("graph replays", str(seed), static.read(), Call(reference, settings, fresh, host).result())
-    return {"compared": done, "detections in cases": detections, "failures": failures[:20], "failed": len(failures)}
+
+    left_out = 0
+    for model, batch, dtype, kind, threshold in real_sizes(small):
+        if time.monotonic() > end:
+            left_out += 1
+            continue
+        settings = Settings(score_threshold=threshold, max_detections=200, topk_per_class=400 if batch == 2 else 0)
+        inputs = scene(model, batch, dtype, batch, kind)
+        want = Call(reference, settings, inputs, host).result()
+        name = f"{model} B={batch} {np.dtype(dtype)} {kind} {threshold}"
+        compare("real sizes", name, Call(core, settings, inputs, device).result(), want)
+    told = {"compared": done, "detections in cases": detections, "left out, for want of time": left_out}
+    return told | {"failures": failures[:20], "failed": len(failures)}
+
+
+def real_sizes(small: bool) -> Iterator[tuple[str, int, Any, str, float]]:
+    """Model, batch, type, kind of input and threshold of the large comparisons, the largest batches last."""
+    for batch in (1, 2) if small else (1, 2, 7, 32, 128):
+        for model, dtype, kind in itertools.product(GRIDS, (np.float16, np.float32), ("scene", "noise")):
+            if small and (kind == "noise" or model == "SSD300-COCO"):
+                continue
+            for threshold in (0.05,) if small or batch > 7 else (0.01, 0.05, 0.5):
+                yield model, batch, dtype, kind, threshold
 
 
 def sanitize(core: Path, reference: Path) -> dict[str, Any]:
@@ -151,23 +173,29 @@ def time_of(gpu: Gpu, calls: list[Call]) -> tuple[float, float]:
         return gpu.timed(graph, len(calls), REPLAYS)
 
 
-def jobs(quick: bool) -> Iterator[tuple[str, int, Any, float, str]]:
-    """Model, batch, type, threshold and kind of input of every row."""
-    for model, dtype in itertools.product(GRIDS, (np.float16, np.float32)):
-        if quick and (model, dtype) != ("SSD300-COCO", np.float16):
-            continue
-        for batch in (1, 8, 64) if quick else (1, 8, 32, 64, 128):
-            for threshold in (0.05,) if quick else (0.01, 0.05, 0.5):
-                yield model, batch, dtype, threshold, "scene"
-    for batch in (1, 64):
-        yield "SSD300-COCO", batch, np.float16, 0.05, "noise"
+def jobs(quick: bool) -> list[tuple[str, int, Any, float, str]]:
+    """Model, batch, type, threshold and kind of input of every row, the most telling ones first."""
+    model, dtype, threshold = TARGET
+    first = [(model, batch, dtype, threshold, "scene") for batch in (1, 8, 64)]
+    first += [(model, batch, dtype, threshold, "noise") for batch in (1, 64)]
+    rest = [
+        (model, batch, dtype, threshold, "scene")
+        for threshold in (0.05, 0.01, 0.5)
+        for batch in (1, 64, 8, 32, 128)
+        for model, dtype in itertools.product(GRIDS, (np.float16, np.float32))
+    ]
+    return first if quick else first + [job for job in rest if job not in first]
 
 
-def measure(core: Any, gpu: Gpu, peer: Peer, quick: bool = False) -> dict[str, Any]:
-    """All the rows of the table; `quick`: SSD300-COCO in FP16 at one threshold."""
+def measure(core: Any, gpu: Gpu, peer: Peer, quick: bool = False, within: float = math.inf) -> dict[str, Any]:
+    """The rows of the table; `quick`: the first few alone; no row is begun `within` seconds after the start."""
+    end, left_out = time.monotonic() + within, 0
     bandwidth = gpu.copy_bandwidth()
     rows = []
     for model, batch, dtype, threshold, kind in jobs(quick):
+        if time.monotonic() > end:
+            left_out += 1
+            continue
         settings = Settings(score_threshold=threshold)
         first = scene(model, batch, dtype, 0, kind)
         sets = max(FEWEST_SETS, -(-L2_TIMES * gpu.l2_bytes // (first.deltas.nbytes + first.logits.nbytes)))
@@ -208,6 +236,7 @@ def measure(core: Any, gpu: Gpu, peer: Peer, quick: bool = False) -> dict[str, A
     return {
         "copy bandwidth, GB/s": round(bandwidth / 1e9),
         "rows": rows,
+        "left out, for want of time": left_out,
         "EfficientNMS_TRT": peer.summary(),
     }
 
@@ -276,6 +305,7 @@ def main(argv: Sequence[str] | None = None, cuda: Cuda | None = None) -> int:
     parser.add_argument("--only", choices=("check", "sanitize", "measure"), help="one part instead of all")
     parser.add_argument("--small", action="store_true", help="few and small checks, for the sanitizer")
     parser.add_argument("--quick", action="store_true", help="measure a few rows only")
+    parser.add_argument("--within", type=float, default=math.inf, help="seconds for each of checks and measurements")
     parser.add_argument("--core", type=Path, help="a built libssd_nms_core.so, not to compile it again")
     parser.add_argument("--reference", type=Path, help="a built libssd_nms_reference.so, likewise")
     parser.add_argument("--device", default="cuda", help="cpu: checks alone, for a --core that runs on the CPU")
@@ -295,13 +325,15 @@ def main(argv: Sequence[str] | None = None, cuda: Cuda | None = None) -> int:
         for part in parts:  # what is done is written, whatever comes after
             start = time.perf_counter()
             if part == "check":
-                result[part] = check(load(reference), load(core), device, 12 if arguments.small else 400)
+                result[part] = check(
+                    load(reference), load(core), device, 12 if arguments.small else 400, arguments.within
+                )
             elif part == "measure":
                 if not isinstance(device, Gpu):
                     print("only a GPU is measured", file=sys.stderr)
                     return 2
                 with Peer(Path(folder) / "inputs") as peer:
-                    result[part] = measure(load(core), device, peer, arguments.quick)
+                    result[part] = measure(load(core), device, peer, arguments.quick, arguments.within)
                 print(table(result[part]["rows"]))
             else:
                 result[part] = sanitize(core, reference)

@@ -33,6 +33,7 @@ CAVEATS = (
     "of a float16 network the scores, the decoding and the coordinates of the IoU are float16 too",
     "equal scores come in an order that may change from run to run",
 )
+OWN_KERNELS = ("edge_mask_convolutions", "jit_convolutions")  # the network has nothing for cuDNN or cuBLAS
 TIME_LIMIT = 240.0  # seconds for one case: the build of its engine and the runs
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,6 +131,7 @@ def build(trt: Any, case: Mapping[str, Any]) -> tuple[Any, float]:
         faults = "; ".join(fault.text for fault in compat.parser_faults(parser))
         raise EngineError(f"TensorRT's parser refuses the network: {faults or log.last()}")
     config = builder.create_builder_config()
+    compat.set_tactic_sources(trt, config, OWN_KERNELS)
     if case["type"] == "float16":
         floats = ("box_deltas", "class_logits", "offsets", "scores", "detection_boxes", "detection_scores")
         compat.set_types(trt, network, config, dict.fromkeys(floats, "HALF"))

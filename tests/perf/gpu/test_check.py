@@ -223,7 +223,7 @@ def rehearse(nvidia: Path, *steps: str) -> dict[str, dict[str, Any]]:
     )
     assert done.returncode == 1, done.stdout + done.stderr
     folder = nvidia / "checkout" / "perf" / "results" / "gpu" / "nvidia-h100-80gb-hbm3-10.16.1"
-    return {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    return {file.stem: json.loads(file.read_text()) for file in folder.rglob("*.json")}
 
 
 def expect_the_first_call(told: dict[str, dict[str, Any]], steps: tuple[str, ...]) -> None:
