@@ -293,6 +293,8 @@ def _build(
             picture.bring_about(spec, repository, version, target.runtime)
             show.print(f"{name}: nothing changed, version {version} stays ({target})", markup=False)
             return version
+    if plans:
+        engine.require_builder()
     # Where TensorRT calibrates, no graph is quantised: the gate judges the plan.
     chosen = audit.approved(spec, contract.BASELINE if target.implicit else target.precision, artifacts, show)
     # The audit may have written which layers stay unquantised.

@@ -3,8 +3,9 @@
 `serialize` parses and builds: TensorRT's builder needs a GPU for that, the one of TensorRT for RTX does not. `build` is
 the whole stage: this machine's GPU, timing cache, plan, the plan's own table of inputs and outputs, manifest.
 
-This has never run on a GPU. Without one, the tests cover everything up to the builder and, with TensorRT for RTX, the
-parser and the strongly typed builder on the graph before SSDNMS.
+No plan was built so far: on an H100 the builder refused to start (docs/tensorrt.md). Without a GPU, the tests cover
+everything up to the builder and, with TensorRT for RTX, the parser and the strongly typed builder on the graph before
+SSDNMS.
 """
 
 from __future__ import annotations
@@ -147,6 +148,28 @@ def built_for(plugin: Path = PLUGIN, trt: Any = None, cuda: Cuda | None = None) 
     }
 
 
+def require_builder() -> None:
+    """That TensorRT's builder starts here: it is asked before minutes of other work, not after them.
+
+    Raises:
+        RuntimeUnavailableError: it does not.
+    """
+    trt, log = compat.load(), plans.Log()
+    _builder(trt, compat.logger(trt, log), log)
+
+
+def _builder(trt: Any, logger: Any, log: plans.Log) -> Any:
+    try:
+        return trt.Builder(logger)
+    except TypeError:
+        raise RuntimeUnavailableError(
+            f"TensorRT {compat.version(trt)} does not start: {log.last() or 'it gives no reason'}",
+            why="there is no NVIDIA GPU here, its driver is too old, or a library of TensorRT is missing or changed",
+            fix="see what nvidia-smi says (in a container, start it with --gpus all); "
+            "if it shows the GPU, install TensorRT again: ./invoke install-tensorrt",
+        ) from None
+
+
 def serialize(
     spec: Spec,
     model: onnx.ModelProto,
@@ -178,14 +201,7 @@ def serialize(
     stripped = ssd_nms.strip_function(model)
     if any(node.op_type == contract.OP_TYPE for node in stripped.graph.node):
         require_plugin(trt, logger, plugin)
-    try:
-        builder = trt.Builder(logger)
-    except TypeError:
-        raise RuntimeUnavailableError(
-            f"TensorRT {compat.version(trt)} does not start: {log.last() or 'it gives no reason'}",
-            why="there is no NVIDIA GPU here, or its driver is too old",
-            fix="see what nvidia-smi says; in a container, start it with --gpus all",
-        ) from None
+    builder = _builder(trt, logger, log)
     network = compat.create_network(trt, builder, typed=calibrator is None)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(stripped.SerializeToString()):

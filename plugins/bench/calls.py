@@ -31,11 +31,17 @@ class Inputs:
     def arrays(self) -> list[Array | None]:
         return [self.deltas, self.logits, self.anchors, self.score_thresholds, self.iou_thresholds]
 
-    def row(self, index: int) -> Inputs:
-        """One image."""
-        rows = [None if array is None else array[index : index + 1] for array in self.arrays()]
-        rows[2] = self.anchors
-        return Inputs(*rows)  # type: ignore[arg-type]
+    def rows(self) -> list[Inputs]:
+        """Each image alone."""
+
+        def part(array: Array | None, index: int) -> Array | None:
+            return None if array is None else array[index : index + 1]
+
+        thresholds = self.score_thresholds, self.iou_thresholds
+        return [
+            Inputs(deltas[None], logits[None], self.anchors, *(part(array, index) for array in thresholds))
+            for index, (deltas, logits) in enumerate(zip(self.deltas, self.logits, strict=True))
+        ]
 
 
 @dataclass

@@ -168,7 +168,7 @@ def test_auto_says_why(place: Place) -> None:
 def test_tensorrt_says_all_that_is_missing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(pipeline.Path, "glob", lambda self, pattern: iter(()))
-    monkeypatch.setattr(pipeline.engine, "PLUGIN", place.sources / "libssd_nms.so")
+    monkeypatch.setattr(pipeline, "PLUGIN", place.sources / "libssd_nms.so")
     with pytest.raises(
         RuntimeUnavailableError, match=r"an NVIDIA GPU.*the Python package tensorrt.*cuda-python.*libssd_nms\.so"
     ):
@@ -368,8 +368,19 @@ def in_place_of_tensorrt(
     monkeypatch.setattr(pipeline.engine, "built_for", lambda: HERE | {"tensorrt": version})
     monkeypatch.setattr(pipeline.engine, "build", build)
     monkeypatch.setattr(pipeline.plan, "Plan", StandInPlan)
-    monkeypatch.setattr(compat, "load", lambda: FakeTensorRT(version))
+    monkeypatch.setattr(compat, "load", lambda: FakeTensorRT(version if version in VERSIONS else VERSIONS[-1]))
     return built
+
+
+def test_a_builder_that_does_not_start_ends_the_build_before_its_long_parts(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_place_of_tensorrt(monkeypatch)
+    monkeypatch.setattr(compat, "load", lambda: FakeTensorRT(VERSIONS[-1], gpu=False))
+    monkeypatch.setattr(pipeline.audit, "approved", lambda *_: pytest.fail("the audit takes minutes"))
+    with pytest.raises(RuntimeUnavailableError, match=r"TensorRT .* does not start: .*\n.*library of TensorRT"):
+        place.build(runtime="tensorrt", precision="fp16")
+    assert not place.repository.exists() or not any(place.repository.iterdir())
 
 
 def test_the_way_of_a_plan(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

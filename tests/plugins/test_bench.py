@@ -101,6 +101,15 @@ def libraries(emulated: Library, reference: Library) -> list[str]:
     return ["--core", emulated.c._name, "--reference", reference.c._name]
 
 
+@pytest.mark.timeout(60)
+def test_the_reference_ends_where_nearly_all_of_many_boxes_could_be_kept(bench: Any, libraries: list[str]) -> None:
+    name, settings, inputs = bench.adversarial(183)  # 360,000 candidates of an image, all of one group, IoU 1
+    assert settings.class_agnostic, name
+    assert settings.iou_threshold == 1.0, name
+    number, *_ = bench.expected(bench.load(Path(libraries[3])), settings, inputs)
+    assert number.tolist() == [[settings.max_detections]] * 2
+
+
 def test_the_checks_find_what_is_wrong(bench: Any, libraries: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(bench.Call):  # type: ignore[misc, name-defined]
         def read(self) -> Any:

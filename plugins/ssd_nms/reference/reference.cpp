@@ -104,12 +104,16 @@ std::vector<Candidate> findCandidates(
     return candidates;
 }
 
-//! Step 4, for one group of candidates, best first.
-std::vector<Candidate> suppress(std::vector<Candidate> const& candidates, float iouThreshold)
+//! Step 4, for one group of candidates, best first. Only the best \p most of a group can be among those of all groups.
+std::vector<Candidate> suppress(std::vector<Candidate> const& candidates, float iouThreshold, size_t most)
 {
     std::vector<Candidate> kept;
     for (Candidate const& candidate : candidates)
     {
+        if (kept.size() == most)
+        {
+            break;
+        }
         bool const isSuppressed = std::any_of(kept.begin(), kept.end(), [&](Candidate const& better)
             { return overlaps(better.box, areaOf(better.box), candidate.box, areaOf(candidate.box), iouThreshold); });
         if (!isSuppressed)
@@ -145,16 +149,16 @@ void detect(SsdNmsParams const& params, SsdNmsShape const& shape, SsdNmsTensors 
         std::sort(all.begin(), all.end(), isBetter);
         classes.assign(1, all);
     }
+    auto const most = static_cast<size_t>(params.maxDetections);
     float const iouThreshold = shape.hasIouThresholds ? tensors.iouThresholds[row] : params.iouThreshold;
     std::vector<Candidate> kept;
     for (std::vector<Candidate> const& candidates : classes)
     {
-        std::vector<Candidate> const winners = suppress(candidates, iouThreshold);
+        std::vector<Candidate> const winners = suppress(candidates, iouThreshold, most);
         kept.insert(kept.end(), winners.begin(), winners.end());
     }
     std::sort(kept.begin(), kept.end(), isBetter); // step 5
 
-    auto const most = static_cast<size_t>(params.maxDetections);
     auto const count = std::min(kept.size(), most);
     auto const first = static_cast<size_t>(row) * most;
     tensors.numDetections[row] = static_cast<int32_t>(count);
