@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from build import rehearsal, throughput
 from build.contract import Target
 from build.errors import RuntimeUnavailableError, VerifyError
 from build.gate import verify
@@ -82,11 +83,13 @@ def with_engine(
     artifacts: Path,
     judge: verify.Judge | None,
     show: Console,
+    rehearse: bool,
 ) -> tuple[backend.Backend, Path, onnx.ModelProto, verify.Report, dict[str, Any]]:
     """The fastest engine that passes the gate.
 
     Args:
-        spec, target, artifacts, judge, show: as for `build.pipeline`.
+        spec, target, artifacts, judge, show, rehearse: as for `build.pipeline`; engines are compared on a real server
+            if there may be a rehearsal on one.
         typed: the graph as TensorRT would get it; OpenVINO gets it.
         graph: ONNX Runtime's.
         artifact: ONNX Runtime's file.
@@ -98,9 +101,11 @@ def with_engine(
         SSDError: no engine passes.
     """
     name = spec.model.name
-    images, _ = verify.images_for(spec, artifacts / "datasets", 1)
+    images, _ = verify.images_for(spec, artifacts / "datasets", throughput.PICTURES)
     threads = instances_and_threads(spec, target.runtime)[1]
-    choice = engines.choose(spec, target, typed, artifact, images[:1], threads)
+    served = rehearse and not rehearsal.unavailable(backend.NATIVE)
+    serve = functools.partial(throughput.compare, spec, target, images[: throughput.PICTURES]) if served else None
+    choice = engines.choose(spec, target, typed, artifact, images[:1], threads, serve)
     for engine_name in choice.order:
         vino = engine_name == openvino.NAME
         built, source = (artifact.with_name(engines.FILE), typed) if vino else (artifact, graph)

@@ -64,7 +64,8 @@ def build_engines(
             onnxruntime.onnx, where the same numbers are typed otherwise to be fast on a CPU.
         judge: mAP of COCO detections for the gate; None = the gate does not look at mAP.
         calibration: explicit (the graph says what is INT8) or, for int8 and TensorRT up to 10, implicit (it does).
-        rehearse: whether a real server has to answer with the files before they are published (a second each).
+        rehearse: whether a real server has to answer with the files before they are published (a second each), and
+            whether the engine of [serving] engine = "auto" is chosen on one.
         serving_engine: in place of each spec's [serving] engine; empty = as the spec says.
         console: where to print what is done; None = standard output.
 
@@ -325,7 +326,7 @@ def _build(
         show.print(str(report), markup=False)
     else:
         served_by, built, graph, report, facts["engine_choice"] = checks.with_engine(
-            spec, target, chosen.graph, graph, artifact, artifacts, judge, show
+            spec, target, chosen.graph, graph, artifact, artifacts, judge, show, rehearse
         )
     facts["verified"] = report.as_dict()
     last = functools.partial(_rehearse, spec, target, graph, served_by, facts.get("engine"), artifacts, show)

@@ -4,8 +4,8 @@
 takes the function out again, so that TensorRT's parser resolves the node to the CUDA plugin instead.
 
 The way of one image through the function: a cheap bound on the raw logits picks the few anchors that can hold a
-candidate, and only those are activated, decoded and suppressed. A Scan goes over the rows of the batch, each with its
-own thresholds; no row sees another.
+candidate, and only those are activated; only those that the cap leaves to a class are decoded and suppressed. A Scan
+goes over the rows of the batch, each with its own thresholds; no row sees another.
 """
 
 from __future__ import annotations
@@ -235,6 +235,10 @@ class _Row:
         scores = op.Transpose(self.foreground(self.activate(op.Gather(logits, likely))), perm=[1, 0])
         if self.nms.topk_per_class:
             scores = self.cap(scores)
+            # With a low threshold nearly every anchor is likely, but few are among the best of a class.
+            held = op.Greater(self.maximum(scores, 0), self.score)
+            kept = op.Reshape(op.NonZero(op.Reshape(held, self.whole(-1))), self.whole(-1))
+            scores, likely = op.Gather(scores, kept, axis=1), op.Gather(likely, kept)
         boxes = self.decode(op.Gather(deltas, likely), op.Gather(anchors, likely))
         place, label, score = self.suppress(boxes, scores)
 
@@ -267,8 +271,7 @@ class _Row:
             low = op.Max(op.Sub(self.score, self.real(1e-6)), self.real(0.0))
             best, bound = logits, op.Sub(op.Log(op.Div(low, op.Sub(self.real(1.0), low))), self.real(1e-3))
         best = self.foreground(best)
-        # From version 18 on the axes are an input.
-        best = op.ReduceMax(best, self.whole(1)) if op.version >= 18 else op.ReduceMax(best, axes=[1])
+        best = self.maximum(best, 1)
         if nms.score_activation == "softmax":
             if nms.background_class >= 0:
                 background = self.columns_at(logits, nms.background_class)
@@ -279,6 +282,12 @@ class _Row:
             total = op.ReduceSum(logits, self.whole(1))
             above = op.Or(op.Greater(best, bound), op.IsNaN(total))
         return op.Reshape(above, self.whole(-1))
+
+    def maximum(self, table: Any, axis: int) -> Any:
+        """Along an axis of [N,C], which stays with the size 1."""
+        op = self.op
+        # From version 18 on the axes are an input.
+        return op.ReduceMax(table, self.whole(axis)) if op.version >= 18 else op.ReduceMax(table, axes=[axis])
 
     def columns_at(self, table: Any, column: int) -> Any:
         """[N,1] of [N,C]."""

@@ -1,4 +1,7 @@
-"""Which engine serves a model on this CPU: ONNX Runtime or OpenVINO, timed side by side if the spec leaves it open."""
+"""Which engine serves a model on this CPU: ONNX Runtime or OpenVINO, compared side by side if the spec leaves it open.
+
+build/throughput.py compares them as they serve. Where no server is, they are timed in this process.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,18 +38,27 @@ class Choice:
 
     Attributes:
         order: onnxruntime or openvino, or both: the second serves if the first does not pass the gate.
-        why: the reason, with both figures where both were timed.
+        why: the reason, with both figures where both were measured.
+        served_ips: images per second through a real server, the median of several rounds, by engine; empty if they
+            were not served.
         ms: milliseconds of one picture on the threads of one instance, the fastest of ROUNDS runs, by engine; empty if
-            nothing was timed.
+            they were not timed in this process.
     """
 
     order: tuple[str, ...]
     why: str
-    ms: Mapping[str, float]
+    served_ips: Mapping[str, float] = field(default_factory=dict)
+    ms: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, gain: float, figures: str, **measured: Mapping[str, float]) -> Choice:
+        """The faster one first, by how many times as fast OpenVINO is; `figures` and `measured` are told."""
+        order = (NAME, OTHER) if gain > EQUAL else (OTHER, NAME)
+        return cls(order, f"OpenVINO is {gain:.2f} times as fast; {figures}", **measured)
 
     def as_dict(self, engine: str) -> dict[str, Any]:
         """For the manifest; `engine` is what serves in the end."""
-        return {"engine": engine, "why": self.why, "ms": dict(self.ms)}
+        return {"engine": engine, "why": self.why, "served_ips": dict(self.served_ips), "ms": dict(self.ms)}
 
 
 def require(spec: Spec, target: Target) -> None:
@@ -67,7 +79,13 @@ def require(spec: Spec, target: Target) -> None:
 
 
 def choose(
-    spec: Spec, target: Target, graph: onnx.ModelProto, artifact: Path, picture: NDArray[Any], threads: int
+    spec: Spec,
+    target: Target,
+    graph: onnx.ModelProto,
+    artifact: Path,
+    picture: NDArray[Any],
+    threads: int,
+    serve: Callable[[Mapping[str, Path]], Choice] | None,
 ) -> Choice:
     """The engines to try for a model, the best first; writes OpenVINO's file beside the artifact where it is one.
 
@@ -78,25 +96,29 @@ def choose(
         artifact: ONNX Runtime's file.
         picture: UINT8 [1,H,W,3].
         threads: of an instance.
+        serve: compares the files of both engines as they are served; None = no server is here.
 
     Raises:
         RuntimeUnavailableError: OpenVINO was asked for, or is needed, and cannot be installed or run the file.
     """
     asked = spec.serving.engine == NAME
     if spec.serving.engine == OTHER:
-        return Choice((OTHER,), "asked for", {})
+        return Choice((OTHER,), "asked for")
     needed = asked or target.precision == "bf16"
     try:
         openvino.install()
     except RuntimeUnavailableError as error:
         if needed:
             raise
-        return Choice((OTHER,), error.what, {})
+        return Choice((OTHER,), error.what)
     path = artifact.with_name(FILE)
     files.write(path, openvino.readable(graph).SerializeToString(deterministic=True))
     if target.precision == "bf16":
-        return Choice((NAME,), "asked for" if asked else "ONNX Runtime does not compute in BF16 on a CPU", {})
-    choice = compare({OTHER: artifact, NAME: path}, spec.nms.feeds(picture), threads, openvino.hint(target.precision))
+        return Choice((NAME,), "asked for" if asked else "ONNX Runtime does not compute in BF16 on a CPU")
+    paths = {OTHER: artifact, NAME: path}
+    if serve and not asked:
+        return serve(paths)
+    choice = compare(paths, spec.nms.feeds(picture), threads, openvino.hint(target.precision))
     if not asked:
         return choice
     if not choice.ms:
@@ -130,11 +152,9 @@ def compare(
                 done.stderr.strip().splitlines()[-1:] if isinstance(error, (ValueError, IndexError)) else [str(error)]
             )
             reason = last[0] if last else f"its process ended with status {done.returncode}"
-            return Choice((OTHER,), f"OpenVINO cannot run this file here: {reason}", {})
-    gain = ms[OTHER] / ms[NAME]
+            return Choice((OTHER,), f"OpenVINO cannot run this file here: {reason}")
     figures = ", ".join(f"{name} {value:.1f} ms" for name, value in ms.items())
-    why = f"OpenVINO is {gain:.2f} times as fast; one picture on {threads} thread(s): {figures}"
-    return Choice((NAME, OTHER) if gain > EQUAL else (OTHER, NAME), why, ms)
+    return Choice.of(ms[OTHER] / ms[NAME], f"one picture on {threads} thread(s): {figures}", ms=ms)
 
 
 def _time(paths: Mapping[str, Path], inputs: Path, threads: int, precision: str) -> dict[str, float]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import functools
+import json
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,6 +196,20 @@ def test_strip_function_leaves_the_node() -> None:
     assert ssd_nms.find(stripped) == ssd_nms.find(model)
     with pytest.raises(GraphError, match="0 SSDNMS nodes"):
         ssd_nms.find(onnx.ModelProto())
+
+
+def test_only_what_the_cap_leaves_is_decoded(tmp_path: Path) -> None:
+    """Of 500 anchors, which all are candidates of both classes."""
+    random = np.random.default_rng(0)
+    anchors = random.uniform(0.1, 0.5, (500, 4)).astype(np.float32)
+    logits = random.normal(0, 1, (1, 500, 3)).astype(np.float32)
+    inputs = {"box_deltas": np.zeros((1, 500, 4), np.float32), "class_logits": logits, "anchors": anchors}
+    model = model_of(Nms(score_threshold=0.01, lowest_score_threshold=0.001, topk_per_class=10))
+    runs = session(model, threads=1, profile=tmp_path / "profile")
+    assert runs.run(None, inputs)[0][0, 0] > 0
+    events = json.loads(Path(runs.end_profiling()).read_bytes())
+    sizes = [int(each["args"]["output_size"]) for each in events if each.get("args", {}).get("op_name") == "Exp"]
+    assert 0 < max(sizes) <= 2 * 10 * 2 * 4, "bytes of the widths and heights of ten anchors a class"
 
 
 def test_takes_no_more_than_2_ms_for_8732_anchors_and_21_classes() -> None:

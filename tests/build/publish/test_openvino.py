@@ -51,7 +51,7 @@ def test_the_faster_engine_is_tried_first_and_both_figures_told(
     answering(monkeypatch, f"a warning\n{json.dumps(ms)}\n")
     choice = engines.compare(FILES, {}, 1)
     assert choice.order == order
-    assert choice.as_dict("openvino") == {"engine": "openvino", "why": choice.why, "ms": ms}
+    assert choice.as_dict("openvino") == {"engine": "openvino", "why": choice.why, "served_ips": {}, "ms": ms}
     assert all(f"{name} {value:.1f} ms" in choice.why for name, value in ms.items())
 
 
@@ -61,6 +61,30 @@ def test_an_engine_that_crashes_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -
     assert "ended with status -11" in engines.compare(FILES, {}, 1).why
     answering(monkeypatch, stderr="Traceback\nRuntimeError: no such operator", status=1)
     assert "RuntimeError: no such operator" in engines.compare(FILES, {}, 1).why
+
+
+def test_how_fast_they_serve_decides_where_a_server_is(
+    spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the time in this process, which serves where an engine is asked for or no server is here."""
+    in_process, served = engines.Choice(("onnxruntime", "openvino"), ""), engines.Choice(("openvino",), "")
+    monkeypatch.setattr(openvino, "install", lambda: None)
+    monkeypatch.setattr(engines, "compare", lambda *arguments: in_process)
+    asked: list[Any] = []
+
+    def serve(paths: Any) -> engines.Choice:
+        asked.append(paths)
+        return served
+
+    def choice(serve: Any) -> engines.Choice:
+        graph = attach(spec)
+        picture = np.zeros((1, 8, 8, 3), np.uint8)
+        built = tmp_path / "model.onnx"
+        return engines.choose(asking(spec, "auto"), Target("onnxruntime"), graph, built, picture, 1, serve)
+
+    assert choice(serve) is served
+    assert asked == [{"onnxruntime": tmp_path / "model.onnx", "openvino": tmp_path / "openvino.onnx"}]
+    assert choice(None) is in_process
 
 
 @pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("int8", "f32"), ("bf16", "bf16"), ("fp16", "f16")])
@@ -129,6 +153,7 @@ def test_without_openvino_auto_says_so_and_publishes(
     assert manifest["engine_choice"] == {
         "engine": "onnxruntime",
         "why": "OpenVINO cannot be installed: no network",
+        "served_ips": {},
         "ms": {},
     }
     with pytest.raises(RuntimeUnavailableError, match="no network"):
@@ -218,7 +243,7 @@ def test_where_the_faster_engine_fails_the_gate_the_other_serves(
             raise VerifyError("its boxes are elsewhere")
         return report
 
-    choice = engines.Choice(("openvino", "onnxruntime"), "OpenVINO is 2 times as fast", {})
+    choice = engines.Choice(("openvino", "onnxruntime"), "OpenVINO is 2 times as fast")
     monkeypatch.setattr(pipeline.checks.engines, "choose", lambda *arguments: choice)
     monkeypatch.setattr(pipeline.checks, "gate", gate)
     monkeypatch.setattr(backend, "prepare", lambda *arguments, **options: stand_in)

@@ -148,15 +148,16 @@ void Instance::run(TRITONBACKEND_Request* request, TRITONBACKEND_Response* respo
         }
     }
     uint64_t const ready = now();
-    {
-        Runners::Borrowed runner(mModel.runners());
-        times.computeBegun = now();
-        times.begun += times.computeBegun - ready; // Triton counts what lies before as waiting in its queue
-        times.computeEnded = times.computeBegun;
-        requireWaiting(request);
-        runner->run(mBatch, given, wanted);
-        times.computeEnded = now();
-    }
+    mModel.runners().run(
+        [&](Runner& runner)
+        {
+            times.computeBegun = now();
+            times.begun += times.computeBegun - ready; // Triton counts what lies before as waiting in its queue
+            times.computeEnded = times.computeBegun;
+            requireWaiting(request);
+            runner.run(mBatch, given, wanted);
+            times.computeEnded = now();
+        });
     if (detections != nullptr)
     {
         mModel.metrics().countDetections(detections, static_cast<size_t>(mBatch));

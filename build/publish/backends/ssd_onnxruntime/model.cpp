@@ -36,29 +36,55 @@ Engine const& Backend::engine(std::string const& name)
 
 // -- Runners ------------------------------------------------------------------------------------------------------
 
+Runners::~Runners()
+{
+    {
+        std::lock_guard<std::mutex> const lock(mMutex);
+        mEnding = true;
+    }
+    mChanged.notify_all();
+    for (std::thread& thread : mThreads)
+    {
+        thread.join();
+    }
+}
+
 void Runners::add(std::unique_ptr<Runner> runner)
 {
     std::lock_guard<std::mutex> const lock(mMutex);
-    mIdle.reserve(mAll.size() + 1); // giving back allocates nothing
-    mIdle.push_back(runner.get());
-    mAll.push_back(std::move(runner));
-    mGivenBack.notify_one();
+    Runner& added = *runner;
+    mRunners.push_back(std::move(runner));
+    mThreads.emplace_back([this, &added] { serve(added); });
 }
 
-Runners::Borrowed::Borrowed(Runners& runners)
-    : mRunners(runners)
+void Runners::run(std::function<void(Runner&)> work)
 {
-    std::unique_lock<std::mutex> lock(runners.mMutex);
-    runners.mGivenBack.wait(lock, [&] { return !runners.mIdle.empty(); });
-    mRunner = runners.mIdle.back();
-    runners.mIdle.pop_back();
+    std::packaged_task<void(Runner&)> task(std::move(work));
+    std::future<void> done = task.get_future();
+    {
+        std::lock_guard<std::mutex> const lock(mMutex);
+        mWaiting.push_back(std::move(task));
+    }
+    mChanged.notify_one();
+    done.get();
 }
 
-Runners::Borrowed::~Borrowed()
+void Runners::serve(Runner& runner)
 {
-    std::lock_guard<std::mutex> const lock(mRunners.mMutex);
-    mRunners.mIdle.push_back(mRunner);
-    mRunners.mGivenBack.notify_one();
+    std::unique_lock<std::mutex> lock(mMutex);
+    while (true)
+    {
+        mChanged.wait(lock, [this] { return mEnding || !mWaiting.empty(); });
+        if (mWaiting.empty())
+        {
+            return;
+        }
+        std::packaged_task<void(Runner&)> task = std::move(mWaiting.front());
+        mWaiting.pop_front();
+        lock.unlock();
+        task(runner);
+        lock.lock();
+    }
 }
 
 // -- Model --------------------------------------------------------------------------------------------------------

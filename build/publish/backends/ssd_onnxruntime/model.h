@@ -10,8 +10,12 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <deque>
+#include <functional>
+#include <future>
 #include <map>
 #include <mutex>
+#include <thread>
 
 //! The engines, each loaded when a model first asks for it, and the families of metrics.
 class Backend
@@ -27,37 +31,34 @@ private:
     std::map<std::string, std::unique_ptr<Engine>> mEngines;
 };
 
-//! The runners of a model: as many requests run at once. Who finds none idle waits.
+//! The runners of a model, each with a thread of its own: as many requests run at once, in the order in which they came.
+//! A runner takes the next request as soon as it is done with one, without a thread that has to wake up in between, and
+//! however many instances wait, the threads that compute stay the same: they keep their cores, caches and memory.
 class Runners
 {
 public:
+    Runners() = default;
+    ~Runners();
+
+    Runners(Runners const&) = delete;
+    Runners& operator=(Runners const&) = delete;
+
+    //! \throw std::system_error where there can be no further thread.
     void add(std::unique_ptr<Runner> runner);
 
-    //! A runner, given back at the end of the block.
-    class Borrowed
-    {
-    public:
-        explicit Borrowed(Runners& runners);
-        ~Borrowed();
-
-        Borrowed(Borrowed const&) = delete;
-        Borrowed& operator=(Borrowed const&) = delete;
-
-        Runner* operator->() const noexcept
-        {
-            return mRunner;
-        }
-
-    private:
-        Runners& mRunners;
-        Runner* mRunner;
-    };
+    //! Has a runner do something, in its thread.
+    //! \throw What that throws.
+    void run(std::function<void(Runner&)> work);
 
 private:
+    void serve(Runner& runner);
+
     std::mutex mMutex;
-    std::condition_variable mGivenBack;
-    std::vector<std::unique_ptr<Runner>> mAll;
-    std::vector<Runner*> mIdle; //!< The one that ran last is taken first: its memory is in the caches.
+    std::condition_variable mChanged;
+    std::deque<std::packaged_task<void(Runner&)>> mWaiting;
+    std::vector<std::unique_ptr<Runner>> mRunners;
+    std::vector<std::thread> mThreads;
+    bool mEnding{false};
 };
 
 class Model
