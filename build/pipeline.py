@@ -301,7 +301,7 @@ def _build(
     # The audit may have written which layers stay unquantised.
     spec = replace(spec, quantization=load(spec.path).quantization)
     graph = chosen.runs if artifact.name == "onnxruntime.onnx" else chosen.graph
-    self_check(chosen.runs, spec, literal=chosen.kind.literal)
+    self_check(chosen.runs, spec)
     for path, written in {artifact.with_name("model.onnx"): chosen.graph, artifact: graph}.items():
         files.write(path, written.SerializeToString(deterministic=True))
     show.print(

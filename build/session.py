@@ -34,7 +34,7 @@ def session(
         model: the graph.
         threads: for one operator; 0 = ONNX Runtime's choice.
         optimised: False runs the graph node by node as it is written.
-        literal: compute every Q/DQ pair for itself in place of integer kernels.
+        literal: compute every Q/DQ pair for itself in place of integer kernels; a graph with FP8 in it always is.
         spinning: whether idle threads spin; a served instance's do not.
         profile: prefix of the file for ONNX Runtime's profile; None = none is written.
         written: where ONNX Runtime writes the graph that it made of the model; None = nowhere.
@@ -42,6 +42,7 @@ def session(
     Raises:
         GraphError: ONNX Runtime cannot run the graph.
     """
+    import onnx
     import onnxruntime
 
     levels = onnxruntime.GraphOptimizationLevel
@@ -52,8 +53,8 @@ def session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimised:
         options.graph_optimization_level = levels.ORT_DISABLE_ALL
-    elif literal:
-        # ONNX Runtime 1.31's further optimisations take FP8 pairs for INT8 ones and give wrong answers.
+    elif literal or any(constant.data_type == onnx.TensorProto.FLOAT8E4M3FN for constant in model.graph.initializer):
+        # ONNX Runtime 1.31's further optimisations take FP8 pairs for INT8 ones: wrong answers, or an error at a Clip.
         options.graph_optimization_level = levels.ORT_ENABLE_BASIC
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile is not None:

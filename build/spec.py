@@ -146,8 +146,13 @@ class Quantization(Table):
     calibrator: str = key("auto", choices=("auto", *contract.CALIBRATORS))
     percentile: float = key(99.99, low=50, high=100)
     exclude_nodes: Names = key(())  # noqa: RUF009
+    exclude_nodes_fp8: Names = key(())  # noqa: RUF009
     rest: str = key("fp32", choices=("fp32", "fp16"))
     gate: float = key(0.99, low=0, high=1)
+
+    def excluded(self, precision: str) -> Names:
+        """The Convs that are left unquantised in a precision: those of every precision, then its own."""
+        return self.exclude_nodes + (self.exclude_nodes_fp8 if precision == "fp8" else ())
 
     @property
     def implicit_calibrator(self) -> str:

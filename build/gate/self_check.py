@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 _ROWS = 2
 
 
-def self_check(model: onnx.ModelProto, spec: Spec, *, literal: bool = False) -> None:
+def self_check(model: onnx.ModelProto, spec: Spec) -> None:
     """Runs the graph in ONNX Runtime: heads and outputs have the contract's shapes, types and values in range.
 
     Args:
         model: the graph, in types that ONNX Runtime has kernels for.
         spec: what it was made from.
-        literal: as for `session.session`.
 
     Raises:
         GraphError: it does not run, or answers something else.
@@ -33,7 +32,7 @@ def self_check(model: onnx.ModelProto, spec: Spec, *, literal: bool = False) -> 
 
     def run(part: onnx.ModelProto, feeds: Arrays) -> Arrays:
         try:
-            return runner(part, literal=literal)(feeds)
+            return runner(part)(feeds)
         except Exception as error:  # ONNX Runtime's own exceptions have no common type
             raise GraphError(f"{spec.onnx_path}: ONNX Runtime cannot run it: {error}") from error
 

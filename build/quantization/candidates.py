@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ class Candidate:
         runs: the served graph as ONNX Runtime runs it here: INT8 in a form of its own, BF16 widened to FP32, any other
             as it is.
         quantised: names of the quantised Convs.
+        left: names of the others, each with the reason; both are empty where nothing is quantised.
     """
 
     precision: str
@@ -43,6 +44,7 @@ class Candidate:
     graph: onnx.ModelProto
     runs: onnx.ModelProto
     quantised: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -101,7 +103,7 @@ class Quantiser:
 
     Attributes:
         calibrators: those that the spec asks for.
-        folded: the folded FP32 source; for INT8 with equalised channels.
+        folded: the folded FP32 source; for INT8 with equalised channels. FP8 has the same relative error at any range.
         calibration: what its activations look like.
         convs: the names of the Convs that can be quantised, in the order of the graph.
 
@@ -114,13 +116,11 @@ class Quantiser:
         self.calibrators = CALIBRATORS if settings.calibrator == "auto" else (settings.calibrator,)
         self._spec, self._name = spec, name
         self.folded = qdq.fold(load_source(spec))
-        held = {constant.name for constant in self.folded.graph.initializer}
-        self.convs = tuple(conv.name for conv in qdq.convs(self.folded) if conv.input[1] in held)
+        self.convs = tuple(conv.name for conv in qdq.quantisable(self.folded, name))
         self._pictures = datasets.calibration(spec, artifacts / "datasets")
-        self._weights: Mapping[str, NDArray[np.float32]] | None = None
         if name == "int8":
             self.folded = equalisation.equalised(spec, self.folded, self._pictures)
-            self._weights = rounding.rounded(spec, self.folded, self._pictures)
+        self._weights = rounding.rounded(spec, self.folded, self._pictures, name)
         file = "calibration-equalised" if name == "int8" else "calibration"
         self.calibration = calibrate(spec, self.folded, artifacts, console, name=file)
         self._clips: dict[str, Mapping[str, float]] = {}
@@ -146,7 +146,7 @@ class Quantiser:
         runs = runnable(graph, self._name)
         if self._name == "int8":
             runs = qdq.for_onnxruntime(attach(spec, self.placed(calibrator, exclude, kernels=True).model))
-        return Candidate(self._name, calibrator, placed.model, graph, runs, placed.nodes)
+        return Candidate(self._name, calibrator, placed.model, graph, runs, placed.nodes, placed.left)
 
     def placed(self, calibrator: str, exclude: Collection[str] | None = None, *, kernels: bool = False) -> qdq.Placed:
         """The quantised source alone; arguments as for `candidate` and `qdq.quantize`."""
@@ -154,11 +154,11 @@ class Quantiser:
         if calibrator not in self._clips:
             self._clips[calibrator] = self.calibration.clips(calibrator, settings.percentile)
         clips = self._clips[calibrator]
-        if self._name == "int8" and calibrator not in self._errors:
+        if calibrator not in self._errors:
             everything = qdq.quantize(self.folded, clips, kind=self._name, weights=self._weights)
             self._errors[calibrator] = correction.mean_errors(self._spec, self.folded, everything, self._pictures)
-        errors = self._errors.get(calibrator)
-        left = settings.exclude_nodes if exclude is None else exclude
+        errors = self._errors[calibrator]
+        left = settings.excluded(self._name) if exclude is None else exclude
         placed = qdq.quantize(
             self.folded, clips, kind=self._name, exclude=left, kernels=kernels, errors=errors, weights=self._weights
         )

@@ -1,4 +1,4 @@
-"""Bias correction: what rounding to INT8 shifts a Conv's output by on average, taken off its bias.
+"""Bias correction: what rounding shifts a Conv's output by on average, taken off its bias.
 
 Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (ICCV 2019), section 4.2, with
 the mean measured on calibration pictures. The bias stays in floating point, so this costs no time when served.

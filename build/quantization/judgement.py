@@ -84,8 +84,11 @@ class Judgement:
     def sentence(self, result: Judged) -> str:
         """What build, audit and sensitivity say about it."""
         convs = len(qdq.convs(result.candidate.source))
-        left = convs - len(result.candidate.quantised) if result.candidate.kind.quantised else 0
-        rest = f" with {left} of {convs} convolutions left in {self._spec.quantization.rest.upper()}" if left else ""
+        left = result.candidate.left
+        without = sum(reason == qdq.NO_KERNEL for reason in left.values())
+        why = f" ({without} of them because TensorRT has no fast FP8 kernels for them)" if without else ""
+        rest = self._spec.quantization.rest.upper()
+        rest = f" with {len(left)} of {convs} convolutions left in {rest}{why}" if left else ""
         own = ", labelled by FP32's own detections" if self.pictures.labelled_by else ""
         return (
             f"{self._spec.model.name}: {result.candidate.name}{rest} keeps {result.share:.2%} of FP32's mAP on "

@@ -5,6 +5,7 @@ Symmetric, activations per tensor, weights per output channel, bias left in floa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 # The largest value of each quantised type; its INT8 uses -127..127, so that a value and its negative are alike.
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
+# TensorRT has no fast FP8 kernels for grouped and depthwise Convs (release notes of 10.12, limitations). Those for few
+# channels are slower than FP16's, and none takes a large kernel (NVIDIA's Model Optimizer 0.47 leaves these out).
+_FP8_TOO_FEW = 16
+_FP8_LARGEST_KERNEL = 32
+NO_KERNEL = "TensorRT has no fast FP8 kernel for it"
 # What has weights: a Conv that none of these reads, not even by way of others, is a head.
 _WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 # A 1x1 head of at most so many channels stays unrounded: that costs little time, and rounding it costs accuracy.
@@ -30,6 +36,15 @@ _FEW = 64
 def scale_of(clip: float, kind: str) -> float:
     """The scale of a quantised type that represents values up to `clip`; 1 / largest where nothing was ever above 0."""
     return (clip or 1.0) / _LARGEST[kind]
+
+
+def representable(values: NDArray[np.floating], kind: str) -> NDArray[np.floating]:
+    """Values, in units of their scale, each rounded to the nearest that the quantised type has."""
+    import ml_dtypes
+    import numpy as np
+
+    kept = np.clip(values, -_LARGEST[kind], _LARGEST[kind])
+    return np.asarray(np.round(kept) if kind == "int8" else kept.astype(ml_dtypes.float8_e4m3fn).astype(values.dtype))
 
 
 def weight_scales(weights: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
@@ -103,6 +118,25 @@ def convs(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == "Conv"]
 
 
+def why_not(conv: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], kind: str) -> str:
+    """Why a Conv gets no pairs in this type, in words; empty where it can have them."""
+    if conv.input[1] not in constants:
+        return "its weights are no constant"
+    outputs, inputs, *kernel = constants[conv.input[1]].dims
+    groups = next((attribute.i for attribute in conv.attribute if attribute.name == "group"), 1)
+    if kind == "fp8" and (
+        groups > 1 or min(outputs, inputs) <= _FP8_TOO_FEW or math.prod(kernel) > _FP8_LARGEST_KERNEL
+    ):
+        return NO_KERNEL
+    return ""
+
+
+def quantisable(model: onnx.ModelProto, kind: str) -> list[onnx.NodeProto]:
+    """The Convs of a folded model that can be quantised, in the order of the graph."""
+    constants = {constant.name: constant for constant in model.graph.initializer}
+    return [conv for conv in convs(model) if not why_not(conv, constants, kind)]
+
+
 @dataclass(frozen=True)
 class Placed:
     """A quantised source model and what was decided for it.
@@ -136,6 +170,7 @@ def quantize(
       weights, per output channel.
     - Where an Add joins a Conv's result with a shortcut: a pair on the shortcut, so that the sum fuses with the Conv.
     - A concatenation gets its pair behind it, so that all its parts have one scale. The bias stays in floating point.
+    - A Conv that TensorRT has no FP8 kernel for gets no FP8 pairs: they would cost accuracy and time (`why_not`).
 
     Args:
         source: a folded FP32 model.
@@ -193,10 +228,9 @@ def quantize(
     chosen, left = [], {}
     readers = readers_of(model)
     for conv in convs(model):
-        if conv.name in exclude:
-            left[conv.name] = "excluded"
-        elif conv.input[1] not in constants:
-            left[conv.name] = "its weights are no constant"
+        reason = "excluded" if conv.name in exclude else why_not(conv, constants, kind)
+        if reason:
+            left[conv.name] = reason
         else:
             chosen.append(conv)
     own = {conv.output[0] for conv in chosen}
@@ -209,10 +243,12 @@ def quantize(
                 model.graph.initializer.append(numpy_helper.from_array(weights[name], f"{name}/rounded"))
                 pairs[name][0].input[0] = f"{name}/rounded"
         activation(conv.input[0])
-        for node in readers.get(conv.output[0], []):
-            shortcut = [name for name in node.input if name != conv.output[0] and name not in constants]
+        following = readers.get(conv.output[0], [])
+        # A Conv that others read, too, is stored by itself and not summed in registers.
+        if len(following) == 1 and following[0].op_type == "Add":
+            shortcut = [name for name in following[0].input if name != conv.output[0] and name not in constants]
             known = len(shortcut) == 1 and (shortcut[0] in clips or shortcut[0] in own)
-            if node.op_type == "Add" and known and conv.output[0] not in pairs:  # else this Conv is the shortcut itself
+            if known and conv.output[0] not in pairs:  # else this Conv is the shortcut itself
                 activation(shortcut[0])
         if kernels and not _is_small_head(conv, readers, constants[conv.input[1]]):
             activation(behind(conv, readers, every))

@@ -1,4 +1,4 @@
-"""Rounding of weights to INT8 by what they are multiplied with, not each to its nearest step.
+"""Rounding of weights to INT8 or FP8 by what they are multiplied with, not each to its nearest step.
 
 A filter's output is off by Δw·x for inputs x, on average by the square ΔwᵀHΔw with the second moments H = E[x·xᵀ].
 Rounding to the nearest step ignores H: behind a Relu all inputs are positive, and a filter's rounding errors add up. So
@@ -29,13 +29,16 @@ _BLOCK = 64  # columns
 _DAMPING = 0.01  # of the mean of H's diagonal, as in GPTQ
 
 
-def rounded(spec: Spec, source: onnx.ModelProto, pictures: datasets.Pictures) -> dict[str, NDArray[np.float32]]:
-    """The weights of each Conv, on the steps of symmetric INT8 by output channel, by the initializer's name.
+def rounded(
+    spec: Spec, source: onnx.ModelProto, pictures: datasets.Pictures, kind: str
+) -> dict[str, NDArray[np.float32]]:
+    """The weights of each Conv that can be quantised, on the type's values by output channel, by initializer.
 
     Args:
         spec: the model.
         source: the folded FP32 model.
         pictures: calibration pictures, of which at most PICTURES are read, spread evenly.
+        kind: int8 or fp8.
 
     Raises:
         DataError: too many of them cannot be read.
@@ -44,23 +47,24 @@ def rounded(spec: Spec, source: onnx.ModelProto, pictures: datasets.Pictures) ->
 
     constants = {constant.name: constant for constant in source.graph.initializer}
     found = {}
-    for weights, moments in _moments(spec, source, pictures).items():
-        found[weights] = round_by(numpy_helper.to_array(constants[weights]), moments)
+    for weights, moments in _moments(spec, source, pictures, kind).items():
+        found[weights] = round_by(numpy_helper.to_array(constants[weights]), moments, kind)
     return found
 
 
-def round_by(weights: NDArray[np.float32], moments: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Weights on the steps of INT8 so that the outputs change least for inputs of these moments.
+def round_by(weights: NDArray[np.float32], moments: NDArray[np.floating], kind: str = "int8") -> NDArray[np.float32]:
+    """Weights on the values of INT8 or FP8 so that the outputs change least for inputs of these moments.
 
     Args:
-        weights: [M, C/G, *kernel]; a step is a channel's largest absolute value / 127.
+        weights: [M, C/G, *kernel]; the scale is by channel (`qdq.weight_scales`).
         moments: [G, K, K] with K = C/G times the kernel's size; times any constant.
+        kind: int8 or fp8.
     """
     import numpy as np
 
     groups, size, _ = moments.shape
     rows = weights.reshape(groups, -1, size).astype(np.float64)
-    steps = qdq.weight_scales(weights, "int8").reshape(groups, -1).astype(np.float64)
+    steps = qdq.weight_scales(weights, kind).reshape(groups, -1).astype(np.float64)
     diagonal = np.einsum("gkk->gk", moments).astype(np.float64)
     damped = moments + np.eye(size) * (_DAMPING * diagonal.mean(1)[:, None, None] + 1e-12)
     order = np.argsort(-np.einsum("gkk->gk", damped), axis=1, kind="stable")
@@ -73,7 +77,7 @@ def round_by(weights: NDArray[np.float32], moments: NDArray[np.floating]) -> NDA
         errors = np.empty((*rows.shape[:2], end - start))
         for k in range(start, end):
             exact = rows[:, :, k].copy()
-            rows[:, :, k] = np.clip(np.round(exact / steps), -127, 127) * steps
+            rows[:, :, k] = qdq.representable(exact / steps, kind) * steps
             errors[:, :, k - start] = (exact - rows[:, :, k]) / upper[:, None, k, k]
             rows[:, :, k + 1 : end] -= errors[:, :, k - start, None] * upper[:, None, k, k + 1 : end]
         rows[:, :, end:] -= errors @ upper[:, start:end, end:]  # the same for what is behind the block, all at once
@@ -81,13 +85,17 @@ def round_by(weights: NDArray[np.float32], moments: NDArray[np.floating]) -> NDA
     return np.take_along_axis(rows, back[:, None, :], 2).reshape(weights.shape).astype(np.float32)
 
 
-def _moments(spec: Spec, source: onnx.ModelProto, pictures: datasets.Pictures) -> dict[str, NDArray[np.float32]]:
+def _moments(
+    spec: Spec, source: onnx.ModelProto, pictures: datasets.Pictures, kind: str
+) -> dict[str, NDArray[np.float32]]:
     """The sum of x·xᵀ over the patches that meet each initializer of weights: FP32 [G, K, K], by its name."""
     import numpy as np
     import onnx
 
     held = {constant.name: constant for constant in source.graph.initializer}
-    convs = [conv for conv in qdq.convs(source) if conv.input[1] in held]
+    convs = qdq.quantisable(source, kind)
+    if not convs:
+        return {}
     whole = before_nms(attach(spec, source))
     names = sorted({qdq.served_name(source, conv.input[0]) for conv in convs})
     del whole.graph.output[:]

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-MOST_LEFT_OUT = 0.1  # of the Convs; beyond that another precision is the better answer
+# The largest share of the Convs that can be quantised; beyond that another precision is the better answer. An INT8
+# network pays for each Conv left out with conversions. In FP8 it still runs on tensor cores, in FP16.
+MOST_LEFT_OUT = {"int8": 0.1, "fp8": 0.5}
 _METHOD = "noise over signal, both heads added, weighted by score"
 PICTURES = 4  # of the calibration's, for the ranking
 
@@ -36,10 +38,10 @@ class Found:
 
     Attributes:
         layers: signal over quantisation noise in the heads, in dB, when this Conv alone is quantised; the worst first.
-        exclude_nodes: the Convs that are left out.
+        exclude_nodes: the Convs that are left out of those that can be quantised.
         best: the judgement with these left out; None where the budget ended before.
         verdict: one sentence: whether it passes, and what became of spec.toml.
-        spec: the spec with `exclude_nodes`.
+        spec: the spec with them.
         done: False where the budget ended the search.
     """
 
@@ -72,11 +74,11 @@ def search(
 
     1. Judge what the spec asks for, with every calibrator that it allows; go on with the best of them.
     2. Quantise each Conv alone and measure the noise in the heads where something is detected. Rank by it.
-    3. If 1. failed: leave out the 1, 2, 3, 5, 8 … worst, at most a tenth of all, until it passes.
+    3. If 1. failed: leave out the 1, 2, 3, 5, 8 … worst until it passes, at most MOST_LEFT_OUT.
     4. Take those back in that were not needed, the least noisy first. Try the other calibrators with the rest.
 
     Args:
-        spec: the model; its `exclude_nodes` are left out in any case.
+        spec: the model; what it excludes is left out in any case.
         artifacts: `audit/sensitivity.json` in it keeps what was measured: an interrupted search goes on where it ended.
         precision: int8 or fp8.
         judgement: FP32's, where it is there already.
@@ -98,15 +100,15 @@ def search(
     if start is None:
         every = [judgement.of(quantiser.candidate(calibrator)) for calibrator in quantiser.calibrators]
         start = max(every, key=lambda result: result.share)
-    count = len(quantiser.convs)
+    most = max(1, int(MOST_LEFT_OUT[precision] * len(quantiser.convs)))
     show.print(judgement.sentence(start), markup=False)
     measured = _Measured(artifacts / "audit" / "sensitivity.json", start, judgement)
-    base = tuple(name for name in quantiser.convs if name in spec.quantization.exclude_nodes)
+    base = tuple(name for name in quantiser.convs if name in spec.quantization.excluded(precision))
     layers: dict[str, float] = {}
     try:
         layers = _ranked(spec, quantiser, start.candidate.calibrator, artifacts, measured, until, show)
         trial = _Trials(quantiser, judgement, start, base, until)
-        best = trial.fewest([name for name in layers if name not in base], max(1, int(MOST_LEFT_OUT * count)))
+        best = trial.fewest([name for name in layers if name not in base], most)
     except TimeoutError:
         verdict = f"{spec.model.name}: the budget of {budget:g} s is used up; run it again to go on ({measured.file})"
         show.print(verdict, markup=False)
@@ -119,13 +121,16 @@ def search(
     _print_whole(show, _table(spec, layers, left))
     chosen, verdict = spec, judgement.sentence(best)
     if not best.passes:
-        verdict += f"; nothing was changed: no more than {MOST_LEFT_OUT:.0%} of the convolutions are left out"
+        limit = f"no more than {MOST_LEFT_OUT[precision]:.0%} of the convolutions that can be quantised"
+        verdict += f"; nothing was changed: {limit} are left out"
     elif set(left) == set(base):
         verdict += "; spec.toml stays as it is"
     elif write:
-        specs.edit(spec.path, {"quantization.exclude_nodes": left})
+        key = "exclude_nodes_fp8" if precision == "fp8" else "exclude_nodes"
+        elsewhere = spec.quantization.exclude_nodes if precision == "fp8" else ()
+        specs.edit(spec.path, {f"quantization.{key}": tuple(name for name in left if name not in elsewhere)})
         chosen = specs.load(spec.path)
-        verdict += f"; {spec.path} names them in exclude_nodes"
+        verdict += f"; {spec.path} names them in {key}"
     show.print(verdict, markup=False)
     return Found(layers, left, best, verdict, chosen)
 

@@ -108,7 +108,7 @@ def _of_model(spec: Spec, artifacts: Path, rounds: int, console: Console) -> lis
         run = runner(before_nms(candidate.graph if quantised else candidate.runs), literal=quantised)
         row: Row = {"precision": candidate.precision, "calibrator": candidate.calibrator, "share": result.share}
         row["forms"] = {form: value / judgement.baseline.accuracy.map for form, value in result.forms.items()}
-        row["left_out"] = len(qdq.convs(candidate.source)) - len(candidate.quantised) if quantised else 0
+        row["left_out"] = len(candidate.left)
         row |= {"passes": result.passes, "noise_db": noise.sqnr(exact, noise.heads(run, pixels), weights)}
         rows.append(row | (_speeds(base, timed, pixels, rounds) if timed else _NO_SPEEDS))
     about = {"model": spec.model.name, "pictures": len(judgement.pictures)}

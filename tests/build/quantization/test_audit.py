@@ -177,7 +177,13 @@ def test_unreadable_pictures_count_as_unseen_up_to_a_limit(spec: Spec, tmp_path:
 # -- the audit and the gate --------------------------------------------------------------------------------------------
 
 
-def test_audit_of_every_precision(seen: Spec, tmp_path: Path) -> None:
+@pytest.fixture
+def fp8_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if TensorRT had FP8 kernels for the few channels of the tiny model."""
+    monkeypatch.setattr(qdq, "_FP8_TOO_FEW", 0)
+
+
+def test_audit_of_every_precision(seen: Spec, fp8_everywhere: None, tmp_path: Path) -> None:
     summary = audit.audit(seen, tmp_path, console=silent())
     assert json.loads((tmp_path / "audit" / "summary.json").read_text()) == summary
     assert set(summary) == {"fp32", "fp16", "bf16", "int8", "fp8"}
@@ -226,7 +232,7 @@ def test_the_gate_takes_the_best_and_refuses_what_loses_too_much(spec: Spec, tmp
     with pytest.raises(
         VerifyError,
         match=r"int8 percentile .*keeps .*the gate asks for 99\.00%\): fails; nothing was changed: no more than 10% of "
-        "the convolutions are left out; it is not published",
+        "the convolutions that can be quantised are left out; it is not published",
     ):
         audit.approved(dataclasses.replace(spec, quantization=settings), "int8", tmp_path, silent())
     assert spec.path.read_bytes() == before
@@ -286,6 +292,23 @@ def test_a_build_leaves_out_what_does_not_bear_int8(spec: Spec, fragile: str, tm
     assert len(chosen.quantised) == 2
     assert fragile not in chosen.quantised
     assert load(spec.path).quantization.exclude_nodes == (fragile,)
+
+
+def test_what_fp8_leaves_out_is_its_own(spec: Spec, fragile: str, fp8_everywhere: None, tmp_path: Path) -> None:
+    specs.edit(spec.path, {"quantization.calibrator": "minmax"})
+    chosen = audit.approved(load(spec.path), "fp8", tmp_path, silent())
+    assert chosen.left == {fragile: "excluded"}
+    settings = load(spec.path).quantization
+    assert (settings.exclude_nodes, settings.exclude_nodes_fp8) == ((), (fragile,))
+    assert settings.excluded("int8") == ()
+    assert settings.excluded("fp8") == (fragile,)
+
+
+def test_fp8_without_any_kernel_is_refused(spec: Spec, tmp_path: Path) -> None:
+    with pytest.raises(VerifyError, match="none of its 3 convolutions would be fp8") as caught:
+        audit.approved(spec, "fp8", tmp_path, silent())
+    assert qdq.NO_KERNEL in str(caught.value)
+    assert "int8" in str(caught.value)
 
 
 def test_an_interrupted_search_goes_on(

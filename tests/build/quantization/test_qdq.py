@@ -310,6 +310,27 @@ def test_residuals_and_concatenations() -> None:
     assert 0 < np.abs(exact - found).max() < 0.1 * np.abs(exact).max()
 
 
+def test_a_conv_that_others_read_too_is_not_summed_in_its_registers() -> None:
+    """As in MobileNetV2's blocks: the linear Conv before a block is the shortcut, the one that ends it has no pair."""
+    rng = np.random.default_rng(0)
+    make = helper.make_node
+    weights = {f"w{i}": rng.normal(0, 0.3, (3, 3, 1, 1)).astype(np.float32) for i in range(4)}
+    nodes = [
+        make("Conv", ["x", "w0"], ["shortcut"], name="conv0"),
+        make("Conv", ["shortcut", "w1"], ["a"], name="conv1"),
+        make("Relu", ["a"], ["ar"]),
+        make("Conv", ["ar", "w2"], ["end"], name="conv2"),
+        make("Add", ["end", "shortcut"], ["sum"]),
+        make("Conv", ["sum", "w3"], ["y"], name="conv3"),
+    ]
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 8, 8]) for name in ("x", "y")]
+    constants = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "block", tensors[:1], tensors[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    placed = qdq.quantize(model, clips_of(model, noise(rows=1)))
+    assert pairs(placed.model) - weights.keys() == {"x", "shortcut", "ar", "sum"}
+
+
 def test_sums_and_concatenations_run_in_integers_in_onnxruntime_s_form(tmp_path: Path) -> None:
     model = residual()
     clips = clips_of(model, noise(rows=1))
@@ -342,10 +363,18 @@ def test_quantised_models_are_not_quantised_again(spec: Spec) -> None:
         qdq.fold(qdq.quantize(folded, clips_of(folded, noise())).model)
 
 
-def test_fp8(spec: Spec) -> None:
-    folded = source_of(spec)
+def test_fp8_is_where_tensorrt_has_kernels_for_it() -> None:
+    """Neither few channels (the first Conv, the heads) nor grouped ones: these stay in floating point."""
+    folded = qdq.fold(network("relu", "depthwise", channels=24))
     clips = clips_of(folded, noise())
-    model = qdq.quantize(folded, clips, kind="fp8").model
+    placed = qdq.quantize(folded, clips, kind="fp8")
+    depthwise = [conv.name for conv in qdq.convs(folded) if any(each.name == "group" for each in conv.attribute)]
+    few = [conv.name for conv in qdq.convs(folded) if conv.input[0] == "images"]
+    heads = [conv.name for conv in qdq.convs(folded)[-2:]]
+    assert placed.left == dict.fromkeys([*few, *depthwise, *heads], qdq.NO_KERNEL)
+    assert len(placed.nodes) == 3
+    assert set(placed.nodes) == {conv.name for conv in qdq.quantisable(folded, "fp8")}
+    model = placed.model
     onnx.checker.check_model(model, full_check=True)
     zeros = {one.data_type for one in model.graph.initializer if one.name.endswith("/zero")}
     assert zeros == {TensorProto.FLOAT8E4M3FN}

@@ -50,6 +50,25 @@ def test_close_to_the_best_of_all_roundings() -> None:
     assert loss(found).sum() < 0.4 * nearest.sum()
 
 
+def test_weights_of_fp8_lie_on_its_values_and_cost_less_than_the_nearest_ones() -> None:
+    import ml_dtypes
+
+    rng = np.random.default_rng(3)
+    weights = rng.normal(0, 1, (32, 24, 3, 3)).astype(np.float32)
+    moments = moments_of(np.maximum(rng.normal(0.5, 1, (1, 600, 24 * 9)), 0))
+    found = rounding.round_by(weights, moments, "fp8")
+    scales = qdq.weight_scales(weights, "fp8").reshape(-1, 1, 1, 1)
+    nearest = qdq.representable(weights / scales, "fp8") * scales
+    assert np.abs(nearest / scales).max() == pytest.approx(448)
+    codes = found / scales
+    np.testing.assert_allclose(codes, codes.astype(ml_dtypes.float8_e4m3fn).astype(np.float32), rtol=1e-5, atol=1e-6)
+    loss = []
+    for rounded in (found, nearest):
+        error = (rounded - weights).reshape(32, -1).astype(np.float64)
+        loss.append(np.einsum("ci,ij,cj->", error, moments[0], error))
+    assert loss[0] < 0.5 * loss[1]
+
+
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(2)
     weights = rng.normal(0, 1, (6, 5, 3, 3)).astype(np.float32)
@@ -103,7 +122,7 @@ def test_int8_of_a_graph_is_closer_than_with_the_nearest_steps(tmp_path: Path) -
     path.write_text(f'{path.read_text()}\n[data]\ncalibration = "pictures"\n')
     spec = load(path)
     seen = datasets.calibration(spec, tmp_path)
-    weights = rounding.rounded(spec, source, seen)
+    weights = rounding.rounded(spec, source, seen, "int8")
     assert set(weights) == {conv.input[1] for conv in qdq.convs(source)}
     pixels = np.concatenate(list(datasets.arrays(seen, spec.input, 8))).astype(np.float32)
     images = ((pixels - np.float32(spec.input.mean)) / np.float32(spec.input.std)).transpose(0, 3, 1, 2)
@@ -115,6 +134,7 @@ def test_int8_of_a_graph_is_closer_than_with_the_nearest_steps(tmp_path: Path) -
         found = runner(alone, literal=True)({"images": images})
         errors[name] = sum(np.square(found[head] - exact[head]).mean() / exact[head].var() for head in exact)
     assert errors["moments"] < 0.6 * errors["nearest"]
+    assert not rounding.rounded(spec, source, seen, "fp8"), "no Conv of so few channels has an FP8 kernel"
 
 
 def _names(model: onnx.ModelProto) -> list[str]:
