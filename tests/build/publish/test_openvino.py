@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from build import contract, files, pipeline
+from build import contract, files, pipeline, throughput
 from build import spec as specs
 from build.contract import Target
 from build.errors import OptionError, RuntimeUnavailableError, VerifyError
@@ -207,6 +207,23 @@ def test_a_model_is_published_with_openvino_and_stays_fresh(native: None, spec: 
         ["tiny"], tmp_path / "repository", sources=spec.path.parent.parent, artifacts=tmp_path / "artifacts"
     )
     assert report.passed
+
+
+@needs_openvino
+@pytest.mark.triton
+def test_auto_serves_with_both_engines_and_keeps_both_figures(
+    native: None, spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "ROUNDS", 2)
+    monkeypatch.setattr(throughput, "SECONDS", 0.05)
+    asked = asking(spec, "auto")
+    said = build(asked, tmp_path)
+    manifest = store.served(tmp_path / "repository", "tiny")[1]
+    choice = manifest["engine_choice"]
+    assert choice["engine"] == manifest["serving"].get("engine", "onnxruntime")
+    assert all(f"{engine} {choice['served_ips'][engine]:.0f}" in said for engine in ("onnxruntime", "openvino"))
+    assert not choice["ms"]
+    assert "nothing changed" in build(asked, tmp_path)
 
 
 @needs_openvino
