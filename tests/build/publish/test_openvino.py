@@ -174,7 +174,10 @@ def test_another_cpu_is_another_choice(spec: Spec, monkeypatch: pytest.MonkeyPat
 
 
 @needs_openvino
-def test_openvino_answers_as_onnx_runtime_does(spec: Spec, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime_thresholds", [True, False])
+def test_openvino_answers_as_onnx_runtime_does(spec: Spec, tmp_path: Path, runtime_thresholds: bool) -> None:
+    specs.edit(spec.path, {"nms.runtime_thresholds": runtime_thresholds})
+    spec = specs.load(spec.path)
     model = attach(spec)
     path = tmp_path / "openvino.onnx"
     files.write(path, openvino.readable(model).SerializeToString())
