@@ -7,6 +7,7 @@ import http.client
 import statistics
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,6 +114,7 @@ def _load(server: TritonServer, model: str, requests: Sequence[Request], clients
     Raises:
         ServeError: the server does not answer, or answers with an error.
     """
+    path = f"/v2/models/{urllib.parse.quote(model, safe='')}/infer"
     begun = time.perf_counter()
 
     def client(number: int) -> int:
@@ -121,7 +123,7 @@ def _load(server: TritonServer, model: str, requests: Sequence[Request], clients
             while not asked or time.perf_counter() < begun + seconds:
                 body, headers = requests[(number + asked) % len(requests)]
                 asked += 1
-                connection.request("POST", f"/v2/models/{model}/infer", body, dict(headers))
+                connection.request("POST", path, body, dict(headers))
                 answer = connection.getresponse()
                 content = answer.read()
                 if answer.status == http.client.OK:
