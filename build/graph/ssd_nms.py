@@ -170,19 +170,22 @@ def _batch(
         value_kind = f"value_{kind.lower()}"
         attribute[name] = op.Constant(**{value_kind: ir.RefAttr(value_kind, name, ir.AttributeType[kind])})
     lowest = attribute["lowest_score_threshold"]
-    asked = score if nms.runtime_thresholds else attribute["score_threshold"]
-    attribute["score_threshold"] = op.Where(op.Less(asked, lowest), lowest, asked)  # not Max: NaN stays NaN
+
+    def effective(op: Any, asked: Any) -> Any:
+        return op.Where(op.Less(asked, lowest), lowest, asked)  # not Max: NaN stays NaN
+
     rows = [op.Cast(deltas, to=ir.DataType.FLOAT), op.Cast(logits, to=ir.DataType.FLOAT)]
     if nms.runtime_thresholds:
         most = op.Constant(value_float=1.0)
         rows += [
-            attribute["score_threshold"],
+            effective(op, score),
             op.Where(op.Less(iou, most), op.Max(iou, op.Constant(value_float=0.0)), most),
         ]
 
     def row(op: Any, deltas: Any, logits: Any, *thresholds: Any) -> Sequence[Any]:
         op.builder.push_module("row")  # names of its own: a subgraph must not repeat those around it
-        score, iou = thresholds or (attribute["score_threshold"], attribute["iou_threshold"])
+        # Of what is around it, OpenVINO's Scan takes constants only: what is computed must be computed inside.
+        score, iou = thresholds or (effective(op, attribute["score_threshold"]), attribute["iou_threshold"])
         return _Row(op, nms, attribute, score, iou).detections(deltas, logits, anchors)
 
     def value(name: str, dtype: Any, *shape: int | str) -> Any:

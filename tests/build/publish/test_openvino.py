@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from build import contract, files, pipeline
+from build import contract, files, pipeline, throughput
 from build import spec as specs
 from build.contract import Target
 from build.errors import OptionError, RuntimeUnavailableError, VerifyError
@@ -174,7 +174,10 @@ def test_another_cpu_is_another_choice(spec: Spec, monkeypatch: pytest.MonkeyPat
 
 
 @needs_openvino
-def test_openvino_answers_as_onnx_runtime_does(spec: Spec, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime_thresholds", [True, False])
+def test_openvino_answers_as_onnx_runtime_does(spec: Spec, tmp_path: Path, runtime_thresholds: bool) -> None:
+    specs.edit(spec.path, {"nms.runtime_thresholds": runtime_thresholds})
+    spec = specs.load(spec.path)
     model = attach(spec)
     path = tmp_path / "openvino.onnx"
     files.write(path, openvino.readable(model).SerializeToString())
@@ -207,6 +210,23 @@ def test_a_model_is_published_with_openvino_and_stays_fresh(native: None, spec: 
         ["tiny"], tmp_path / "repository", sources=spec.path.parent.parent, artifacts=tmp_path / "artifacts"
     )
     assert report.passed
+
+
+@needs_openvino
+@pytest.mark.triton
+def test_auto_serves_with_both_engines_and_keeps_both_figures(
+    native: None, spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "ROUNDS", 2)
+    monkeypatch.setattr(throughput, "SECONDS", 0.05)
+    asked = asking(spec, "auto")
+    said = build(asked, tmp_path)
+    manifest = store.served(tmp_path / "repository", "tiny")[1]
+    choice = manifest["engine_choice"]
+    assert choice["engine"] == manifest["serving"].get("engine", "onnxruntime")
+    assert all(f"{engine} {choice['served_ips'][engine]:.0f}" in said for engine in ("onnxruntime", "openvino"))
+    assert not choice["ms"]
+    assert "nothing changed" in build(asked, tmp_path)
 
 
 @needs_openvino
