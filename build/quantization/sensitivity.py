@@ -183,13 +183,13 @@ class _Measured:
         self._key = whole.hexdigest()
         try:
             stored = json.loads(file.read_text(encoding="utf-8-sig"))
-            self.values: dict[str, float] = dict(stored["sqnr_db"]) if stored["key"] == self._key else {}
+            self.values: dict[str, float] = dict(stored["noise_db"]) if stored["key"] == self._key else {}
         except (OSError, ValueError, KeyError, TypeError):
             self.values = {}
 
     def write(self) -> None:
         """Keeps what is there."""
-        files.write_json(self.file, {"key": self._key, "sqnr_db": self.values})
+        files.write_json(self.file, {"key": self._key, "noise_db": self.values})
 
 
 def _ranked(
