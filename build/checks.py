@@ -117,6 +117,10 @@ def with_engine(
             count = spec.data.held_out_count if target.kind.widened else verify.PICTURES
             report = gate(spec, target, source, built, None, artifacts, judge, count, engine_name).require()
         except (RuntimeUnavailableError, VerifyError) as error:
+            asked = spec.serving.engine == openvino.NAME and not target.kind.widened  # ONNX Runtime could serve it
+            if vino and asked and isinstance(error, VerifyError):
+                other = 'set [serving] engine = "auto", which serves ONNX Runtime where OpenVINO fails its gate'
+                raise VerifyError(error.what, why=error.why, fix=f"{error.fix}; or {other}") from None
             if engine_name == choice.order[-1]:
                 raise
             show.print(f"{name}: not served with {engine_name}: {error.what}", markup=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -289,7 +289,7 @@ def check_parity(
     """Against the reference's raw heads, one picture at a time; the candidate sees it alone, then in batches."""
     threshold = spec.nms.score_threshold
     lowest = max(_LOWEST_THRESHOLD, spec.nms.lowest_score_threshold)
-    wanted = _candidates(spec, heads, images)
+    wanted = before_suppression(spec, heads, images)
     best = max((float(found.scores.max(initial=0)) for found in wanted), default=0.0)
     while spec.nms.runtime_thresholds and best <= threshold > lowest:
         threshold = max(lowest, threshold / 4)  # pictures without its objects: something must be compared all the same
@@ -331,8 +331,14 @@ def check_parity(
     return Check("parity", not beyond, detail, look)
 
 
-def _candidates(spec: Spec, heads: Runner, images: NDArray[np.uint8]) -> list[matching.Candidates]:
-    """What suppression had to choose from, for each picture alone."""
+def before_suppression(spec: Spec, heads: Runner, images: Iterable[NDArray[np.uint8]]) -> list[matching.Candidates]:
+    """What suppression has to choose from, for each picture alone.
+
+    Args:
+        spec: the model.
+        heads: a graph before SSDNMS.
+        images: UINT8 [H,W,3] each.
+    """
     import numpy as np
 
     anchors = spec.load_anchors() if spec.nms.needs_anchors else None

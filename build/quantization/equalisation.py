@@ -3,14 +3,15 @@
 A channel is made k times as large by the Conv before it and 1/k times by the Convs behind it: Nagel et al., "Data-Free
 Quantization Through Weight Equalization and Bias Correction" (ICCV 2019), section 4.1; here by the ranges of the
 activations, since weights have a scale per output channel. Between the two lie only operators f with f(k·x) = k·f(x)
-for k > 0. A Clip from 0 to b (ReLU6) is one as long as k times the channel's largest value is at most b. What exceeds
-every value of calibration is then clipped there, as INT8 would do anyway.
+for k > 0, and such that pass channels on: concatenations, splits, zeros around them. A Clip from 0 to b (ReLU6) is one
+as long as k times the channel's largest value is at most b. What exceeds every value of calibration is then clipped
+there, as INT8 would do anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from build import contract
@@ -31,74 +32,139 @@ _BATCH = 4
 _SHAPES = ("Shape", "Size")  # their answers do not depend on values
 # f(k·x) = k·f(x) for each channel of the first input.
 _HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Identity", "Resize")
+_ROUNDED = ("Conv", "Add", "Concat")  # what they read has a scale in one of the forms
 
 
-@dataclass
-class Group:
-    """Activations whose channels can be scaled, all alike, without any other change of the model's answers.
+@dataclass(frozen=True)
+class Channels:
+    """Which channels of which activations can be scaled, each class of them alike, without any other change.
 
     Attributes:
-        tensors: their names.
-        before: the Convs that make them.
-        behind: the Convs that read them.
-        top: the lowest upper end of the Clips between; infinite without one.
+        classes: of each activation the class of each channel [C].
+        tops: of each class the lowest end of the Clips between; infinite without one [classes].
+        free: of each class whether it can be scaled at all [classes].
+        convs: the Convs that make or read them, and can be scaled themselves.
     """
 
-    tensors: list[str] = field(default_factory=list)
-    before: list[onnx.NodeProto] = field(default_factory=list)
-    behind: list[onnx.NodeProto] = field(default_factory=list)
-    top: float = float("inf")
+    classes: Mapping[str, NDArray[np.intp]]
+    tops: NDArray[np.float64]
+    free: NDArray[np.bool_]
+    convs: tuple[onnx.NodeProto, ...]
+
+    def any(self, name: str) -> bool:
+        """Whether a channel of this activation can be scaled."""
+        return name in self.classes and bool(self.free[self.classes[name]].any())
 
 
-def groups(model: onnx.ModelProto) -> list[Group]:
-    """The groups of a folded model, in the order of the graph."""
+def channels(model: onnx.ModelProto) -> Channels:
+    """The channels of a folded model; those of an activation of unknown shape cannot be scaled."""
+    import numpy as np
     from onnx import numpy_helper
 
     constants = qdq.constants_of(model)
+    counts = _counts(model)
+    starts = dict(zip(counts, np.cumsum([0, *counts.values()]).tolist(), strict=False))
+    parent = list(range(sum(counts.values())))
+
+    def root(place: int) -> int:
+        while parent[place] != place:
+            parent[place] = place = parent[parent[place]]
+        return place
+
+    def join(name: str, into: str, offset: int = 0, skipped: int = 0) -> None:
+        """Channel `skipped` and the next ones of an activation are channel `offset` and the next ones of another."""
+        for i in range(min(counts[name] - skipped, counts[into] - offset)):
+            parent[root(starts[name] + skipped + i)] = root(starts[into] + offset + i)
+
     readers: dict[str, int] = {}
     for node in model.graph.node:
         for name in precision.reads(node):
             readers[name] = readers.get(name, 0) + 1
-    parent: dict[str, str] = {}
-    tops: dict[str, float] = {}
     blocked = {info.name for info in (*model.graph.input, *model.graph.output)}
+    tops: dict[str, float] = {}
     scaled: list[onnx.NodeProto] = []
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            name = parent[name]
-        return name
-
     for node in model.graph.node:
         if node.op_type in _SHAPES:
             continue
         data = [name for name in precision.reads(node) if name and name not in constants]
         if node.op_type == "Resize":  # the others say how far
             data = data[:1]
+        known = all(name in counts for name in (*data, *node.output))
         if node.op_type == "Conv" and all(name in constants and readers[name] == 1 for name in node.input[1:] if name):
             scaled.append(node)
-            continue
-        from_zero = node.op_type == "Clip" and qdq.starts_at_zero(node, constants)
-        joined = node.op_type == "Add" and len(data) == 2
-        if joined or (len(data) == 1 and data == node.input[:1] and (from_zero or node.op_type in _HOMOGENEOUS)):
+        elif known and (both := _parts(node, data)):
+            parts, whole = both
+            offset = 0
+            for part in parts:
+                join(part, whole, offset)
+                offset += counts[part]
+        elif known and node.op_type == "Pad" and (behind := _padded(node, constants)) is not None:
+            join(data[0], node.output[0], max(behind, 0), max(-behind, 0))
+        elif known and _keeps_scale(node, data, constants) and len({counts[n] for n in (*data, node.output[0])}) == 1:
             for name in data:
-                parent[root(name)] = root(node.output[0])
+                join(name, node.output[0])
+            if node.op_type == "Clip" and len(node.input) > 2 and node.input[2]:
+                end = constants.get(node.input[2])
+                tops[node.output[0]] = 0.0 if end is None else float(numpy_helper.to_array(end))
         else:
             blocked.update([*data, *node.output])
-        if from_zero and len(node.input) > 2 and node.input[2]:
-            end = constants.get(node.input[2])
-            tops[node.output[0]] = 0.0 if end is None else float(numpy_helper.to_array(end))
-    made: dict[str, Group] = {}
-    for conv in scaled:
-        made.setdefault(root(conv.output[0]), Group()).before.append(conv)
-        made.setdefault(root(conv.input[0]), Group()).behind.append(conv)
-    for name in parent:
-        group = made.get(root(name), Group())
-        group.tensors.append(name)
-        group.top = min(group.top, tops.get(name, float("inf")))
-    for name in blocked:
-        made.pop(root(name), None)
-    return [group for group in made.values() if group.before and group.behind and group.top > 0]
+    roots = np.array([root(place) for place in range(len(parent))], np.intp)
+    classes = {name: roots[start : start + counts[name]] for name, start in starts.items()}
+    ends, free = np.full(len(parent), np.inf), np.ones(len(parent), bool)
+    for name, top in tops.items():
+        np.minimum.at(ends, classes[name], top)
+    for name in blocked & classes.keys():
+        free[classes[name]] = False
+    return Channels(classes, ends, free & (ends > 0), tuple(scaled))
+
+
+def _counts(model: onnx.ModelProto) -> dict[str, int]:
+    """The number of channels of every activation that has a known one, also behind shapes that are computed."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    found = {}
+    for info in (*inferred.input, *inferred.value_info, *inferred.output):
+        dims = info.type.tensor_type.shape.dim
+        if len(dims) > 1 and dims[1].dim_value > 0:
+            found[info.name] = int(dims[1].dim_value)
+    weights = {constant.name: constant.dims for constant in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.input[1] in weights:
+            found.setdefault(node.output[0], int(weights[node.input[1]][0]))
+        elif node.op_type in (*_HOMOGENEOUS, "Clip") and node.input[0] in found:
+            found.setdefault(node.output[0], found[node.input[0]])
+    return found
+
+
+def _parts(node: onnx.NodeProto, data: Sequence[str]) -> tuple[Sequence[str], str] | None:
+    """The parts, in order, and the whole of a concatenation or a split of channels; None for any other node."""
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+    if node.op_type == "Concat" and axis == 1 and len(data) == len(node.input):  # none is constant
+        return data, node.output[0]
+    return (node.output, data[0]) if node.op_type == "Split" and axis == 1 and len(data) == 1 else None
+
+
+def _padded(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> int | None:
+    """How many channels of zeros a Pad puts before the others; None where it pads with something else."""
+    from onnx import numpy_helper
+
+    mode = next((attribute.s for attribute in node.attribute if attribute.name == "mode"), b"constant")
+    given = list(node.input[1:]) + [""] * 3
+    if mode != b"constant" or given[0] not in constants or (given[1] and given[1] not in constants) or given[2]:
+        return None
+    if given[1] and numpy_helper.to_array(constants[given[1]]).any():
+        return None
+    pads = numpy_helper.to_array(constants[given[0]])
+    return int(pads[1])
+
+
+def _keeps_scale(node: onnx.NodeProto, data: Sequence[str], constants: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether f(k·x) = k·f(x) for k > 0 and each channel of what the node reads."""
+    if node.op_type == "Add":
+        return len(data) == 2
+    alone = len(data) == 1 and list(data) == list(node.input[:1])
+    return alone and (node.op_type in _HOMOGENEOUS or (node.op_type == "Clip" and qdq.starts_at_zero(node, constants)))
 
 
 def equalised(spec: Spec, source: onnx.ModelProto, pictures: datasets.Pictures) -> onnx.ModelProto:
@@ -117,36 +183,24 @@ def equalised(spec: Spec, source: onnx.ModelProto, pictures: datasets.Pictures) 
 
     model = onnx.ModelProto()
     model.CopyFrom(source)
-    chosen = groups(model)
-    rounded = {name for node in model.graph.node if node.op_type in ("Conv", "Add") for name in node.input}
-    names = {name for group in chosen for name in group.tensors if name in rounded}
-    sizes = _largest(spec, source, names, pictures)
+    found = channels(model)
+    rounded = {name for node in model.graph.node if node.op_type in _ROUNDED for name in node.input}
+    sizes = _largest(spec, source, sorted(name for name in rounded if found.any(name)), pictures)
+    share = np.zeros(len(found.tops))
+    for name, largest in sizes.items():
+        own = found.classes[name]
+        ends = np.where(np.isinf(found.tops[own]), largest.max(), found.tops[own])
+        np.maximum.at(share, own, largest / np.maximum(ends, np.finfo(np.float32).tiny))
+    # At least 1, at most MOST, and no activation's own range grows.
+    factor = np.where(found.free & (share > 0), 1 / np.clip(share, 1 / MOST, 1), 1.0)
     constants = {constant.name: constant for constant in model.graph.initializer}
-    for group in chosen:
-        ranges = [sizes[name] for name in group.tensors if name in sizes]
-        if len({len(each) for each in ranges}) != 1:
-            continue
-        factor = _factor(np.stack(ranges), group.top)
-        for conv in group.before:
+    for conv in found.convs:
+        if conv.output[0] in found.classes:
             for name in filter(None, conv.input[1:]):
-                _scale(constants[name], factor)
-        for conv in group.behind:
-            _scale(constants[conv.input[1]], 1 / factor, by_input=True)
+                _scale(constants[name], factor[found.classes[conv.output[0]]])
+        if conv.input[0] in found.classes:
+            _scale(constants[conv.input[1]], 1 / factor[found.classes[conv.input[0]]], by_input=True)
     return model
-
-
-def _factor(ranges: NDArray[np.float32], top: float) -> NDArray[np.float64]:
-    """What each channel is multiplied by: at least 1, at most MOST, and no tensor's own range grows.
-
-    Args:
-        ranges: FP32 [tensors, C]: the largest absolute values.
-        top: where a Clip ends.
-    """
-    import numpy as np
-
-    ends = ranges.max(axis=1, keepdims=True) if np.isinf(top) else np.full((len(ranges), 1), top)
-    share = np.max(ranges / np.maximum(ends, np.finfo(np.float32).tiny), axis=0).astype(np.float64)
-    return np.where(share > 0, 1 / np.clip(share, 1 / MOST, 1), 1.0)
 
 
 def _scale(constant: onnx.TensorProto, factor: NDArray[np.float64], *, by_input: bool = False) -> None:

@@ -1,57 +1,36 @@
-"""Quantisation noise in the raw heads, where something is detected."""
+"""Quantisation noise in what is detected: how far boxes and scores move where something is detected."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from build import contract
-from build.spec import Spec
-
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from build.gate.matching import Candidates
 
-    from build.session import Runner
+METHOD = "boxes relative to their sides, and scores, weighted by score"
+_LEAST_SIDE = 1e-3  # of the image
 
 
-def heads(run: Runner, pictures: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[np.float32]]:
-    """The raw heads on all pictures: [pictures,N,4] and [pictures,N,C].
+def decibels(exact: Sequence[Candidates], found: Sequence[Candidates]) -> float:
+    """-10·log10 of the mean squared error of the candidates before suppression, weighted by FP32's best score of each.
+
+    Neither how a model codes its boxes nor how large its logits are changes this, as it does not change what is
+    detected. The error of a candidate is that of its coordinates as a share of the box's width or height, at most 1
+    and averaged over the four, and that of its scores, added over the classes.
 
     Args:
-        run: a graph before SSDNMS.
-        pictures: UINT8 [1,H,W,3] each.
+        exact: FP32's candidates of each picture.
+        found: the other graph's.
     """
     import numpy as np
 
-    answers = [run({contract.IMAGES: pixels}) for pixels in pictures]
-    return {name: np.concatenate([answer[name] for answer in answers]).astype(np.float32) for name in contract.HEADS}
-
-
-def confidence(spec: Spec, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The best foreground score of each anchor: [pictures,N,1]. Noise matters where something is detected."""
-    import numpy as np
-
-    scores: NDArray[np.floating] = logits
-    if spec.nms.score_activation == "softmax":
-        exponents = np.exp(logits - logits.max(-1, keepdims=True))
-        scores = exponents / exponents.sum(-1, keepdims=True)
-    elif spec.nms.score_activation == "sigmoid":
-        scores = 1 / (1 + np.exp(-logits))
-    if spec.nms.background_class >= 0:
-        scores = np.delete(scores, spec.nms.background_class, axis=-1)
-    return np.asarray(scores.max(-1, keepdims=True), np.float32)
-
-
-def sqnr(
-    exact: Mapping[str, NDArray[np.float32]], heads: Mapping[str, NDArray[np.float32]], weights: NDArray[np.float32]
-) -> float:
-    """10·log10 of signal over quantisation noise, weighted by anchor; both heads' shares of noise are added."""
-    import numpy as np
-
-    share = 0.0
-    for name, right in exact.items():
-        signal = float((weights * np.square(right, dtype=np.float64)).sum())
-        noise = float((weights * np.square(heads[name].astype(np.float64) - right)).sum())
-        share += noise / max(signal, 1e-30)
-    return -10 * float(np.log10(max(share, 1e-12)))
+    noise = total = 0.0
+    for right, other in zip(exact, found, strict=True):
+        weights = right.scores.max(-1)
+        sides = np.maximum(right.boxes[:, 2:] - right.boxes[:, :2], _LEAST_SIDE)
+        moved = np.minimum(np.abs(other.boxes - right.boxes) / np.tile(sides, 2), 1)
+        error = np.square(moved).mean(-1) + np.square(other.scores - right.scores).sum(-1)
+        noise += float(weights @ error)
+        total += float(weights.sum())
+    return -10 * float(np.log10(max(noise / max(total, 1e-30), 1e-12)))

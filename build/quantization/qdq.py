@@ -59,6 +59,8 @@ def weight_scales(weights: NDArray[np.float32], kind: str) -> NDArray[np.float32
 def fold(source: onnx.ModelProto) -> onnx.ModelProto:
     """A copy with every BatchNormalization behind a Conv folded into its weights and bias; unnamed Convs get a name.
 
+    Each Conv gets a bias of its own, because quantisation changes it: exporters let equal ones share a constant.
+
     Computed in FP64: W·γ/√(σ²+ε) and (b-μ)·γ/√(σ²+ε) + β, per output channel (Ioffe and Szegedy 2015, section 3.1).
 
     Raises:
@@ -106,6 +108,14 @@ def fold(source: onnx.ModelProto) -> onnx.ModelProto:
         replaced.attribute.extend(conv.attribute)
         conv.CopyFrom(replaced)
         nodes.remove(norm)
+    readers = readers_of(model)
+    for conv in convs(model):
+        shared = conv.input[2] if len(conv.input) > 2 else ""
+        if shared in constants and len(readers[shared]) > 1:
+            conv.input[2] = f"{conv.name}/own_bias"
+            model.graph.initializer.append(
+                numpy_helper.from_array(numpy_helper.to_array(constants[shared]), conv.input[2])
+            )
     used = {name for node in nodes for name in node.input}
     kept = [constant for constant in model.graph.initializer if constant.name in used]
     del model.graph.initializer[:]
@@ -166,8 +176,8 @@ def quantize(
 ) -> Placed:
     """Puts Q/DQ pairs where TensorRT fuses them; integer kernels of ONNX Runtime take the same places and one more.
 
-    - Before every quantised Conv: one pair on its input, from which all readers of that tensor read, and one on its
-      weights, per output channel.
+    - Before every quantised Conv: one pair on its input, from which all readers of that tensor read but the Convs that
+      are left out, and one on its weights, per output channel.
     - Where an Add joins a Conv's result with a shortcut: a pair on the shortcut, so that the sum fuses with the Conv.
     - A concatenation gets its pair behind it, so that all its parts have one scale. The bias stays in floating point.
     - A Conv that TensorRT has no FP8 kernel for gets no FP8 pairs: they would cost accuracy and time (`why_not`).
@@ -179,7 +189,7 @@ def quantize(
         exclude: names of Convs that stay as they are.
         kernels: for ONNX Runtime: a pair also behind every Conv, or behind its Relu or ReLU6, whatever follows. Without
             it the Conv has no integer kernel there; with it TensorRT could not fuse the Conv with what follows. Only
-            small heads go without: their answers are better left unrounded.
+            small heads go without, and what a Conv reads that is left out: they are better left unrounded.
         errors: what to take off the biases, by Conv (`correction.mean_errors`).
         weights: weights that lie on the steps already, by initializer (`rounding.rounded`); any other is rounded to
             the nearest step.
@@ -250,11 +260,13 @@ def quantize(
             known = len(shortcut) == 1 and (shortcut[0] in clips or shortcut[0] in own)
             if known and conv.output[0] not in pairs:  # else this Conv is the shortcut itself
                 activation(shortcut[0])
-        if kernels and not _is_small_head(conv, readers, constants[conv.input[1]]):
-            activation(behind(conv, readers, every))
+        answer = behind(conv, readers, every)
+        exactly = any(node.op_type == "Conv" and node.name in left for node in readers.get(answer, []))
+        if kernels and not exactly and not _is_small_head(conv, readers, constants[conv.input[1]]):
+            activation(answer)
         if errors is not None and conv.name in errors:
             _correct(model, conv, constants, errors[conv.name])
-    _insert(model, pairs)
+    _insert(model, pairs, left)
     return Placed(model, tuple(conv.name for conv in chosen), scales, left)
 
 
@@ -365,20 +377,27 @@ def constants_of(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     return values | {constant.name: constant for constant in model.graph.initializer}
 
 
-def _insert(model: onnx.ModelProto, pairs: Mapping[str, list[onnx.NodeProto]]) -> None:
+def _insert(model: onnx.ModelProto, pairs: Mapping[str, list[onnx.NodeProto]], left: Collection[str]) -> None:
     """Puts each pair behind its tensor and lets every reader of the tensor read the pair (in place).
 
-    A tensor that is an output of the graph keeps its name behind the pair.
+    The Convs `left` go on reading the tensor itself: what is left out is computed from unrounded inputs. A tensor that
+    is an output of the graph keeps its name behind the pair.
     """
     nodes = model.graph.node
     outputs = {output.name for output in model.graph.output}
+
+    def exact(node: onnx.NodeProto) -> bool:
+        return node.op_type == "Conv" and node.name in left
+
     for node in nodes:
-        node.input[:] = [f"{name}/dq" if name in pairs else name for name in node.input]
+        if not exact(node):
+            node.input[:] = [f"{name}/dq" if name in pairs else name for name in node.input]
     for name in outputs & pairs.keys():
         quantise, dequantise = pairs[name]
         for node in nodes:
             node.output[:] = [f"{name}/raw" if output == name else output for output in node.output]
-            node.input[:] = [name if read == f"{name}/dq" else read for read in node.input]
+            unpaired = f"{name}/raw" if exact(node) else name
+            node.input[:] = [unpaired if read in (name, f"{name}/dq") else read for read in node.input]
         quantise.input[0], dequantise.output[0] = f"{name}/raw", name
     for pair in pairs.values():
         nodes.extend(pair)

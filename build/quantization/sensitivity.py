@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from build import contract, files
+from build import files
 from build import spec as specs
 from build.gate import datasets
+from build.gate.verify import before_suppression
 from build.graph.attach import attach, before_nms
 from build.quantization import noise
 from build.quantization.candidates import Quantiser
@@ -22,13 +23,15 @@ from build.session import runner
 from build.spec import Spec
 
 if TYPE_CHECKING:
+    import onnx
     from rich.console import Console
     from rich.table import Table
+
+    from build.gate.matching import Candidates
 
 # The largest share of the Convs that can be quantised; beyond that another precision is the better answer. An INT8
 # network pays for each Conv left out with conversions. In FP8 it still runs on tensor cores, in FP16.
 MOST_LEFT_OUT = {"int8": 0.1, "fp8": 0.5}
-_METHOD = "noise over signal, both heads added, weighted by score"
 PICTURES = 4  # of the calibration's, for the ranking
 
 
@@ -37,7 +40,7 @@ class Found:
     """What a search came to.
 
     Attributes:
-        layers: signal over quantisation noise in the heads, in dB, when this Conv alone is quantised; the worst first.
+        layers: noise in what is detected, in dB below 1, when this Conv alone is quantised; the worst first.
         exclude_nodes: the Convs that are left out of those that can be quantised.
         best: the judgement with these left out; None where the budget ended before.
         verdict: one sentence: whether it passes, and what became of spec.toml.
@@ -73,7 +76,7 @@ def search(
     """The few Convs to leave unquantised so that the gate passes, by a search that is judged exactly as a build is.
 
     1. Judge what the spec asks for, with every calibrator that it allows; go on with the best of them.
-    2. Quantise each Conv alone and measure the noise in the heads where something is detected. Rank by it.
+    2. Quantise each Conv alone and measure the noise in boxes and scores where something is detected. Rank by it.
     3. If 1. failed: leave out the 1, 2, 3, 5, 8 … worst until it passes, at most MOST_LEFT_OUT.
     4. Take those back in that were not needed, the least noisy first. Try the other calibrators with the rest.
 
@@ -176,17 +179,17 @@ class _Measured:
     def __init__(self, file: Path, start: Judged, judgement: Judgement) -> None:
         self.file = file
         whole = hashlib.sha256(start.candidate.source.SerializeToString(deterministic=True))
-        whole.update(f"{_METHOD} {judgement.pictures.digest()}".encode())
+        whole.update(f"{noise.METHOD} {judgement.pictures.digest()}".encode())
         self._key = whole.hexdigest()
         try:
             stored = json.loads(file.read_text(encoding="utf-8-sig"))
-            self.values: dict[str, float] = dict(stored["sqnr_db"]) if stored["key"] == self._key else {}
+            self.values: dict[str, float] = dict(stored["noise_db"]) if stored["key"] == self._key else {}
         except (OSError, ValueError, KeyError, TypeError):
             self.values = {}
 
     def write(self) -> None:
         """Keeps what is there."""
-        files.write_json(self.file, {"key": self._key, "sqnr_db": self.values})
+        files.write_json(self.file, {"key": self._key, "noise_db": self.values})
 
 
 def _ranked(
@@ -198,13 +201,16 @@ def _ranked(
     until: float,
     console: Console,
 ) -> dict[str, float]:
-    """Signal over noise in the heads with one Conv quantised, by its name, the worst first."""
+    """Noise in what is detected with one Conv quantised, by its name, the worst first."""
     from rich.progress import Progress
 
     few = datasets.calibration(spec, artifacts / "datasets").spread(PICTURES)
-    pixels = list(datasets.arrays(few, spec.input, 1))
-    exact = noise.heads(runner(before_nms(attach(spec, quantiser.folded))), pixels)
-    weights = noise.confidence(spec, exact[contract.HEADS[1]])
+    pixels = [picture for batch in datasets.arrays(few, spec.input, 1) for picture in batch]
+
+    def detected(source: onnx.ModelProto) -> list[Candidates]:
+        return before_suppression(spec, runner(before_nms(attach(spec, source))), pixels)
+
+    exact = detected(quantiser.folded)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("quantising each convolution alone", total=len(quantiser.convs))
         for name in quantiser.convs:
@@ -212,8 +218,7 @@ def _ranked(
                 if time.monotonic() > until:
                     raise TimeoutError
                 alone = quantiser.placed(calibrator, [other for other in quantiser.convs if other != name])
-                heads = noise.heads(runner(before_nms(attach(spec, alone.model))), pixels)
-                measured.values[name] = noise.sqnr(exact, heads, weights)
+                measured.values[name] = noise.decibels(exact, detected(alone.model))
                 measured.write()
             progress.advance(task)
     return dict(sorted(measured.values.items(), key=lambda item: item[1]))
@@ -224,7 +229,7 @@ def _table(spec: Spec, layers: Mapping[str, float], left: Sequence[str]) -> Tabl
 
     table = Table(title=f"{spec.model.name}: each convolution quantised alone, the noisiest first")
     table.add_column("Conv", overflow="fold")
-    table.add_column("signal over noise in the heads, dB", justify="right")
+    table.add_column("noise in what is detected, dB below 1", justify="right")
     table.add_column("left out")
     for name, value in layers.items():
         table.add_row(name, f"{value:.1f}", "yes" if name in left else "")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from build import contract, files
 from build.errors import DataError
 from build.gate import datasets
+from build.gate.verify import before_suppression
 from build.graph.attach import before_nms
 from build.quantization import noise, qdq, sensitivity
 from build.quantization.candidates import Candidate, Quantiser, candidates
@@ -42,8 +43,8 @@ def measure(
 ) -> list[Row]:
     """Judges and times every precision of several models.
 
-    INT8 is shown with each calibrator. Where none passes the gate, a row more shows it with the few Convs left out that
-    make it pass; spec.toml stays as it is.
+    INT8 and FP8 are shown with each calibrator. Where none passes the gate, a row more shows what comes of leaving out
+    a few Convs; spec.toml stays as it is.
 
     Args:
         specs: the models; each names calibration and held-out pictures.
@@ -55,8 +56,8 @@ def measure(
 
     Returns:
         {model, precision, calibrator, pictures, share, forms: {form: share}, left_out, convolutions, passes, noise_db:
-        signal over noise in the heads of the graph as written, as_written_speed and onnxruntime_speed: before SSDNMS on
-        one thread, as a multiple of FP32's}; a figure that was not taken is None.
+        in what the graph as written detects (`noise.decibels`), as_written_speed and onnxruntime_speed: before SSDNMS
+        on one thread, as a multiple of FP32's}; a figure that was not taken is None.
 
     Raises:
         SSDError: nothing to judge on, a graph cannot be made, or the document has no such place.
@@ -90,16 +91,23 @@ def _of_model(spec: Spec, artifacts: Path, rounds: int, console: Console) -> lis
         results = [judgement.of(each) for each in quantiser.candidates()]
         judged += [(result, result.candidate if name == "int8" else None) for result in results]
         best = max(results, key=lambda result: result.share)
-        if name == "int8" and not best.passes:
+        if not best.passes:
             found = sensitivity.search(
-                spec, artifacts, judgement=judgement, start=best, quantiser=quantiser, write=False, console=console
+                spec,
+                artifacts,
+                precision=name,
+                judgement=judgement,
+                start=best,
+                quantiser=quantiser,
+                write=False,
+                console=console,
             )
             if found.best is not None:
-                judged.append((found.best, found.best.candidate))
+                judged.append((found.best, found.best.candidate if name == "int8" else None))
     (base,) = candidates(spec, contract.BASELINE, artifacts)
     pixels = list(datasets.arrays(judgement.pictures.spread(_NOISE), spec.input, 1))
-    exact = noise.heads(runner(before_nms(base.graph)), pixels)
-    weights = noise.confidence(spec, exact[contract.HEADS[1]])
+    each = [picture for batch in pixels for picture in batch]
+    exact = before_suppression(spec, runner(before_nms(base.graph)), each)
     first: Row = {"precision": contract.BASELINE, "calibrator": "", "share": 1.0, "forms": {}, "left_out": 0}
     rows = [{**first, "passes": True, "noise_db": None, "as_written_speed": 1.0, "onnxruntime_speed": 1.0}]
     for result, timed in judged:
@@ -109,7 +117,7 @@ def _of_model(spec: Spec, artifacts: Path, rounds: int, console: Console) -> lis
         row: Row = {"precision": candidate.precision, "calibrator": candidate.calibrator, "share": result.share}
         row["forms"] = {form: value / judgement.baseline.accuracy.map for form, value in result.forms.items()}
         row["left_out"] = len(candidate.left)
-        row |= {"passes": result.passes, "noise_db": noise.sqnr(exact, noise.heads(run, pixels), weights)}
+        row |= {"passes": result.passes, "noise_db": noise.decibels(exact, before_suppression(spec, run, each))}
         rows.append(row | (_speeds(base, timed, pixels, rounds) if timed else _NO_SPEEDS))
     about = {"model": spec.model.name, "pictures": len(judgement.pictures)}
     about |= {"labels": "FP32's own detections" if judgement.pictures.labelled_by else "of the pictures"}
@@ -141,7 +149,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         return "" if value is None else format(value, form)
 
     lines = [
-        "| network | precision | of FP32's mAP | left out | signal / noise | speed |",
+        "| network | precision | of FP32's mAP | left out | noise | speed |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

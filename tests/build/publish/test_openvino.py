@@ -274,6 +274,21 @@ def test_where_the_faster_engine_fails_the_gate_the_other_serves(
     assert store.served(tmp_path / "repository", "tiny")[1]["engine_choice"]["engine"] == "onnxruntime"
 
 
+def test_where_the_engine_that_was_asked_for_fails_the_gate_the_error_names_the_way_out(
+    spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: backend.Backend
+) -> None:
+    def gate(*arguments: Any) -> Any:
+        raise VerifyError("its boxes are elsewhere", fix="look at the heads")
+
+    choice = engines.Choice(("openvino",), "asked for", {})
+    monkeypatch.setattr(pipeline.checks.engines, "choose", lambda *arguments: choice)
+    monkeypatch.setattr(pipeline.checks, "gate", gate)
+    monkeypatch.setattr(pipeline.openvino, "install", lambda: None)
+    monkeypatch.setattr(backend, "prepare", lambda *arguments, **options: stand_in)
+    with pytest.raises(VerifyError, match=r'look at the heads; or set \[serving\] engine = "auto"'):
+        build(asking(spec, "openvino"), tmp_path)
+
+
 @needs_openvino
 def test_openvino_stays_when_the_backend_is_made_anew(native: None, tmp_path: Path) -> None:
     """Also where its package is gone by then."""

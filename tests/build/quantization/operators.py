@@ -103,6 +103,24 @@ def _padded(g: Builder, x: str) -> str:
     return g.add("Conv", y, g.weights(g.channels, g.channels, 3, 3))
 
 
+def _appended(g: Builder, x: str) -> str:
+    """As in BlazeFace: the shortcut gets channels of zeros."""
+    more = g.channels + 4
+    y = g.conv(g.depthwise(x), into=more, kernel=1)
+    shortcut = g.add("Pad", x, g.constant(np.array([0, 0, 0, 0, 0, 4, 0, 0], np.int64)))
+    return g.add("Conv", g.add("Relu", g.add("Add", y, shortcut)), g.weights(g.channels, more, 1, 1))
+
+
+def _split(g: Builder, x: str) -> str:
+    """As in CSP networks: half of the channels go through a Conv, then both halves are together again."""
+    half = g.channels // 2
+    y, sizes = g.add("Relu", g.conv(x)), g.constant(np.array([half, half], np.int64))
+    first, second = f"{y}_first", f"{y}_second"
+    g.nodes.append(helper.make_node("Split", [y, sizes], [first, second], name=f"{y}_split", axis=1))
+    first = g.add("Relu", g.add("Conv", first, g.weights(half, half, 3, 3), pads=[1, 1, 1, 1]))
+    return g.conv(g.add("Concat", first, second, axis=1), kernel=1)
+
+
 def _matmul(g: Builder, x: str) -> str:
     y = g.add("MatMul", g.add("Transpose", x, perm=[0, 2, 3, 1]), g.weights(g.channels, g.channels))
     return g.add("Transpose", y, perm=[0, 3, 1, 2])
@@ -130,6 +148,8 @@ BODIES: dict[str, Callable[[Builder, str], str]] = {
     "resize": _upsampled,
     "conv_transpose": _transposed,
     "pad": _padded,
+    "appended_channels": _appended,
+    "split": _split,
     "einsum": lambda g, x: g.conv(g.add("Einsum", x, g.weights(g.channels, g.channels), equation="bchw,cd->bdhw")),
     "matmul": _matmul,
     "gemm": _gemm,

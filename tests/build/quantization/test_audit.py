@@ -320,7 +320,7 @@ def test_an_interrupted_search_goes_on(
     assert not early.done
     assert "run it again to go on" in early.verdict
     assert sensitivity.search(spec, tmp_path, write=False, console=silent()).passes
-    monkeypatch.setattr(noise, "sqnr", lambda *a, **k: pytest.fail("it was measured again"))
+    monkeypatch.setattr(noise, "decibels", lambda *a, **k: pytest.fail("it was measured again"))
     assert sensitivity.search(spec, tmp_path, write=False, console=silent()).exclude_nodes == (fragile,)
     assert not load(spec.path).quantization.exclude_nodes
 

@@ -344,6 +344,36 @@ def test_sums_and_concatenations_run_in_integers_in_onnxruntime_s_form(tmp_path:
     assert 0 < np.abs(exact - found).max() < 0.1 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+def test_what_is_left_out_reads_unrounded_inputs(kernels: bool) -> None:
+    """Also where a quantised Conv reads the same tensor, and where an integer kernel would round what was read."""
+    model = residual()
+    clips = clips_of(model, noise(rows=1))
+    beside = qdq.quantize(model, clips, exclude=["conv_e"], kernels=kernels).model
+    reads = {conv.name: conv.input[0] for conv in qdq.convs(beside)}
+    assert (reads["conv_b"], reads["conv_e"]) == ("ar/dq", "ar")
+    alone = qdq.quantize(model, clips, exclude=["conv_c"], kernels=kernels).model
+    assert next(conv.input[0] for conv in qdq.convs(alone) if conv.name == "conv_c") == "sr"
+    both = qdq.quantize(model, clips, exclude=["conv_b", "conv_e"], kernels=kernels).model
+    assert "ar" not in pairs(both)
+    onnx.checker.check_model(both, full_check=True)
+
+
+def test_every_conv_has_a_bias_of_its_own(spec: Spec) -> None:
+    """Exporters let equal biases share a constant; equalisation and correction change them one by one."""
+    source = network("relu")
+    biases = {conv.name: conv.input[2] for conv in qdq.convs(source)[1:3]}
+    (shared, other) = biases.values()
+    qdq.convs(source)[2].input[2] = shared
+    folded = qdq.fold(source)
+    names = [conv.input[2] for conv in qdq.convs(folded) if len(conv.input) > 2]
+    assert len(set(names)) == len(names)
+    assert shared != other
+    images = noise()
+    for right, found in zip(run(source, {"images": images}), run(folded, {"images": images}), strict=True):
+        np.testing.assert_array_equal(found, right)
+
+
 def test_exclusions(spec: Spec) -> None:
     folded = source_of(spec)
     names = [conv.name for conv in qdq.convs(folded)]

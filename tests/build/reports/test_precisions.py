@@ -33,7 +33,7 @@ def test_every_precision_is_judged_and_timed(tmp_path: Path, monkeypatch: pytest
 
     kinds = [(row["precision"], row["calibrator"]) for row in rows]
     assert kinds[:3] == [("fp32", ""), ("fp16", ""), ("bf16", "")]
-    assert [kind for kind, _ in kinds].count("fp8") == 3
+    assert [kind for kind, _ in kinds].count("fp8") == 4
     int8 = [row for row in rows if row["precision"] == "int8"]
     assert len(int8) == 4, "the three calibrators, and what the search for layers to leave out came to"
     for row in int8:
