@@ -45,11 +45,12 @@ def compare(
         spec: the model.
         target: what it is built for.
         images: UINT8 [n,H,W,3], n >= 1, sent one by one in turn.
-        paths: the ONNX file of each engine.
+        paths: the ONNX file of each engine; if it is one, it only has to load.
         backends: the folder of this project's backends.
 
     Returns:
-        The choice; an engine that cannot serve its file is left out, with the reason in `why`.
+        The choice; an engine that cannot serve its file is left out, with the reason in `why`. ONNX Runtime stays, for
+        the gate to say more, if none can.
     """
     requests = [_request(spec, images[at : at + 1]) for at in range(len(images))]
     instances, _ = instances_and_threads(spec, target.runtime)
@@ -77,7 +78,7 @@ def compare(
                 else:
                     rates[engine] += [rate] if turn >= 0 else []
     if len(rates) < 2:
-        return Choice(tuple(rates or paths), "; ".join(faults))
+        return Choice(tuple(rates) or (openvino.OTHER,), "; ".join(faults))
     medians = {engine: statistics.median(values) for engine, values in rates.items()}
     told = ", ".join(f"{engine} {rate:.0f}" for engine, rate in medians.items())
     why = f"images/s served to {clients} clients, medians of {ROUNDS} rounds in turn: {told}"
