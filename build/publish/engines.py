@@ -96,7 +96,7 @@ def choose(
         artifact: ONNX Runtime's file.
         picture: UINT8 [1,H,W,3].
         threads: of an instance.
-        serve: compares the files of both engines as they are served; None = no server is here.
+        serve: serves the files of the engines that are open and compares them; None = no server is here.
 
     Raises:
         RuntimeUnavailableError: OpenVINO was asked for, or is needed, and cannot be installed or run the file.
@@ -115,15 +115,16 @@ def choose(
     files.write(path, openvino.readable(graph).SerializeToString(deterministic=True))
     if target.precision == "bf16":
         return Choice((NAME,), "asked for" if asked else "ONNX Runtime does not compute in BF16 on a CPU")
-    paths = {OTHER: artifact, NAME: path}
-    if serve and not asked:
-        return serve(paths)
-    choice = compare(paths, spec.nms.feeds(picture), threads, openvino.hint(target.precision))
+    if serve:
+        choice = serve({NAME: path} if asked else {OTHER: artifact, NAME: path})
+    else:
+        feeds, hint = spec.nms.feeds(picture), openvino.hint(target.precision)
+        choice = compare({OTHER: artifact, NAME: path}, feeds, threads, hint)
     if not asked:
         return choice
-    if not choice.ms:
+    if NAME not in choice.order:
         raise RuntimeUnavailableError(choice.why, fix='set [serving] engine = "onnxruntime" or "auto"')
-    return replace(choice, order=(NAME,), why=f"asked for; {choice.why}")
+    return replace(choice, order=(NAME,), why="; ".join(filter(None, ("asked for", choice.why))))
 
 
 def compare(

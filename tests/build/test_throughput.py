@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 from onnx import helper, numpy_helper
 
@@ -94,3 +103,68 @@ def test_an_engine_that_fails_under_load_is_not_chosen(
     assert choice.order == ("onnxruntime",)
     assert choice.why == "openvino does not serve this file: it ended with code -11"
     assert loads[:6] == ["onnxruntime", "openvino"] * 3, "the load goes to one after the other"
+
+
+@contextlib.contextmanager
+def answering(*statuses: int) -> Iterator[tuple[Any, list[str]]]:
+    """A server that answers with these statuses in turn, 5 ms each, and what it was asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.path)
+            time.sleep(0.005)
+            self.send_response(statuses[len(asked) % len(statuses)])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01]).start()
+        try:
+            yield SimpleNamespace(http_url=f"127.0.0.1:{server.server_port}", pid=os.getpid()), asked
+        finally:
+            server.shutdown()
+
+
+def test_what_other_programs_had_of_the_processors_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "_others", lambda pid: time.perf_counter() / 2)
+    with answering(200) as (server, asked):
+        begun = time.perf_counter()
+        rate = throughput._load(server, "a model", [(b"", {})], 1, 0.1)
+        passed = time.perf_counter() - begun
+    assert rate > 0.95 * len(asked) / (passed / 2)
+    assert set(asked) == {"/v2/models/a%20model/infer"}
+
+
+def test_a_short_queue_refuses_some_and_only_answers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "_others", lambda pid: 0.0)
+    with answering(503, 200) as (server, asked):
+        begun = time.perf_counter()
+        rate = throughput._load(server, "tiny", [(b"", {})], 1, 0.1)
+        assert rate <= (len(asked) / 2 + 1) / 0.1
+        assert rate >= (len(asked) // 2) / (time.perf_counter() - begun)
+    for statuses, complaint in (((503,), "refused every request"), ((400,), "answers with status 400")):
+        with answering(*statuses) as (server, asked), pytest.raises(ServeError, match=complaint):
+            throughput._load(server, "tiny", [(b"", {})], 2, 0.02)
+
+
+def test_other_programs_are_those_that_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the processors that we may use, neither idle nor waiting nor a guest's time, which is user time as well."""
+    usable = os.sched_getaffinity(0)
+    kind = type(psutil.cpu_times())
+    fields = {"user": 6.0, "nice": 1.0, "system": 2.0, "idle": 50.0, "iowait": 7.0, "steal": 1.0, "guest": 3.0}
+    busy, foreign = (kind(**{name: fields.get(name, 0.0) for name in kind._fields}) for _ in range(2))
+    foreign = foreign._replace(user=1000.0)
+    each = [busy if number in usable else foreign for number in range(max(usable) + 2)]
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: each)
+    own = {os.getpid(): (1.0, 0.5, 9.0), 7: (2.0, 0.5, 9.0)}  # user, system, and of children
+    monkeypatch.setattr(
+        psutil, "Process", lambda *pid: SimpleNamespace(cpu_times=lambda: own[pid[0] if pid else os.getpid()])
+    )
+    assert throughput._others(7) == pytest.approx(10.0 - 4.0 / len(usable))

@@ -76,15 +76,20 @@ def test_how_fast_they_serve_decides_where_a_server_is(
         asked.append(paths)
         return served
 
-    def choice(serve: Any) -> engines.Choice:
+    def choice(serve: Any, engine: str = "auto") -> engines.Choice:
         graph = attach(spec)
         picture = np.zeros((1, 8, 8, 3), np.uint8)
         built = tmp_path / "model.onnx"
-        return engines.choose(asking(spec, "auto"), Target("onnxruntime"), graph, built, picture, 1, serve)
+        return engines.choose(asking(spec, engine), Target("onnxruntime"), graph, built, picture, 1, serve)
 
     assert choice(serve) is served
     assert asked == [{"onnxruntime": tmp_path / "model.onnx", "openvino": tmp_path / "openvino.onnx"}]
     assert choice(None) is in_process
+    cannot = engines.Choice(("onnxruntime",), "openvino does not serve this file")
+    with pytest.raises(RuntimeUnavailableError, match="does not serve this file"):
+        choice(lambda paths: cannot, "openvino")
+    assert choice(serve, "openvino") == engines.Choice(("openvino",), "asked for")
+    assert asked[-1] == {"openvino": tmp_path / "openvino.onnx"}
 
 
 @pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("int8", "f32"), ("bf16", "bf16"), ("fp16", "f16")])
@@ -203,7 +208,7 @@ def test_a_model_is_published_with_openvino_and_stays_fresh(native: None, spec: 
     assert "by Triton's backend ssd_onnxruntime with openvino" in said
     folder, manifest = store.served(tmp_path / "repository", "tiny")
     assert {path.name for path in folder.iterdir()} == {"config.pbtxt", "labels.txt", "manifest.json", "model.onnx"}
-    assert set(manifest["engine_choice"]["ms"]) == {"onnxruntime", "openvino"}
+    assert manifest["engine_choice"] == {"engine": "openvino", "why": "asked for", "served_ips": {}, "ms": {}}
     assert set(manifest["libraries"]) == {backend.LIBRARY, *openvino.libraries()}
     assert "nothing changed" in build(asked, tmp_path)
     (report,) = pipeline.verify_published(
