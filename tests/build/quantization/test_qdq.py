@@ -18,6 +18,7 @@ from build.errors import DataError, QuantizeError, WriteError
 from build.gate import datasets
 from build.graph.attach import attach, before_nms, load_source
 from build.quantization import calibration, qdq
+from build.session import runner
 from build.spec import Spec, load
 from tests.build import pictures, tiny_model
 from tests.build.quantization.operators import clips_of, network
@@ -411,6 +412,15 @@ def test_fp8_is_where_tensorrt_has_kernels_for_it() -> None:
     exact, fp8 = run(folded, {"images": noise()}), run(model, {"images": noise()})
     for one, other in zip(exact, fp8, strict=True):
         assert 1e-4 < np.abs(one - other).max() / np.abs(one).max() < 0.15
+
+
+def test_fp8_behind_a_relu6_runs_without_being_asked_to_run_literally() -> None:
+    """ONNX Runtime's optimisations take the pair behind a Clip for one of INT8, and end with an error."""
+    folded = qdq.fold(network("relu6", "relu6", channels=24))
+    graph = qdq.quantize(folded, clips_of(folded, noise()), kind="fp8").model
+    found = runner(graph)({"images": noise()})
+    for name, right in runner(graph, literal=True)({"images": noise()}).items():
+        np.testing.assert_array_equal(found[name], right)
 
 
 # -- ONNX Runtime's form -----------------------------------------------------------------------------------------------
