@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from build import tritonserver
 from build.contract import Target
@@ -19,7 +19,7 @@ from build.errors import ServeError, VerifyError
 from build.gate import verify
 from build.publish import backend, picture
 from build.publish.repository import CONFIG
-from build.serve import TritonServer
+from build.serve import TritonServer, http_inputs
 from build.spec import Spec
 
 if TYPE_CHECKING:
@@ -116,11 +116,8 @@ class _Asker:
 
         try:
             with closing(http.InferenceServerClient(self._url, network_timeout=120)) as client:
-                inputs: list[Any] = []
-                for name, array in feeds.items():
-                    entry = http.InferInput(name, list(array.shape), self._kinds.get(name, "UINT8"))
-                    inputs.append(entry.set_data_from_numpy(array))
-                answer = client.infer(model or self._model, inputs)
+                kinds = {name: self._kinds.get(name, "UINT8") for name in feeds}
+                answer = client.infer(model or self._model, http_inputs(feeds, kinds))
                 return {entry["name"]: answer.as_numpy(entry["name"]) for entry in answer.get_response()["outputs"]}
         except (utils.InferenceServerException, OSError, ValueError) as error:
             raise ServeError(f"it does not answer: {error}") from error

@@ -34,6 +34,7 @@ from build.publish import repository as store
 from build.tritonserver import SHM_PREFIX, Installation
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 NOT_LOADED = "not loaded"  # the state of a model of which the server says nothing
@@ -392,17 +393,18 @@ class TritonServer:
             with contextlib.closing(
                 http.InferenceServerClient(self.http_url, network_timeout=CANARY_TIMEOUT)
             ) as client:
-                config, inputs = client.get_model_config(model), []
+                config = client.get_model_config(model)
                 is_part = picture.MARK in config.get("parameters", {})
                 if is_part and "ensemble_scheduling" not in config:
                     return  # the ensemble asks it
-                for entry in config["input"]:
-                    kind = entry["data_type"].removeprefix("TYPE_")
-                    if is_part:
-                        blank = np.frombuffer(picture.BLANK, np.uint8)[None]
-                    else:
-                        blank = np.zeros([1, *map(int, entry["dims"])], utils.triton_to_np_dtype(kind))
-                    inputs.append(http.InferInput(entry["name"], list(blank.shape), kind).set_data_from_numpy(blank))
+                kinds = {entry["name"]: entry["data_type"].removeprefix("TYPE_") for entry in config["input"]}
+                blanks = {
+                    entry["name"]: np.frombuffer(picture.BLANK, np.uint8)[None]
+                    if is_part
+                    else np.zeros([1, *map(int, entry["dims"])], utils.triton_to_np_dtype(kinds[entry["name"]]))
+                    for entry in config["input"]
+                }
+                inputs = http_inputs(blanks, kinds)
                 # Not num_detections: the backend's metric of detections counts the images of requests that ask for it.
                 names = [entry["name"] for entry in config["output"] if entry["name"] != OUTPUTS[0]]
                 answer = client.infer(model, inputs, outputs=[http.InferRequestedOutput(name) for name in names])
@@ -446,6 +448,16 @@ class TritonServer:
         """An error with the end of the log, and with the cause where the log gives it away."""
         why, fix = tritonserver.cause("\n".join([what, *self.log_lines()])) or (why, fix)
         return ServeError(f"{what}\n{self._tail()}", why=why, fix=fix)
+
+
+def http_inputs(arrays: Mapping[str, NDArray[Any]], kinds: Mapping[str, str]) -> list[Any]:
+    """Arrays by input name as what tritonclient sends over HTTP; `kinds` has Triton's name of each one's type."""
+    from tritonclient import http
+
+    return [
+        http.InferInput(name, list(array.shape), kinds[name]).set_data_from_numpy(array)
+        for name, array in arrays.items()
+    ]
 
 
 def _published(repository: Path) -> list[ModelConfig]:

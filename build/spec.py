@@ -152,7 +152,13 @@ class Quantization(Table):
 
     def excluded(self, precision: str) -> Names:
         """The Convs that are left unquantised in a precision: those of every precision, then its own."""
-        return self.exclude_nodes + (self.exclude_nodes_fp8 if precision == "fp8" else ())
+        keys = dict.fromkeys(("exclude_nodes", self.exclude_key(precision)))
+        return tuple(name for key in keys for name in getattr(self, key))
+
+    @staticmethod
+    def exclude_key(precision: str) -> str:
+        """The key to which a search writes what a precision leaves out: FP8 has its own, so INT8 is as it was."""
+        return "exclude_nodes_fp8" if precision == "fp8" else "exclude_nodes"
 
     @property
     def implicit_calibrator(self) -> str:

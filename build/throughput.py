@@ -19,7 +19,7 @@ from build.errors import RuntimeUnavailableError, ServeError, SSDError
 from build.publish import backend, openvino, repository
 from build.publish.config import instances_and_threads
 from build.publish.engines import Choice
-from build.serve import TritonServer
+from build.serve import TritonServer, http_inputs
 from build.spec import Spec
 
 if TYPE_CHECKING:
@@ -103,10 +103,7 @@ def _start(
 def _request(spec: Spec, image: NDArray[np.uint8]) -> Request:
     from tritonclient import http as client
 
-    kinds = {tensor.name: tensor.triton for tensor in spec.inputs}
-    inputs = []
-    for name, array in spec.nms.feeds(image).items():
-        inputs.append(client.InferInput(name, list(array.shape), kinds[name]).set_data_from_numpy(array))
+    inputs = http_inputs(spec.nms.feeds(image), {tensor.name: tensor.triton for tensor in spec.inputs})
     body, header = client.InferenceServerClient.generate_request_body(inputs)
     return body, {"Inference-Header-Content-Length": str(header)}
 

@@ -51,11 +51,12 @@ def approved(spec: Spec, precision: str, artifacts: Path, console: Console) -> C
         )
         return graphs[0]
     if quantiser is not None and not any(graph.quantised for graph in graphs):
+        others = " or ".join(name for name in ("fp16", "int8") if name != precision)
         reasons = sorted({reason for graph in graphs for reason in graph.left.values()})
         raise VerifyError(
             f"{spec.model.name}: none of its {len(graphs[0].left)} convolutions would be {precision}",
             why=" or ".join(reasons),
-            fix="build fp16 or int8, or name fewer Convs in [quantization] exclude_nodes",
+            fix=f"build {others}, or name fewer Convs in [quantization] exclude_nodes",
         )
     judgement = Judgement(spec, artifacts, console)
     best = max((judgement.of(candidate) for candidate in graphs), key=lambda result: result.share)

@@ -129,8 +129,8 @@ def search(
     elif set(left) == set(base):
         verdict += "; spec.toml stays as it is"
     elif write:
-        key = "exclude_nodes_fp8" if precision == "fp8" else "exclude_nodes"
-        elsewhere = spec.quantization.exclude_nodes if precision == "fp8" else ()
+        key = spec.quantization.exclude_key(precision)
+        elsewhere = () if key == "exclude_nodes" else spec.quantization.exclude_nodes
         specs.edit(spec.path, {f"quantization.{key}": tuple(name for name in left if name not in elsewhere)})
         chosen = specs.load(spec.path)
         verdict += f"; {spec.path} names them in {key}"

@@ -135,9 +135,7 @@ def real_sizes(small: bool) -> Iterator[tuple[str, int, Any, str, float]]:
     """Model, batch, type, kind of input and threshold of the large comparisons, the largest batches last."""
     for batch in (1, 2) if small else (1, 2, 7, 32, 128):
         for model, dtype, kind in itertools.product(GRIDS, (np.float16, np.float32), ("scene", "noise")):
-            if kind == "noise" and (small or batch > 7):  # 100,000 candidates of an image: minutes on a CPU
-                continue
-            if small and model == "SSD300-COCO":
+            if small and (kind == "noise" or model == "SSD300-COCO"):
                 continue
             for threshold in (0.05,) if small or batch > 7 else (0.01, 0.05, 0.5):
                 yield model, batch, dtype, kind, threshold
